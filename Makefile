@@ -1,0 +1,49 @@
+# make install   .venv with the newest supported versions (constraints.txt)
+# make demo      fine-tune the bundled digits model with RLR, into runs/demo/
+# make test      the tests
+# make test-all  the tests, slow ones too
+# make test-old  all tests against the oldest supported versions (constraints-trl023.txt)
+# make lint      ruff and mypy
+
+PYTHON ?= python3.11
+VENV := .venv
+VENV_OLD := .venv-trl023
+STAMP := $(VENV)/.installed
+STAMP_OLD := $(VENV_OLD)/.installed
+
+.PHONY: install demo test test-all test-old lint clean
+
+install: $(STAMP)
+
+# torch comes first and alone: another package's requirement on it would take a build of its own choosing.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt torch
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(STAMP_OLD): pyproject.toml constraints-trl023.txt
+	$(PYTHON) -m venv $(VENV_OLD)
+	$(VENV_OLD)/bin/python -m pip install -q -c constraints-trl023.txt torch
+	$(VENV_OLD)/bin/python -m pip install -q -c constraints-trl023.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/rlr-trainer demo --output_dir runs/demo $(ARGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: $(STAMP)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-old: $(STAMP_OLD)
+	$(VENV_OLD)/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) $(VENV_OLD) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

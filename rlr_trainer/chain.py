@@ -1,0 +1,270 @@
+"""The denoising chain: what a model has to offer, how it is sampled, and what a sample leaves behind.
+
+Notation, with the paper (arXiv:2502.00639) counting t = T..1 and this package counting steps in the order of generation:
+
+| here                    | paper       | meaning                                             |
+|-------------------------|-------------|-----------------------------------------------------|
+| `num_steps`             | T           | number of denoising steps                           |
+| `step` = 0..T-1         | t = T-step  | step 0 acts on pure noise, step T-1 makes the sample |
+| `latents[step]`         | x_t         | input of the step; `latents[T]` is the sample x_0   |
+| `means[step]`           | mu_theta    | mean of the next latent given this one              |
+| `stds[step]`            | sigma_t     | its standard deviation                              |
+| `noises[step]`          | eps_t       | latents[step + 1] = mean + std * noise     (eq. 1)  |
+
+Shapes: N samples, `...` the shape of one latent. Standard deviations broadcast against latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Parameters = Mapping[str, Tensor]
+# One generator for the whole batch, or one per sample: then a sample's noise does not depend on the batch it is in.
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@runtime_checkable
+class DenoisingChain(Protocol):
+    """Any object with these members can be trained: a diffusers pipeline through an adapter, or a chain of one's own.
+
+    Two members are optional. `predict_clean(step, x, params)` returns the one-step prediction of the clean sample from
+    `x = latents[step]`, shape [N, ...]; the control variate and the `sqdf` preset need it. `select(rows)` returns the
+    chain of some rows of the batch; a chain needs it when its transitions depend on more than `x` (on a prompt, say).
+    """
+
+    num_steps: int
+
+    def parameters(self) -> Parameters:
+        """Trainable tensors by name."""
+
+    def initial(self, num_samples: int, generator: Generators) -> Tensor:
+        """Draws x_T, shape [num_samples, ...]."""
+
+    def transition(self, step: int, x: Tensor, params: Parameters) -> tuple[Tensor, Tensor]:
+        """Mean [N, ...] and standard deviation (broadcasts to [N, ...]) of the next latent given `x`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One batch of sampled chains, free of any autograd graph.
+
+    Attributes:
+        latents: T + 1 tensors [N, ...]; `latents[0]` is noise, `latents[-1]` the sample.
+        noises: T tensors [N, ...], the standard normal draws of each step.
+        means: T tensors [N, ...], computed with the parameters that sampled.
+        stds: T tensors that broadcast to [N, ...].
+    """
+
+    latents: tuple[Tensor, ...]
+    noises: tuple[Tensor, ...]
+    means: tuple[Tensor, ...]
+    stds: tuple[Tensor, ...]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.noises)
+
+    @property
+    def num_samples(self) -> int:
+        return self.latents[0].shape[0]
+
+    @property
+    def sample(self) -> Tensor:
+        """x_0, shape [N, ...]."""
+        return self.latents[-1]
+
+    def select(self, rows: Tensor) -> Rollout:
+        """The rollout of some rows; `rows` is an index tensor [M]."""
+
+        def pick(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(tensor[rows.to(tensor.device)] if _has_rows(tensor, self) else tensor for tensor in tensors)
+
+        return Rollout(*(pick(getattr(self, field.name)) for field in dataclasses.fields(self)))
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The same rollout on another device."""
+        return Rollout(*(tuple(t.to(device) for t in getattr(self, field.name)) for field in dataclasses.fields(self)))
+
+    @staticmethod
+    def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+        """Joins rollouts of the same chain along the batch."""
+
+        def join(name: str) -> tuple[Tensor, ...]:
+            columns = zip(*(getattr(rollout, name) for rollout in rollouts), strict=True)
+            return tuple(torch.cat(column) if _has_rows(column[0], rollouts[0]) else column[0] for column in columns)
+
+        return Rollout(*(join(field.name) for field in dataclasses.fields(Rollout)))
+
+
+def _has_rows(tensor: Tensor, rollout: Rollout) -> bool:
+    """A standard deviation may be one number for the whole batch; then it has no rows to pick or join."""
+    return tensor.dim() == rollout.latents[0].dim() and tensor.shape[0] == rollout.num_samples
+
+
+def mix_seed(seed: int, *numbers: int) -> int:
+    """One seed (63 bits) from a run's seed and a few counters, by splitmix64's rounds.
+
+    Randomness that is a function of counters needs no state: resuming, or another number of processes, gives the same draws.
+    """
+    value = seed & _MASK
+    for number in numbers:
+        value = (value ^ ((number + 1) * 0x9E3779B97F4A7C15)) & _MASK
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+        value ^= value >> 31
+    return value >> 1
+
+
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+
+def seeded_generator(seed: int, *numbers: int) -> torch.Generator:
+    """A CPU generator seeded by `mix_seed`."""
+    return torch.Generator().manual_seed(mix_seed(seed, *numbers))
+
+
+def draw_noise(like: Tensor, generator: Generators) -> Tensor:
+    """Standard normal noise of the shape, dtype and device of `like` [N, ...], drawn on the generators' device."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = like.device if generator is None else generator.device
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    if len(generator) != like.shape[0]:
+        raise ValueError(f"generator: got {len(generator)} generators for {like.shape[0]} samples; pass one per sample")
+    rows = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator]
+    return torch.stack(rows).to(like.device)
+
+
+def next_latent(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """phi_t of eq. 1: mean + std * noise. The one place that forms it, so that replays are bit-identical."""
+    return mean + std * noise
+
+
+# Mean and std of a step, given the step and its input. Lets zeroth-order steps run with perturbed parameters.
+StepFunction = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def sample_chain(
+    chain: DenoisingChain,
+    num_samples: int,
+    generator: Generators = None,
+    *,
+    step_function: StepFunction | None = None,
+    paired: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Samples a chain without gradients and keeps what the estimators replay.
+
+    Args:
+        chain: the chain.
+        num_samples: N.
+        generator: source of the initial latent and of every step's noise.
+        step_function: replaces `chain.transition` with the chain's own parameters.
+        paired: samples 2k and 2k + 1 get the same noise (common random numbers for antithetic perturbations).
+        on_step: called with each finished step (a progress bar).
+
+    Raises:
+        FloatingPointError: a mean, or a standard deviation, is not finite; names the step.
+    """
+    params = chain.parameters()
+    run_step = step_function or (lambda step, x: chain.transition(step, x, params))
+    if paired and num_samples % 2:
+        raise ValueError(f"num_samples={num_samples}: antithetic perturbations pair the samples, so it must be even")
+    repeats = 2 if paired else 1
+    x = chain.initial(num_samples // repeats, generator).repeat_interleave(repeats, 0)
+    latents, noises, means, stds = [x], [], [], []
+    for step in range(chain.num_steps):
+        mean, std = run_step(step, x)
+        for name, tensor in (("mean", mean), ("std", std)):
+            if not torch.isfinite(tensor).all():
+                raise FloatingPointError(
+                    f"step {step} of {chain.num_steps}: the {name} of the next latent, shape {tuple(tensor.shape)}, has "
+                    "non-finite values; lower the learning rate or the guidance scale, or use a wider precision (bf16 "
+                    "or float32 instead of fp16)"
+                )
+        noise = draw_noise(mean[::repeats], generator).repeat_interleave(repeats, 0)
+        x = next_latent(mean, std, noise)
+        latents.append(x)
+        noises.append(noise)
+        means.append(mean)
+        stds.append(std)
+        if on_step is not None:
+            on_step(step)
+    return Rollout(tuple(latents), tuple(noises), tuple(means), tuple(stds))
+
+
+def sum_over_latent(values: Tensor) -> Tensor:
+    """Sums everything but the batch: [N, ...] -> [N]."""
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+def gaussian_log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x; mean, std^2) summed over the latent, without the constant -log(2 pi) / 2 per entry. Shape [N]."""
+    std = std.expand_as(mean)
+    return sum_over_latent(-((x - mean) ** 2) / (2 * std**2) - std.log())
+
+
+def gaussian_log_ratio(x: Tensor, mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor) -> Tensor:
+    """log N(x; mean, std^2) - log N(x; old_mean, old_std^2), shape [N].
+
+    With equal standard deviations the difference is taken in factored form, (new - old)(2x - new - old) / (2 std^2):
+    subtracting two sums of thousands of terms would cost three digits, and the ratio would not be exactly 1 for equal means.
+    """
+    if std.requires_grad or not torch.equal(*torch.broadcast_tensors(std, old_std)):
+        return gaussian_log_density(x, mean, std) - gaussian_log_density(x, old_mean, old_std)
+    return sum_over_latent((mean - old_mean) * (2 * x - mean - old_mean) / (2 * std**2))
+
+
+def select_rows(chain: DenoisingChain, rows: Tensor) -> DenoisingChain:
+    """The chain of some rows of its batch; a chain without `select` depends on nothing but `x`."""
+    select = getattr(chain, "select", None)
+    return chain if select is None else select(rows)
+
+
+class PerSampleChain:
+    """A chain whose parameters carry a leading batch dimension: sample i runs with `params[name][i]`.
+
+    Gradients with respect to such parameters are per-sample gradients, from one backward pass. The transition of the
+    wrapped chain must act on each row alone (it is mapped by `torch.vmap`).
+    """
+
+    def __init__(self, chain: DenoisingChain) -> None:
+        self.chain = chain
+        self.num_steps = chain.num_steps
+
+    def parameters(self) -> Parameters:
+        return self.chain.parameters()
+
+    def initial(self, num_samples: int, generator: Generators) -> Tensor:
+        return self.chain.initial(num_samples, generator)
+
+    def transition(self, step: int, x: Tensor, params: Parameters) -> tuple[Tensor, Tensor]:
+        def one(row: Tensor, row_params: Parameters) -> tuple[Tensor, Tensor]:
+            mean, std = self.chain.transition(step, row[None], row_params)
+            return mean[0], std.expand_as(mean)[0]
+
+        return torch.vmap(one)(x, dict(params))
+
+    def predict_clean(self, step: int, x: Tensor, params: Parameters) -> Tensor:
+        def one(row: Tensor, row_params: Parameters) -> Tensor:
+            return predict_clean(self.chain, step, row[None], row_params)[0]
+
+        return torch.vmap(one)(x, dict(params))
+
+
+def predict_clean(chain: DenoisingChain, step: int, x: Tensor, params: Parameters) -> Tensor:
+    """One-step prediction of the clean sample from `x = latents[step]`; at the end of the chain `x` itself."""
+    if step == chain.num_steps:
+        return x
+    method = getattr(chain, "predict_clean", None)
+    if method is None:
+        raise TypeError(
+            f"{type(chain).__name__} has no predict_clean(step, x, params), which control_variate=True and the sqdf preset "
+            "need; add it, or choose another plan"
+        )
+    return method(step, x, params)

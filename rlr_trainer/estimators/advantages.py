@@ -1,0 +1,114 @@
+"""Baselines and normalization: what multiplies the likelihood-ratio and zeroth-order terms in place of the reward.
+
+Every function takes rewards [N] in which NaN marks a sample without a reward; such a sample gets advantage 0 and enters no
+baseline. Besides the advantages A = (R - b) * scale each returns `scale`, because a first-order term dR/dx_0 that is added to
+them must be multiplied by the same factor, or the sum is the gradient of nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+MINIMUM_STD = 1e-8  # below this all rewards count as equal: there is nothing to normalize
+
+
+@dataclasses.dataclass(frozen=True)
+class Advantages:
+    """values: [N], (R - b) * scale; scale: [N], the factor for the reward's gradient. Both 0 for samples without a reward."""
+
+    values: Tensor
+    scale: Tensor
+
+    def clip(self, limit: float) -> Advantages:
+        """Limits the values to [-limit, limit] (DDPO's adv_clip_max; biased)."""
+        return Advantages(self.values.clamp(-limit, limit), self.scale)
+
+
+def _make(centered: Tensor, scale: Tensor, rewards: Tensor) -> Advantages:
+    valid = ~torch.isnan(rewards)
+    return Advantages(torch.where(valid, centered * scale, 0.0), torch.where(valid, scale, 0.0))
+
+
+def no_baseline(rewards: Tensor) -> Advantages:
+    """A = R."""
+    return _make(rewards, torch.ones_like(rewards), rewards)
+
+
+def leave_one_out(rewards: Tensor, groups: Tensor | None = None, blocks: Tensor | None = None) -> Advantages:
+    """A_i = R_i - mean of the others' rewards: unbiased, because b_i does not see the noise of sample i.
+
+    Args:
+        rewards: [N].
+        groups: int [N]; the baseline is taken among samples with the same number (same prompt). None: the whole batch.
+        blocks: int [N]; samples with the same number share randomness (a parameter perturbation, say) and are left out
+            together. None: every sample is its own block.
+
+    Returns:
+        Advantages with scale 1. A sample with nobody to compare with keeps its reward (baseline 0).
+    """
+    valid = ~torch.isnan(rewards)
+    filled = torch.where(valid, rewards, 0.0)
+    groups = torch.zeros(len(rewards), dtype=torch.long) if groups is None else groups
+    blocks = torch.arange(len(rewards)) if blocks is None else blocks
+    same_group = groups[:, None] == groups[None, :]
+    others = same_group & (blocks[:, None] != blocks[None, :]) & valid.cpu()[None, :]
+    others = others.to(rewards)
+    baseline = (others @ filled) / others.sum(1).clamp_min(1)
+    return _make(rewards - baseline, torch.ones_like(rewards), rewards)
+
+
+def normalize(rewards: Tensor) -> Advantages:
+    """A = (R - mean) / std over the batch (DDPO's global z-score). Biased by 1/N through the sample's own reward."""
+    valid = rewards[~torch.isnan(rewards)]
+    mean, std = valid.mean(), valid.std(correction=0)
+    return _make(rewards - mean, _inverse_std(std).expand_as(rewards), rewards)
+
+
+def _inverse_std(std: Tensor) -> Tensor:
+    return torch.where(std > MINIMUM_STD, 1 / (std + MINIMUM_STD), 1.0)
+
+
+class PerPromptStatistics:
+    """Running mean and standard deviation of the rewards of every prompt (DDPO's per-prompt statistics).
+
+    A prompt seen fewer than `min_count` times is normalized with the batch's statistics.
+    """
+
+    def __init__(self, buffer_size: int, min_count: int) -> None:
+        self.buffer_size = buffer_size
+        self.min_count = min_count
+        self.buffers: dict[Hashable, deque[float]] = {}
+
+    def update(self, prompts: Sequence[Hashable], rewards: Tensor) -> Advantages:
+        """Adds the rewards to the buffers, then normalizes each by its prompt's statistics."""
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+            if reward == reward:
+                self.buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
+        valid = rewards[~torch.isnan(rewards)]
+        batch = torch.stack([valid.mean(), valid.std(correction=0)])
+        statistics = {}
+        for prompt in set(prompts):
+            history = torch.tensor(list(self.buffers.get(prompt, ())), dtype=rewards.dtype)
+            enough = len(history) >= self.min_count
+            statistics[prompt] = torch.stack([history.mean(), history.std(correction=0)]) if enough else batch.cpu()
+        mean, std = torch.stack([statistics[prompt] for prompt in prompts]).to(rewards.device).unbind(1)
+        return _make(rewards - mean, _inverse_std(std), rewards)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {str(prompt): list(buffer) for prompt, buffer in self.buffers.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.buffers = {prompt: deque(values, maxlen=self.buffer_size) for prompt, values in state.items()}
+
+
+# Advantages that need no memory of earlier batches: name -> (rewards, groups, blocks) -> Advantages.
+ADVANTAGES: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Advantages]] = {
+    "none": lambda rewards, groups, blocks: no_baseline(rewards),
+    "leave_one_out": leave_one_out,
+    "normalize": lambda rewards, groups, blocks: normalize(rewards),
+}

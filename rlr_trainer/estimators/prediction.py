@@ -1,0 +1,87 @@
+"""Estimators built on the reward of the one-step prediction: a control variate, and the pathwise term alone.
+
+c(x) = R(x0_hat(x)) is the reward of the clean sample that the network predicts from a latent in one call; g = dc/dx is taken
+through the network's input only. Differentiating c through the parameters as well would bias both estimators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlr_trainer.chain import DenoisingChain, Parameters, predict_clean
+from rlr_trainer.estimators.first_order import pathwise, reward_and_gradient
+
+# (step, x = latents[step]) -> (c [N], g [N, ...])
+Critic = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+def prediction_critic(chain: DenoisingChain, params: Parameters, reward: Callable[[Tensor], Tensor]) -> Critic:
+    """c and g of a chain and a differentiable reward, with the parameters held constant."""
+    frozen = {name: p.detach() for name, p in params.items()}
+
+    def critic(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        return reward_and_gradient(lambda latent: reward(predict_clean(chain, step, latent, frozen)), x)
+
+    return critic
+
+
+def prediction_pathwise(critic_gradient: Tensor, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """Surrogate <g, mean_theta + std * noise>: pathwise, with c standing in for the rest of the chain.
+
+    Approximates: grad_t E[R]; exactly grad_theta E[c(x_{t-1})], so the bias is that of c as a prediction of R.
+    With: close to SQDF (arXiv:2512.04559) on every step and to ReFL (arXiv:2304.05977) on one random step.
+    Requires: a differentiable reward and a chain that predicts its clean sample.
+    Returns: the surrogate per sample, shape [N].
+    """
+    return pathwise(critic_gradient, mean, std, noise)
+
+
+def control_variate(advantage: Tensor, critic_value: Tensor, scale: Tensor | float, center: Tensor | float) -> Tensor:
+    """The advantage left after the part that the prediction explains: A - scale * (c - center). Shape [N].
+
+    Scored with it, and with `scale * prediction_pathwise` added, a step's likelihood-ratio estimate keeps its mean: the first
+    part loses scale * E[c grad log p], the second adds it back. `scale` and `center` must not depend on the sample's own
+    noise (fit them on earlier batches, or leave the sample out). RELAX (arXiv:1711.00123) uses the same construction.
+    """
+    return advantage - scale * (critic_value - center)
+
+
+def leave_one_out_mean(values: Tensor) -> Tensor:
+    """Mean of the other samples, [N] -> [N]; zeros for a single sample."""
+    count = len(values)
+    if count == 1:
+        return torch.zeros_like(values)
+    return (values.sum() - values) / (count - 1)
+
+
+class ControlVariateScale:
+    """Per-step factor on c, fitted on earlier batches: cov(R, c) / var(c), running, 1 until two batches were seen."""
+
+    def __init__(self, num_steps: int, decay: float = 0.9) -> None:
+        self.decay = decay
+        self.moments = torch.zeros(num_steps, 2, dtype=torch.float64)  # cov(R, c), var(c)
+        self.updates = torch.zeros(num_steps, dtype=torch.long)
+
+    def scale(self, step: int) -> float:
+        covariance, variance = self.moments[step].tolist()
+        return covariance / variance if self.updates[step] > 1 and variance > 0 else 1.0
+
+    def update(self, step: int, rewards: Tensor, critic_values: Tensor) -> None:
+        """Takes in one batch, [N] each. To be called after the batch's gradient, or the scale would depend on its noise."""
+        if len(rewards) < 2:
+            return
+        r, c = (values.double().cpu() - values.double().mean().cpu() for values in (rewards, critic_values))
+        moments = torch.stack([(r * c).mean(), (c * c).mean()])
+        first = self.updates[step] == 0
+        self.moments[step] = moments if first else self.decay * self.moments[step] + (1 - self.decay) * moments
+        self.updates[step] += 1
+
+    def state_dict(self) -> dict[str, list]:
+        return {"moments": self.moments.tolist(), "updates": self.updates.tolist()}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        self.moments = torch.tensor(state["moments"], dtype=torch.float64)
+        self.updates = torch.tensor(state["updates"], dtype=torch.long)

@@ -1,0 +1,205 @@
+"""The estimators of a plan, composed: one sweep back along the stored chain gives the sum of all differentiated parts.
+
+Going back from the sample, each step is rerun from its stored latent and differentiated once. Its local surrogate is the sum of
+
+    score      * likelihood_ratio(A, ...)       half-order: at the end of a sub-chain, and on single "lr" steps
+    prediction * prediction_pathwise(g, ...)    through the one-step prediction
+    pathwise(adjoint, ...)                      first-order steps, and the inside of a sub-chain
+
+and the gradient with respect to the step's input is the adjoint that the step before receives. So memory is that of one step
+for any K and h. `recompute="graph"` builds the graph of a whole first-order suffix or sub-chain instead: the same gradient,
+one network call per step less in total, memory that grows with K and h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from rlr_trainer.chain import DenoisingChain, Parameters, Rollout, next_latent
+from rlr_trainer.estimators.first_order import pathwise
+from rlr_trainer.estimators.half_order import likelihood_ratio
+from rlr_trainer.estimators.prediction import (
+    ControlVariateScale,
+    Critic,
+    control_variate,
+    leave_one_out_mean,
+    prediction_pathwise,
+)
+from rlr_trainer.plan import PlanDraw
+
+RECOMPUTE_MODES = ("recursive", "graph")
+
+
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """What the rewards say about one rollout, already weighted: fold 1/N, the normalization and fo_weight into it.
+
+    Attributes:
+        advantage: [N].
+        reward_gradient: [N, ...], dR/dx_0 times the same factors; None when the plan needs none.
+        scale: [N], the factor between a raw reward and `advantage`; weighs the one-step prediction's terms.
+        rewards: [N], raw; only to fit the control variate.
+    """
+
+    advantage: Tensor
+    reward_gradient: Tensor | None = None
+    scale: Tensor | None = None
+    rewards: Tensor | None = None
+
+
+@dataclasses.dataclass
+class SweepResult:
+    """What a sweep saw.
+
+    Attributes:
+        log_ratios: step -> log-ratio [N] of every scored step (all rows; those with weight 0 too).
+        critic_values: step -> c [N] of every step that asked the one-step prediction.
+        adjoint: gradient of the whole surrogate with respect to the first latent touched, [N, ...] or None.
+    """
+
+    log_ratios: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    critic_values: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    adjoint: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """How to go back along a chain; `run` does it.
+
+    Attributes:
+        chain, params: the chain and its live parameters, into whose `.grad` the estimate is accumulated.
+        backward: differentiates a scalar surrogate; returns the factor it multiplied the gradient by (a sign, a loss scale).
+        scope: context of one forward and backward pass, given its steps and whether it is the last of the sweep (a distributed
+            wrapper synchronizes gradients only there; a meter attributes gradients to steps).
+        recompute: "recursive" or "graph".
+        critic: c and g for control variate and prediction terms.
+        control_scale: factor on c per step; None: no control variate.
+        clip_range, mean_density: see `likelihood_ratio`.
+    """
+
+    chain: DenoisingChain
+    params: Parameters
+    backward: Callable[[Tensor], float]
+    scope: Callable[[list[int], bool], AbstractContextManager] = lambda steps, is_last: contextlib.nullcontext()
+    recompute: str = "recursive"
+    critic: Critic | None = None
+    control_scale: ControlVariateScale | None = None
+    clip_range: float | None = None
+    mean_density: bool = False
+
+    def run(self, rollout: Rollout, draw: PlanDraw, feedback: Feedback) -> SweepResult:
+        """Accumulates the gradient of the whole surrogate, summed over the batch.
+
+        Raises:
+            FloatingPointError: an adjoint is not finite; names the step.
+            ValueError: first-order steps without `feedback.reward_gradient`.
+        """
+        if self.recompute not in RECOMPUTE_MODES:
+            raise ValueError(f"recompute={self.recompute!r}: must be one of {RECOMPUTE_MODES}")
+        if draw.first_order.any() and feedback.reward_gradient is None:
+            raise ValueError("the plan has first-order steps but feedback.reward_gradient is None")
+        result = SweepResult()
+        blocks = self._blocks(draw)
+        for number, block in enumerate(blocks):
+            with self.scope(block, number == len(blocks) - 1):
+                self._run_block(block, rollout, draw, feedback, result)
+        return result
+
+    def _blocks(self, draw: PlanDraw) -> list[list[int]]:
+        """Runs of consecutive steps differentiated in one graph, last first: single steps when recursive."""
+        blocks: list[list[int]] = []
+        for step in reversed(draw.active_steps()):
+            linked = bool(blocks) and blocks[-1][0] == step + 1 and bool(draw.pathwise[:, step].any())
+            if linked and self.recompute == "graph":
+                blocks[-1].insert(0, step)
+            else:
+                blocks.append([step])
+        return blocks
+
+    def _run_block(self, block: list[int], rollout: Rollout, draw: PlanDraw, feedback: Feedback, result: SweepResult) -> None:
+        first, last = block[0], block[-1]
+        # The adjoint matters to the step before only if that step is pathwise for some row, and not already in this block.
+        carries = first > 0 and bool(draw.pathwise[:, first - 1].any())
+        adjoint = result.adjoint
+        if last == rollout.num_steps - 1:
+            adjoint = feedback.reward_gradient
+        start = rollout.latents[first].detach().requires_grad_(carries)
+        x, total = start, torch.zeros((), device=start.device, dtype=start.dtype)
+        for step in block:
+            mean, std = self.chain.transition(step, x, self.params)
+            total = total + self._local_surrogate(step, mean, std, rollout, draw, feedback, result)
+            if step == last:
+                if draw.pathwise[:, step].any() and adjoint is not None:
+                    masked = adjoint * _rows(draw.pathwise[:, step], adjoint)
+                    total = total + pathwise(masked, mean, std, rollout.noises[step]).sum()
+            else:
+                x = torch.where(
+                    _rows(draw.pathwise[:, step], x) > 0,
+                    next_latent(mean, std, rollout.noises[step]),
+                    rollout.latents[step + 1],
+                )
+        factor = self.backward(total)
+        result.adjoint = None
+        if carries:
+            assert start.grad is not None
+            result.adjoint = start.grad / factor
+            if factor in (1, -1) and not torch.isfinite(result.adjoint).all():
+                raise FloatingPointError(
+                    f"step {first}: the adjoint, shape {tuple(result.adjoint.shape)}, has non-finite values; shorten fo_steps "
+                    "or ho_length, or use a wider precision"
+                )
+
+    def _local_surrogate(
+        self,
+        step: int,
+        mean: Tensor,
+        std: Tensor,
+        rollout: Rollout,
+        draw: PlanDraw,
+        feedback: Feedback,
+        result: SweepResult,
+    ) -> Tensor:
+        """Score and prediction terms of one step, summed over the batch."""
+        score = draw.score[:, step].to(mean)
+        prediction = draw.prediction[:, step].to(mean)
+        advantage = feedback.advantage
+        is_scored = bool((score != 0).any())
+        if (is_scored and self.control_scale is not None) or (prediction != 0).any():
+            if self.critic is None or feedback.scale is None:
+                raise ValueError("the plan asks the one-step prediction: it needs a critic and feedback.scale")
+            value, gradient = self.critic(step + 1, rollout.latents[step + 1])
+            result.critic_values[step] = value
+            if is_scored and self.control_scale is not None:
+                # alpha scales c; a sample's centre is the mean of the others' c, so it sees none of its own noise
+                alpha = self.control_scale.scale(step)
+                advantage = control_variate(advantage, value * feedback.scale, alpha, leave_one_out_mean(value) * feedback.scale)
+                prediction = prediction + alpha * score
+            weighted = gradient * _rows(prediction * feedback.scale, gradient)
+            total = prediction_pathwise(weighted, mean, std, rollout.noises[step]).sum()
+        else:
+            total = torch.zeros((), device=mean.device, dtype=mean.dtype)
+        if is_scored:
+            surrogate, log_ratio = likelihood_ratio(
+                advantage,
+                rollout.latents[step + 1],
+                mean,
+                std,
+                rollout.means[step],
+                rollout.stds[step],
+                clip_range=self.clip_range,
+                mean_density=self.mean_density,
+            )
+            result.log_ratios[step] = log_ratio
+            total = total + (score * surrogate).sum()
+        return total
+
+
+def _rows(per_sample: Tensor, like: Tensor) -> Tensor:
+    """[N] or [1] reshaped to broadcast against [N, ...]."""
+    return per_sample.to(like).reshape(-1, *[1] * (like.dim() - 1))

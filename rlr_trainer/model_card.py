@@ -1,0 +1,99 @@
+"""The README.md beside trained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+
+_LORA_USE = """```python
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{base}")
+pipe.load_lora_weights("{repository}")
+image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={guidance}, eta={eta}).images[0]
+```"""
+
+_FULL_USE = """```python
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("{repository}")
+image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={guidance}, eta={eta}).images[0]
+```"""
+
+_BODY = """
+# {title}
+
+{base_sentence} fine-tuned on a reward with [rlr_trainer](https://pypi.org/project/rlr-trainer/), estimator `{estimator}`.
+
+## Use
+
+{use}
+
+## Training
+
+{updates} updates, {queries} pictures scored by {rewards}.{last}
+
+| option | value |
+|---|---|
+{options}
+
+Versions: torch {torch}, diffusers {diffusers}, transformers {transformers}.
+
+## Method
+
+Recursive Likelihood Ratio optimizer, "{paper}", [arXiv:{arxiv}](https://arxiv.org/abs/{arxiv}).
+"""
+
+
+def write_model_card(
+    trainer: Any,
+    folder: Path,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
+) -> None:
+    """Writes `folder/README.md` for the weights of `trainer`."""
+    args = trainer.args
+    base = trainer.policy.config.name_or_path
+    title = model_name or folder.resolve().name
+    names = {
+        "pipeline": type(trainer.adapter.pipeline).__name__,
+        "base": base or "the base pipeline",
+        "repository": trainer.hub_model_id or title,
+        "steps": args.sample_num_steps,
+        "guidance": args.sample_guidance_scale,
+        "eta": args.sample_eta,
+    }
+    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    options = args.rlr_options() | {"learning_rate": args.learning_rate, "max_grad_norm": args.max_grad_norm, "seed": args.seed}
+    body = _BODY.format(
+        title=title,
+        base_sentence=f"`{base}`" if base else "A diffusion pipeline",
+        estimator=args.estimator,
+        use=(_LORA_USE if trainer.use_lora else _FULL_USE).format(**names),
+        updates=trainer.state.global_step,
+        queries=trainer.rewards.queries,
+        rewards=", ".join(f"`{name}`" for name in trainer.rewards.names),
+        last=f" Mean reward of the first rollout {rewards[0]:.4g}, of the last {rewards[-1]:.4g}." if rewards else "",
+        options="\n".join(f"| `{name}` | `{value}` |" for name, value in options.items() if value is not None),
+        torch=torch.__version__,
+        diffusers=diffusers.__version__,
+        transformers=transformers.__version__,
+        paper=trainer._paper["title"],
+        arxiv=trainer._paper["id"],
+    )
+    own_tags = [tags] if isinstance(tags, str) else list(tags or [])
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=base if base and not Path(base).exists() else None,
+        datasets=[dataset_name] if dataset_name else None,
+        tags=sorted({*trainer._tag_names, *own_tags}),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / "README.md")

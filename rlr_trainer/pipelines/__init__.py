@@ -1,0 +1,79 @@
+"""Adapters to diffusers pipelines."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from rlr_trainer.pipelines.base import Conditioning, PipelineAdapter, PipelineChain, Policy
+from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
+from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
+
+logger = logging.getLogger(__name__)
+
+# Pipeline class name -> adapter. Names, so that no pipeline class has to be imported to look one up.
+ADAPTERS: dict[str, type[PipelineAdapter]] = {"StableDiffusionPipeline": StableDiffusionAdapter}
+
+
+def adapt(pipeline: Any) -> PipelineAdapter:
+    """The adapter of a pipeline object; an adapter is returned as it is.
+
+    Raises:
+        TypeError: no adapter for this class; names the supported ones.
+    """
+    if isinstance(pipeline, PipelineAdapter):
+        return pipeline
+    # TRL's DefaultDDPOStableDiffusionPipeline wraps the diffusers pipeline
+    inner = getattr(pipeline, "sd_pipeline", pipeline)
+    for cls in type(inner).__mro__:
+        if cls.__name__ in ADAPTERS:
+            return ADAPTERS[cls.__name__](inner)
+    raise TypeError(
+        f"sd_pipeline is a {type(inner).__name__}, which has no adapter; supported are {', '.join(ADAPTERS)}. Write a "
+        "PipelineAdapter (CONTRIBUTING.md, 'Add a pipeline') and pass it in its place"
+    )
+
+
+def load_pipeline(source: str | Path, **options: Any) -> Any:
+    """Loads a pipeline from a local folder or a hub id; a local folder's own LoRA weights are loaded too, to be continued.
+
+    Args:
+        source: path or hub id.
+        options: for `DiffusionPipeline.from_pretrained` (`torch_dtype`, `revision`, `variant`, ...).
+
+    Raises:
+        ValueError: a folder that holds no pipeline, or files that are damaged or missing.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"sd_pipeline={str(source)!r}: the folder has no model_index.json, so it is not a diffusers pipeline. A folder of LoRA "
+            "weights alone must be loaded on its base: pipe.load_lora_weights(folder), then pass pipe"
+        )
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(str(source), **options)
+    except Exception as error:  # diffusers, safetensors and the hub client raise kinds of their own
+        raise ValueError(
+            f"sd_pipeline={str(source)!r}: cannot be loaded ({type(error).__name__}: {error}). Pass a folder that "
+            "pipe.save_pretrained wrote, a hub id, or a pipeline object; a damaged download goes away with force_download=True"
+        ) from error
+    if (folder / LORA_FILE).is_file():
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
+        logger.info("continuing the LoRA weights found in %s", folder)
+    return pipeline
+
+
+__all__ = [
+    "ADAPTERS",
+    "Conditioning",
+    "PipelineAdapter",
+    "PipelineChain",
+    "Policy",
+    "StableDiffusionAdapter",
+    "adapt",
+    "attach_lora",
+    "load_pipeline",
+]

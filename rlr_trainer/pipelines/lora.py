@@ -1,0 +1,97 @@
+"""LoRA adapters on a diffusers network: attach or continue one, save and load it in diffusers' format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# What a loader needs to rebuild the adapter. The whole of peft's config would tie the file to one version of peft.
+METADATA_KEYS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
+
+
+def trained_adapter(module: Any) -> str:
+    """Name of the one active adapter of `module`.
+
+    Raises:
+        ValueError: several adapters are active.
+    """
+    names = module.active_adapters()
+    if len(names) != 1:
+        raise ValueError(f"the network has {len(names)} active LoRA adapters ({', '.join(names)}); leave one active: set_adapters")
+    return names[0]
+
+
+def attach_lora(module: Any, lora_config: Any) -> bool:
+    """Freezes `module` and makes a LoRA adapter trainable, in float32. Returns False if it adds one, True if it continues one.
+
+    An adapter that the module already has is continued with its own rank and targets, and `lora_config` is not used: adding a
+    second one beside it would silently drop the earlier fine-tuning.
+    """
+    module.requires_grad_(False)
+    continued = bool(getattr(module, "peft_config", None))
+    if not continued:
+        module.add_adapter(lora_config)
+    name = trained_adapter(module)
+    for parameter_name, parameter in module.named_parameters():
+        if "lora_" in parameter_name and f".{name}." in parameter_name:
+            parameter.data = parameter.data.to(torch.float32)
+            parameter.requires_grad_(True)
+    return continued
+
+
+def save_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, layers: str) -> None:
+    """Writes the trained adapter to `directory`, with rank and alpha, so that `load_lora_weights` restores its strength.
+
+    Args:
+        pipeline_class: the diffusers pipeline class.
+        module: the network.
+        directory: made if missing.
+        layers: name of the keyword argument of `pipeline_class.save_lora_weights` that takes the network's layers.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    name = trained_adapter(module)
+    state = get_peft_model_state_dict(module, adapter_name=name)
+    config = module.peft_config[name].to_dict()
+    metadata = {key: config[key] for key in METADATA_KEYS if key in config}
+    metadata_argument = layers.replace("_layers", "_adapter_metadata")
+    pipeline_class.save_lora_weights(
+        str(directory), **{layers: convert_state_dict_to_diffusers(state), metadata_argument: metadata}
+    )
+
+
+def load_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, prefix: str) -> None:
+    """Reads weights written by `save_lora_weights` into the trained adapter, in place.
+
+    Raises:
+        ValueError: the file is missing or damaged, or does not fit the adapter (other targets or another rank).
+    """
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(directory) / LORA_FILE
+    try:
+        state = load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"cannot read LoRA weights from {path}: {error}; pass a folder that save_model wrote") from error
+    state = {key.removeprefix(f"{prefix}."): tensor for key, tensor in state.items()}
+    if not any("lora_A" in key for key in state):
+        state = convert_unet_state_dict_to_peft(state)
+    name = trained_adapter(module)
+    own = get_peft_model_state_dict(module, adapter_name=name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if shapes != found:
+        different = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+        raise ValueError(
+            f"{path} does not fit the adapter being trained: {len(different)} of {len(shapes)} tensors differ, for instance "
+            f"{different[0]} ({found.get(different[0], 'missing')} in the file, {shapes.get(different[0], 'absent')} here); use the "
+            "same lora_r and lora_target_modules as the run that wrote it"
+        )
+    set_peft_model_state_dict(module, state, adapter_name=name)
