@@ -18,18 +18,25 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log line to `metrics.jsonl` in the output folder; a resumed run drops what lies past its checkpoint."""
+    """Appends every log line to `metrics.jsonl` in the output folder; a resumed run drops what lies past its checkpoint.
+
+    It starts with the training: an evaluation before must not make the folder look like that of a run.
+    """
+
+    def __init__(self) -> None:
+        self._started = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
+        self._started = True
         path = Path(args.output_dir) / METRICS_FILE
         lines = path.read_text().splitlines() if path.is_file() and state.global_step > 0 else []
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         path.write_text("".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs:
+        if not self._started or not logs:
             return
         row = {"step": state.global_step} | {name: _plain(value) for name, value in logs.items()}
         with open(Path(args.output_dir) / METRICS_FILE, "a") as file:

@@ -87,6 +87,34 @@ class Experience:
         return Experience(**joined)
 
 
+def check_batches(config: RLRConfig, plan: EstimatorPlan, processes: int) -> None:
+    """Refuses batch sizes that groups of a prompt, or pairs of perturbations, do not divide.
+
+    Raises:
+        ValueError: names the options.
+    """
+    group = config.num_images_per_prompt
+    if config.rollout_size * processes % group:
+        raise ValueError(
+            f"num_images_per_prompt={group}: must divide the samples of a rollout over all processes, "
+            f"{config.rollout_size * processes}; change it or the batch size"
+        )
+    if not plan.uses_zeroth_order:
+        return
+    batch = config.sample_batch_size * processes
+    needed = plan.zo_num_perturbations * (2 if plan.zo_antithetic else 1)
+    if batch % needed:
+        raise ValueError(
+            f"zo_num_perturbations={plan.zo_num_perturbations} with zo_antithetic={plan.zo_antithetic} needs a sampling batch "
+            f"(sample_batch_size * processes = {batch}) that is a multiple of {needed}; change one of them"
+        )
+    if plan.zo_antithetic and (config.sample_batch_size % 2 or (group > 1 and group % 2)):
+        raise ValueError(
+            f"zo_antithetic=True pairs samples of one prompt: sample_batch_size={config.sample_batch_size} and "
+            f"num_images_per_prompt={group} must be even (num_images_per_prompt may be 1)"
+        )
+
+
 @dataclasses.dataclass
 class RolloutSummary:
     """What one rollout is logged with.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections import defaultdict, deque
@@ -16,30 +15,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
-from rlr_trainer import compat
 from rlr_trainer.callbacks import HookTracker, MetricsFile, rollout_progress
-from rlr_trainer.chain import sample_chain, seeded_generator
+from rlr_trainer.chain import seeded_generator
 from rlr_trainer.config import RLRConfig
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.prediction import ControlVariateScale, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep, SweepResult
 from rlr_trainer.estimators.zeroth_order import zeroth_order
-from rlr_trainer.experience import EVALUATION, SHUFFLE, Collector, Experience, RolloutSummary
+from rlr_trainer.experience import SHUFFLE, Collector, Experience, RolloutSummary, check_batches
 from rlr_trainer.meters import GradientMeter
-from rlr_trainer.model_card import write_model_card
-from rlr_trainer.pipelines import Conditioning, PipelineChain, Policy, adapt, attach_lora, load_pipeline
+from rlr_trainer.pipelines import PipelineChain, Policy, adapt, attach_lora, cast_frozen, load_pipeline
 from rlr_trainer.plan import StartDistribution
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rewards.interface import RewardFunction, Rewards
+from rlr_trainer.sampling import SamplingTrainer
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "rlr_state.json"
-CONFIG_FILE = "rlr_config.json"
-RUN_MARKS = ("checkpoint-*", "metrics.jsonl", "*.safetensors", "model_index.json")  # files that say that a run lives here
 
-
-class RLRTrainer(compat.BaseTrainer):
+class RLRTrainer(SamplingTrainer):
     """Fine-tunes a diffusion pipeline on a reward with the Recursive Likelihood Ratio optimizer (arXiv:2502.00639).
 
     The first five arguments are those of TRL's DDPOTrainer, in its order.
@@ -62,8 +56,6 @@ class RLRTrainer(compat.BaseTrainer):
         ValueError, TypeError: before any long work, for input that cannot be; the message names field, rule and way out.
     """
 
-    args: RLRConfig
-    model: nn.Module
     _tag_names = ["diffusers", "rlr", "reinforcement-learning", "text-to-image"]
     _name = "RLR"
     _paper = {
@@ -120,7 +112,7 @@ class RLRTrainer(compat.BaseTrainer):
             callbacks=[MetricsFile(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        self._check_group_sizes()
+        check_batches(config, self.plan, self.accelerator.num_processes)
         self._place_frozen_modules()
         if self.accelerator.device.type == "cpu":
             # Saturated rewards give denormal gradients, which slow a CPU's backward pass by 30 times and more.
@@ -157,34 +149,12 @@ class RLRTrainer(compat.BaseTrainer):
                     f"peft_config.lora_dropout={peft_config.lora_dropout}: must be 0, because a likelihood ratio compares the policy "
                     "that sampled with the same policy, not with another random mask"
                 )
-            if attach_lora(denoiser, peft_config):
+            if attach_lora(denoiser, peft_config, config.seed):
                 logger.warning("continuing the LoRA weights that the pipeline already has, with their own rank and targets")
         else:
             denoiser.requires_grad_(True)
             denoiser.to(torch.float32)
         return Policy(denoiser, name_or_path=str(getattr(self.adapter.pipeline.config, "_name_or_path", "") or ""))
-
-    def _check_group_sizes(self) -> None:
-        total = self.args.rollout_size * self.accelerator.num_processes
-        group = self.args.num_images_per_prompt
-        if total % group:
-            raise ValueError(
-                f"num_images_per_prompt={group}: must divide the samples of a rollout over all processes, {total}; change it or the "
-                "batch size"
-            )
-        if self.plan.uses_zeroth_order:
-            batch = self.args.sample_batch_size * self.accelerator.num_processes
-            needed = self.plan.zo_num_perturbations * (2 if self.plan.zo_antithetic else 1)
-            if batch % needed:
-                raise ValueError(
-                    f"zo_num_perturbations={self.plan.zo_num_perturbations} with zo_antithetic={self.plan.zo_antithetic} needs a sampling "
-                    f"batch (sample_batch_size * processes = {batch}) that is a multiple of {needed}; change one of them"
-                )
-            if self.plan.zo_antithetic and (self.args.sample_batch_size % 2 or (group > 1 and group % 2)):
-                raise ValueError(
-                    f"zo_antithetic=True pairs samples of one prompt: sample_batch_size={self.args.sample_batch_size} and "
-                    f"num_images_per_prompt={group} must be even (num_images_per_prompt may be 1)"
-                )
 
     def _place_frozen_modules(self) -> None:
         """Frozen networks go to the device in the run's precision; the decoder stays in float32 under fp16, where it overflows."""
@@ -192,13 +162,11 @@ class RLRTrainer(compat.BaseTrainer):
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         for module in self.adapter.frozen_modules:
             module.requires_grad_(False)
-            module.to(device, dtype)
+            cast_frozen(module, device, dtype)
         self.adapter.decoder.requires_grad_(False)
-        self.adapter.decoder.to(device, torch.float32 if dtype == torch.float16 else dtype)
+        cast_frozen(self.adapter.decoder, device, torch.float32 if dtype == torch.float16 else dtype)
         if self.use_lora:
-            for parameter in self.policy.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
+            cast_frozen(self.adapter.denoiser, device, dtype)
 
     # ---- Trainer's data: one placeholder per micro-batch; prompts are drawn by the rollout ----
 
@@ -242,20 +210,6 @@ class RLRTrainer(compat.BaseTrainer):
         self._queue.clear()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def check_output_folder(self) -> None:
-        """Refuses an `output_dir` that holds another run, unless `overwrite` is set; `train` calls it first.
-
-        Raises:
-            ValueError: the folder holds a run.
-        """
-        folder = Path(self.args.output_dir)
-        found = [path.name for mark in RUN_MARKS for path in sorted(folder.glob(mark))] if folder.is_dir() else []
-        if found and not self.args.overwrite and self.state.global_step == 0:
-            raise ValueError(
-                f"output_dir={str(folder)!r} holds another run ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}): choose another "
-                "folder, continue it with train(resume_from_checkpoint=True), or allow overwriting with overwrite=True (--overwrite)"
-            )
-
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Accumulates the gradient of one micro-batch; samples a rollout first when the last one is used up."""
         model.eval()  # dropout would make the policy that is trained another one than that which sampled
@@ -269,10 +223,6 @@ class RLRTrainer(compat.BaseTrainer):
             self._finish_update(experience)
         self._metrics["time/backward"].append(time.perf_counter() - started)
         return self._record_sweep(experience, result)
-
-    def _make_chain(self, model: nn.Module, conditioning: Conditioning) -> PipelineChain:
-        device = self.accelerator.device
-        return PipelineChain(self.adapter, model, self.policy, self.schedule, conditioning, self.latent_shape, device)
 
     def _collector(self, model: nn.Module, on_step: Callable[[int], None] | None = None) -> Collector:
         return Collector(
@@ -423,60 +373,6 @@ class RLRTrainer(compat.BaseTrainer):
             objective += (experience.advantage * ratio).mean()
         return -objective / self.args.gradient_accumulation_steps
 
-    # ---- sampling and evaluation ----
-
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, seed: int = 0) -> Tensor:
-        """Pictures of the present policy, [N, 3, H, W] in [0, 1] on the CPU, sampled as in training.
-
-        Picture i depends on the weights, its prompt, `seed` and i, not on the batch size or the number of processes.
-        """
-        model = self.model_wrapped if self.is_in_train else self.model
-        size = self.args.sample_batch_size
-        negatives = list(negative_prompts or [self.args.negative_prompt] * len(prompts))
-        images = []
-        model.eval()
-        for first in range(0, len(prompts), size):
-            rows = range(first, min(first + size, len(prompts)))
-            conditioning = self.adapter.condition(
-                [prompts[i] for i in rows], [negatives[i] for i in rows], self.args.sample_guidance_scale
-            )
-            generators = [seeded_generator(seed, EVALUATION, i) for i in rows]
-            with self.accelerator.autocast():
-                rollout = sample_chain(self._make_chain(model, conditioning), len(rows), generators)
-            images.append(self.adapter.decode(rollout.sample).cpu())
-        return torch.cat(images)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Mean and standard deviation of the reward on the prompts of `eval_dataset`, one picture each with fixed seeds."""
-        source = self.eval_prompts if eval_dataset is None else DatasetPrompts(eval_dataset, 0, False, "eval_dataset")
-        if source is None:
-            raise ValueError("evaluate() needs prompts: pass eval_dataset to it or to the trainer")
-        rows = source.peek(len(source))
-        size = self.args.sample_batch_size
-        images = self.generate(
-            [row.prompt for row in rows],
-            [self.args.negative_prompt if row.negative_prompt is None else row.negative_prompt for row in rows],
-            seed=self.args.seed,
-        )
-        totals = []
-        for first in range(0, len(rows), size):
-            part = rows[first : first + size]
-            batch = images[first : first + size].to(self.accelerator.device)
-            result = self.rewards(batch, tuple(r.prompt for r in part), tuple(r.metadata for r in part), differentiable=False)
-            totals.append(result.total.cpu())
-        rewards = torch.cat(totals)
-        valid = rewards[~torch.isnan(rewards)]
-        metrics = {
-            f"{metric_key_prefix}_reward": float(valid.mean()),
-            f"{metric_key_prefix}_reward_std": float(valid.std(correction=0)),
-        }
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     # ---- logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -491,77 +387,6 @@ class RLRTrainer(compat.BaseTrainer):
         if self.image_samples_hook is not None and self.is_world_process_zero():
             tracker = HookTracker(self.callback_handler.callbacks, Path(self.args.output_dir))
             self.image_samples_hook(summary.pictures, self.state.global_step, tracker)
-
-    # ---- saving and loading ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.use_lora:
-            self.adapter.save_lora(folder)
-        elif folder.name.startswith("checkpoint-"):
-            self.adapter.save_denoiser(folder)
-        else:
-            self.adapter.pipeline.save_pretrained(folder)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.args.rlr_options(), indent=2, default=str))
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Writes the trained weights and a model card: LoRA weights for `load_lora_weights`, or the whole pipeline."""
-        self.save_model(str(save_directory), _internal_call=True)
-        if self.is_world_process_zero():
-            write_model_card(self, Path(save_directory))
-
-    def create_model_card(  # type: ignore[override]  # TRL's signature, not transformers'
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Writes README.md to `output_dir`, with how to load the weights and the settings of the run."""
-        if self.is_world_process_zero():
-            write_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if not self.is_world_process_zero():
-            return
-        state = {
-            "rollouts_done": self._rollouts_done,
-            "pending_micro_batches": len(self._queue),
-            "reward_queries": self.rewards.queries,
-            "prompts": self.prompts.state_dict(),
-        }
-        for name in ("starts", "control_scale", "statistics"):
-            part = getattr(self, name)
-            if part is not None:
-                state[name] = part.state_dict()
-        (Path(output_dir) / STATE_FILE).write_text(json.dumps(state))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        self._load_weights(folder)
-        try:
-            state = json.loads((folder / STATE_FILE).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"cannot resume from {folder}: {STATE_FILE} is missing or damaged ({error})") from error
-        if state["pending_micro_batches"]:
-            raise ValueError(
-                f"cannot resume from {folder}: it was saved in the middle of a rollout ({state['pending_micro_batches']} micro-batches "
-                f"left); save at multiples of the {self.args.updates_per_rollout} updates of a rollout (save_steps)"
-            )
-        self._rollouts_done = state["rollouts_done"]
-        self.rewards.queries = state["reward_queries"]
-        self.prompts.load_state_dict(state["prompts"])
-        for name in ("starts", "control_scale", "statistics"):
-            part = getattr(self, name)
-            if part is not None:
-                part.load_state_dict(state[name])
-
-    def _load_best_model(self) -> None:
-        self._load_weights(Path(str(self.state.best_model_checkpoint)))
-
-    def _load_weights(self, folder: Path) -> None:
-        if self.use_lora:
-            self.adapter.load_lora(folder)
-        else:
-            self.adapter.load_denoiser(folder)
 
 
 class _MicroBatches(Dataset):

@@ -32,7 +32,7 @@ class Policy(nn.Module):
         self.denoiser: Any = denoiser
         self.config: Any = PretrainedConfig()
         self.config.name_or_path = name_or_path
-        self.config.model_type = "rlr-policy"
+        setattr(self.config, "model_type", "rlr-policy")  # noqa: B010  # a class variable there
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The denoiser's output, in float32 so that means and log-densities are formed in full precision."""
@@ -48,6 +48,15 @@ class Policy(nn.Module):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """name -> parameter, for those that require a gradient."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def cast_frozen(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves `module` to `device` and its frozen weights to `dtype`, except those that its class keeps in float32."""
+    keep = getattr(module, "_keep_in_fp32_modules", None) or []
+    module.to(device)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and not tensor.requires_grad and not any(part in name.split(".") for part in keep):
+            tensor.data = tensor.data.to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from rlr_trainer.chain import mix_seed
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # What a loader needs to rebuild the adapter. The whole of peft's config would tie the file to one version of peft.
 METADATA_KEYS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
@@ -24,16 +26,18 @@ def trained_adapter(module: Any) -> str:
     return names[0]
 
 
-def attach_lora(module: Any, lora_config: Any) -> bool:
+def attach_lora(module: Any, lora_config: Any, seed: int) -> bool:
     """Freezes `module` and makes a LoRA adapter trainable, in float32. Returns False if it adds one, True if it continues one.
 
     An adapter that the module already has is continued with its own rank and targets, and `lora_config` is not used: adding a
-    second one beside it would silently drop the earlier fine-tuning.
+    second one beside it would silently drop the earlier fine-tuning. New weights are drawn from `seed`.
     """
     module.requires_grad_(False)
     continued = bool(getattr(module, "peft_config", None))
     if not continued:
-        module.add_adapter(lora_config)
+        with torch.random.fork_rng(devices=[]):  # the weights depend on the run's seed alone, and the caller's generator stays
+            torch.default_generator.manual_seed(mix_seed(seed))
+            module.add_adapter(lora_config)
     name = trained_adapter(module)
     for parameter_name, parameter in module.named_parameters():
         if "lora_" in parameter_name and f".{name}." in parameter_name:

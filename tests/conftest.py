@@ -1,0 +1,68 @@
+"""Fixtures shared by the tests: the bundled model, loaded once, and small trainers on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_flush_denormal(True)
+
+
+@pytest.fixture(scope="session")
+def digits_pipeline_master() -> Any:
+    """The bundled pipeline; copy it before training."""
+    from rlr_trainer import digits
+
+    return digits.load_pipeline()
+
+
+@pytest.fixture
+def pipeline(digits_pipeline_master: Any) -> Any:
+    """A fresh copy of the bundled pipeline."""
+    return copy.deepcopy(digits_pipeline_master)
+
+
+@pytest.fixture(scope="session")
+def seven() -> Callable[..., torch.Tensor]:
+    """Differentiable reward: the bundled classifier's probability of a seven."""
+    from rlr_trainer.demo import digit_reward
+
+    return digit_reward(7)
+
+
+@pytest.fixture
+def make_trainer(pipeline: Any, seven: Callable[..., torch.Tensor], tmp_path: Path) -> Callable[..., Any]:
+    """Builds an `RLRTrainer` on the bundled model: 4 steps, batch 4, 2 updates, no output but files in a temporary folder."""
+    from rlr_trainer import RLRConfig, RLRTrainer, digits
+
+    def make(**options: Any) -> Any:
+        arguments = {
+            "reward_function": options.pop("reward_function", seven),
+            "prompt_function": options.pop("prompt_function", lambda: (digits.PROMPT, {})),
+            "sd_pipeline": options.pop("sd_pipeline", pipeline),
+        }
+        for name in ("image_samples_hook", "train_dataset", "eval_dataset", "peft_config", "callbacks", "optimizers"):
+            if name in options:
+                arguments[name] = options.pop(name)
+        if "train_dataset" in arguments:
+            arguments["prompt_function"] = None
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "sample_num_steps": 4,
+            "sample_guidance_scale": 1.0,
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            "lora_r": 2,
+            "learning_rate": 1e-3,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return RLRTrainer(RLRConfig(**(defaults | options)), **arguments)
+
+    return make
