@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -48,6 +48,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RewardProgress(ProgressCallback):
+    """Trainer's progress bar with the reward behind it, in place of a printed line per log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "reward" in logs:
+            self.training_bar.set_postfix(reward=f"{logs['reward']:.3f}")
 
 
 def rollout_progress(total: int, label: str, disable: bool) -> tqdm:

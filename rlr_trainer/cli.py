@@ -15,7 +15,10 @@ EXIT_FAILED = 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0, 1 (the run failed) or 2 (wrong arguments)."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not getattr(options, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides = rest
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return options.run(options)
@@ -35,8 +38,31 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_train(commands, common)
     _add_demo(commands, common)
     return parser
+
+
+def _add_train(commands: Any, common: argparse.ArgumentParser) -> None:
+    train = commands.add_parser(
+        "train",
+        parents=[common],
+        help="train as a YAML file says",
+        description="Trains as a YAML file says. Any key can be overridden: --learning_rate 1e-4 --fo_steps 3. The keys are model, "
+        "reward, prompts, eval_prompts and every option of RLRConfig; an unknown key is an error.",
+    )
+    train.add_argument("--config", default=None, help="YAML file of keys and values")
+    train.set_defaults(run=_run_train, takes_overrides=True)
+
+
+def _run_train(options: argparse.Namespace) -> int:
+    from rlr_trainer.run_config import build_trainer, load_settings
+
+    settings = load_settings(options.config, options.overrides)
+    trainer = build_trainer(settings)
+    trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+    trainer.save_pretrained(trainer.args.output_dir)
+    return 0
 
 
 def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:

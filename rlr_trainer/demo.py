@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback
 
 from rlr_trainer import digits
+from rlr_trainer.callbacks import RewardProgress
 from rlr_trainer.config import RLRConfig
 from rlr_trainer.rewards import jpeg_compressibility
 from rlr_trainer.trainer import RLRTrainer
@@ -107,6 +109,9 @@ def run_demo(options: DemoOptions) -> dict[str, Any]:
     config = demo_config(options)
     trainer = RLRTrainer(config, reward_function, lambda: (digits.PROMPT, {}), digits.load_pipeline())
     trainer.check_output_folder()
+    trainer.remove_callback(PrinterCallback if options.quiet else ProgressCallback)  # metrics.jsonl has what they print
+    if not options.quiet:
+        trainer.add_callback(RewardProgress)
     before = trainer.generate([digits.PROMPT] * EVALUATION_SAMPLES, seed=EVALUATION_SEED)
     trainer.train()
     after = trainer.generate([digits.PROMPT] * EVALUATION_SAMPLES, seed=EVALUATION_SEED)
