@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from transformers import TrainingArguments
@@ -108,6 +109,11 @@ class RLRConfig(TrainingArguments):
         None, "Sampling batches per process and rollout. Default: as many as one update takes."
     )
     negative_prompt: str = _option("", "Negative prompt of every sample, unless a dataset row brings its own.")
+    prompt_scales: list[int] | None = _option(
+        None,
+        "Diffusive Chain-of-Thought: steps at which the next, finer scale begins, e.g. [15, 35] for coarse, mid and fine; "
+        "a prompt function then returns one prompt per scale, a dataset brings a column scale_prompts.",
+    )
     height: int | None = _option(None, "Picture height in pixels. Default: the model's.")
     width: int | None = _option(None, "Picture width in pixels. Default: the model's.")
     shuffle_prompts: bool = _option(True, "Shuffle the prompts of train_dataset anew in every pass.")
@@ -207,6 +213,12 @@ class RLRConfig(TrainingArguments):
         for name in ("sample_batch_size", "sample_num_batches_per_epoch", "lora_alpha", "height", "width"):
             if getattr(self, name) is not None:
                 _check_positive_integer(name, getattr(self, name))
+        scales = self.prompt_scales
+        if scales is not None and not (scales and all(0 < a < b for a, b in pairwise([*scales, self.sample_num_steps]))):
+            raise ValueError(
+                f"prompt_scales={scales}: must be increasing step numbers between 1 and sample_num_steps - 1 = {self.sample_num_steps - 1}, "
+                "the first step of every scale but the coarsest"
+            )
         for name in ("clip_range", "adv_clip_max"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -19,7 +19,7 @@ from rlr_trainer.config import RLRConfig
 from rlr_trainer.estimators.advantages import ADVANTAGES, Advantages, PerPromptStatistics
 from rlr_trainer.estimators.first_order import reward_and_gradient
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps
-from rlr_trainer.pipelines import Conditioning, PipelineAdapter
+from rlr_trainer.pipelines import Conditioning, PipelineAdapter, ScaledConditioning
 from rlr_trainer.plan import EstimatorPlan, PlanDraw, StartDistribution
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, PromptRow
 from rlr_trainer.rewards.interface import RewardError, Rewards
@@ -46,7 +46,7 @@ class Experience:
 
     rollout: Rollout
     draw: PlanDraw
-    conditioning: Conditioning
+    conditioning: Conditioning | ScaledConditioning
     prompts: tuple[str, ...]
     metadata: tuple[Any, ...]
     rewards: Tensor
@@ -85,6 +85,29 @@ class Experience:
             elif field.name != "perturbations":
                 joined[field.name] = None if values[0] is None else type(values[0]).concatenate(values)
         return Experience(**joined)
+
+
+def condition_rows(adapter: PipelineAdapter, config: RLRConfig, batch: Sequence[PromptRow]) -> Conditioning | ScaledConditioning:
+    """Conditioning of a batch of prompts; one per scale when `config.prompt_scales` divides the chain.
+
+    Raises:
+        ValueError: a row brings another number of prompts than there are scales.
+    """
+    negatives = [config.negative_prompt if row.negative_prompt is None else row.negative_prompt for row in batch]
+    first_steps = tuple(config.prompt_scales or ())
+    for row in batch:
+        if row.scale_prompts is not None and len(row.scale_prompts) != len(first_steps) + 1:
+            raise ValueError(
+                f"prompt {row.prompt!r:.60} brings {len(row.scale_prompts)} prompts, one per scale, but prompt_scales={list(first_steps)} makes "
+                f"{len(first_steps) + 1} scales; give as many prompts as scales, coarse to fine"
+            )
+    if not first_steps:
+        return adapter.condition([row.prompt for row in batch], negatives, config.sample_guidance_scale)
+    texts = [row.scale_prompts or (row.prompt,) * (len(first_steps) + 1) for row in batch]
+    return ScaledConditioning(
+        tuple(adapter.condition(scale, negatives, config.sample_guidance_scale) for scale in zip(*texts, strict=True)),
+        first_steps,
+    )
 
 
 def check_batches(config: RLRConfig, plan: EstimatorPlan, processes: int) -> None:
@@ -149,7 +172,7 @@ class Collector:
     schedule: DDIMSchedule
     rewards: Rewards
     prompts: FunctionPrompts | DatasetPrompts
-    make_chain: Callable[[Conditioning], DenoisingChain]
+    make_chain: Callable[[Conditioning | ScaledConditioning], DenoisingChain]
     accelerator: Any
     statistics: PerPromptStatistics | None = None
     starts: StartDistribution | None = None
@@ -322,9 +345,8 @@ class Collector:
         first = (number * self.accelerator.num_processes + self.accelerator.process_index) * size
         return [rows[i % len(rows)] for i in range(first, first + size)]
 
-    def _condition(self, batch: Sequence[PromptRow]) -> Conditioning:
-        negatives = [self.config.negative_prompt if row.negative_prompt is None else row.negative_prompt for row in batch]
-        return self.adapter.condition([row.prompt for row in batch], negatives, self.config.sample_guidance_scale)
+    def _condition(self, batch: Sequence[PromptRow]) -> Conditioning | ScaledConditioning:
+        return condition_rows(self.adapter, self.config, batch)
 
     def _gather(self, index: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Values of all processes in the order of their sample numbers, on the CPU: (numbers [S], values [S])."""

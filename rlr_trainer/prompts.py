@@ -12,19 +12,30 @@ from rlr_trainer.chain import seeded_generator
 
 PROMPT_COLUMN = "prompt"
 NEGATIVE_COLUMN = "negative_prompt"
+SCALES_COLUMN = "scale_prompts"
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptRow:
-    """One prompt: its text, what the reward gets as metadata, and its own negative prompt or None for the run's."""
+    """One prompt.
+
+    Attributes:
+        prompt: what the reward sees, and the network too unless there are `scale_prompts`.
+        metadata: what the reward gets beside it.
+        negative_prompt: its own, or None for the run's.
+        scale_prompts: one prompt per scale, coarse to fine (Diffusive Chain-of-Thought); None uses `prompt` in all.
+    """
 
     prompt: str
     metadata: Any
     negative_prompt: str | None = None
+    scale_prompts: tuple[str, ...] | None = None
 
 
 class FunctionPrompts:
-    """Prompts from a function `() -> (prompt, metadata)`.
+    """Prompts from a function `() -> (prompt, metadata)`; the prompt is a string, or one string per scale, coarse to fine.
+
+    The reward sees the last of several.
 
     Every process calls it for the whole batch of all processes and keeps its share: with the same state of the random number
     generators all processes agree on the prompts, and the run does not depend on how many there are.
@@ -50,7 +61,10 @@ class FunctionPrompts:
 
     def _call(self) -> PromptRow:
         returned = self.function()
-        if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[0], str):
+        pair = isinstance(returned, tuple) and len(returned) == 2
+        if pair and isinstance(returned[0], list | tuple) and returned[0] and all(isinstance(p, str) for p in returned[0]):
+            return PromptRow(returned[0][-1], returned[1], scale_prompts=tuple(returned[0]))
+        if not pair or not isinstance(returned[0], str):
             raise TypeError(
                 f"prompt_function returned {returned!r:.120}: must return a pair (prompt, metadata) with a string and, for instance, "
                 "an empty dict"
@@ -117,7 +131,12 @@ class DatasetPrompts:
         for column, text in ((PROMPT_COLUMN, prompt), (NEGATIVE_COLUMN, negative)):
             if not isinstance(text, str) and (column == PROMPT_COLUMN or text is not None):
                 raise TypeError(f"{self.name}: column {column!r} holds {text!r:.80} ({type(text).__name__}): must be a string")
-        return PromptRow(prompt, row, negative)
+        scales = row.get(SCALES_COLUMN)
+        if scales is not None and not (isinstance(scales, list | tuple) and all(isinstance(text, str) for text in scales)):
+            raise TypeError(
+                f"{self.name}: column {SCALES_COLUMN!r} holds {scales!r:.80}: must be a list of strings, coarse to fine"
+            )
+        return PromptRow(prompt, row, negative, None if scales is None else tuple(scales))
 
     def _epoch_order(self, epoch: int) -> Sequence[int]:
         if not self.shuffle:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from rlr_trainer.chain import sample_chain, seeded_generator
 from rlr_trainer.chains.ddim import DDIMSchedule
-from rlr_trainer.experience import EVALUATION
-from rlr_trainer.pipelines import Conditioning, PipelineChain
-from rlr_trainer.prompts import DatasetPrompts
+from rlr_trainer.experience import EVALUATION, condition_rows
+from rlr_trainer.pipelines import Conditioning, PipelineChain, ScaledConditioning
+from rlr_trainer.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.saving import SavingTrainer
 
 
@@ -23,30 +23,42 @@ class SamplingTrainer(SavingTrainer):
     schedule: DDIMSchedule
     latent_shape: tuple[int, ...]
 
-    def _make_chain(self, model: nn.Module, conditioning: Conditioning) -> PipelineChain:
+    def _make_chain(self, model: nn.Module, conditioning: Conditioning | ScaledConditioning) -> PipelineChain:
         """The chain of a batch under `model`, the policy as Trainer wrapped it."""
         device = self.accelerator.device
         return PipelineChain(self.adapter, model, self.policy, self.schedule, conditioning, self.latent_shape, device)
 
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, seed: int = 0) -> Tensor:
+    def generate(
+        self, prompts: Sequence[str | Sequence[str]], negative_prompts: Sequence[str] | None = None, *, seed: int = 0
+    ) -> Tensor:
         """Pictures of the present policy, [N, 3, H, W] in [0, 1] on the CPU, sampled as in training.
 
         Picture i depends on the weights, its prompt, `seed` and i, not on the batch size or the number of processes.
+
+        Args:
+            prompts: N strings, or N sequences of strings, one per scale of `prompt_scales`.
+            negative_prompts: N strings; None takes the run's.
+            seed: of the noise.
         """
+        negatives: Sequence[str | None] = negative_prompts or [None] * len(prompts)
+        rows = [
+            PromptRow(text, {}, negative) if isinstance(text, str) else PromptRow(text[-1], {}, negative, tuple(text))
+            for text, negative in zip(prompts, negatives, strict=True)
+        ]
+        return self._generate(rows, seed)
+
+    @torch.no_grad()
+    def _generate(self, rows: Sequence[PromptRow], seed: int) -> Tensor:
         model = self.model_wrapped if self.is_in_train else self.model
         size = self.args.sample_batch_size
-        negatives = list(negative_prompts or [self.args.negative_prompt] * len(prompts))
         images = []
         model.eval()
-        for first in range(0, len(prompts), size):
-            rows = range(first, min(first + size, len(prompts)))
-            conditioning = self.adapter.condition(
-                [prompts[i] for i in rows], [negatives[i] for i in rows], self.args.sample_guidance_scale
-            )
-            generators = [seeded_generator(seed, EVALUATION, i) for i in rows]
+        for first in range(0, len(rows), size):
+            numbers = range(first, min(first + size, len(rows)))
+            conditioning = condition_rows(self.adapter, self.args, [rows[i] for i in numbers])
+            generators = [seeded_generator(seed, EVALUATION, i) for i in numbers]
             with self.accelerator.autocast():
-                rollout = sample_chain(self._make_chain(model, conditioning), len(rows), generators)
+                rollout = sample_chain(self._make_chain(model, conditioning), len(numbers), generators)
             images.append(self.adapter.decode(rollout.sample).cpu())
         return torch.cat(images)
 
@@ -59,11 +71,7 @@ class SamplingTrainer(SavingTrainer):
             raise ValueError("evaluate() needs prompts: pass eval_dataset to it or to the trainer")
         rows = source.peek(len(source))
         size = self.args.sample_batch_size
-        images = self.generate(
-            [row.prompt for row in rows],
-            [self.args.negative_prompt if row.negative_prompt is None else row.negative_prompt for row in rows],
-            seed=self.args.seed,
-        )
+        images = self._generate(rows, self.args.seed)
         totals = []
         for first in range(0, len(rows), size):
             part = rows[first : first + size]

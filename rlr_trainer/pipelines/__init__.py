@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rlr_trainer.pipelines.base import Conditioning, PipelineAdapter, PipelineChain, Policy, cast_frozen
+from rlr_trainer.pipelines.base import Conditioning, PipelineAdapter, PipelineChain, Policy, ScaledConditioning, cast_frozen
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
 
@@ -72,6 +72,7 @@ __all__ = [
     "PipelineAdapter",
     "PipelineChain",
     "Policy",
+    "ScaledConditioning",
     "StableDiffusionAdapter",
     "adapt",
     "attach_lora",

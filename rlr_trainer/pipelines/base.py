@@ -91,11 +91,42 @@ class Conditioning:
         negative = None if parts[0].negative is None else join([part.negative or {} for part in parts])
         return Conditioning(join([part.positive for part in parts]), negative, parts[0].guidance_scale)
 
+    def at(self, step: int) -> Conditioning:
+        """The conditioning of a step."""
+        return self
+
     def guided(self) -> dict[str, Tensor]:
         """Keyword arguments of one network call: negative rows first, then positive."""
         if self.negative is None:
             return dict(self.positive)
         return {name: torch.cat([self.negative[name], tensor]) for name, tensor in self.positive.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledConditioning:
+    """Conditioning that changes along the chain: Diffusive Chain-of-Thought (section 3.3 of arXiv:2502.00639).
+
+    Attributes:
+        scales: one conditioning per group of steps, coarse to fine.
+        first_steps: the step at which each group but the first begins, increasing.
+    """
+
+    scales: tuple[Conditioning, ...]
+    first_steps: tuple[int, ...]
+
+    def at(self, step: int) -> Conditioning:
+        """The conditioning of a step."""
+        return self.scales[sum(step >= first for first in self.first_steps)]
+
+    def select(self, rows: Tensor) -> ScaledConditioning:
+        """The conditioning of some rows."""
+        return ScaledConditioning(tuple(scale.select(rows) for scale in self.scales), self.first_steps)
+
+    @staticmethod
+    def concatenate(parts: Sequence[ScaledConditioning]) -> ScaledConditioning:
+        """Joins conditionings with the same groups along the batch."""
+        groups = zip(*(part.scales for part in parts), strict=True)
+        return ScaledConditioning(tuple(Conditioning.concatenate(group) for group in groups), parts[0].first_steps)
 
 
 class PipelineAdapter(abc.ABC):
@@ -215,7 +246,7 @@ class PipelineChain:
         policy: the policy as Trainer wrapped it.
         bare_policy: the policy itself.
         schedule: steps and noise levels.
-        conditioning: one row per sample.
+        conditioning: one row per sample, the same in all steps or one per scale.
         latent_shape: of one latent.
         device: where latents live.
     """
@@ -226,7 +257,7 @@ class PipelineChain:
         policy: nn.Module,
         bare_policy: Policy,
         schedule: DDIMSchedule,
-        conditioning: Conditioning,
+        conditioning: Conditioning | ScaledConditioning,
         latent_shape: tuple[int, ...],
         device: torch.device,
     ) -> None:
@@ -260,14 +291,14 @@ class PipelineChain:
         return self.schedule.init_std * noise.to(self.device)
 
     def _output(self, step: int, x: Tensor, params: Parameters) -> Tensor:
-        timestep = self.schedule.timesteps[step]
+        timestep, conditioning = self.schedule.timesteps[step], self.conditioning.at(step)
         if params is self._parameters:
-            return self.adapter.call(self.policy, x, timestep, self.conditioning)
+            return self.adapter.call(self.policy, x, timestep, conditioning)
 
         def policy(*args: Any, **kwargs: Any) -> Tensor:
             return functional_call(self.bare_policy, dict(params), args, kwargs)
 
-        return self.adapter.call(policy, x, timestep, self.conditioning)
+        return self.adapter.call(policy, x, timestep, conditioning)
 
     def transition(self, step: int, x: Tensor, params: Parameters) -> tuple[Tensor, Tensor]:
         """Mean [N, ...] and standard deviation (a scalar) of the next latent, float32."""

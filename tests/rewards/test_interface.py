@@ -13,8 +13,16 @@ IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 BATCH = (IMAGES, ("a", "b", "c"), ({}, {}, {}))
 
 
-@pytest.mark.parametrize("values", [torch.tensor([1, 2, 3]), np.array([1.0, 2.0, 3.0]), [1, 2.0, np.float64(3)], torch.tensor([1.0, 2, 3]).half(),
-                                    [torch.tensor(1.0), 2, torch.tensor([3.0])]])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.tensor([1, 2, 3]),
+        np.array([1.0, 2.0, 3.0]),
+        [1, 2.0, np.float64(3)],
+        torch.tensor([1.0, 2, 3]).half(),
+        [torch.tensor(1.0), 2, torch.tensor([3.0])],
+    ],
+)
 def test_any_numeric_form_becomes_float32(values):
     result = Rewards(lambda *batch: values)(*BATCH, differentiable=False)
     assert result.total.dtype == torch.float32
@@ -62,11 +70,11 @@ def test_queries_are_counted():
 
 
 def test_errors_name_the_reward():
+
+    def bad(*batch):
+        return torch.ones(3, 1)
+
     with pytest.raises(RewardError, match=r"reward 'bad' returned shape \(3, 1\)"):
-
-        def bad(*batch):
-            return torch.ones(3, 1)
-
         Rewards(bad)(*BATCH, differentiable=False)
     with pytest.raises(TypeError, match="must be a function"):
         Rewards([3])
