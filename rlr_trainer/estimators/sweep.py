@@ -31,7 +31,7 @@ from rlr_trainer.estimators.prediction import (
     leave_one_out_mean,
     prediction_pathwise,
 )
-from rlr_trainer.plan import PlanDraw
+from rlr_trainer.plan import PlanDraw, PlanError
 
 RECOMPUTE_MODES = ("recursive", "graph")
 
@@ -185,6 +185,10 @@ class Sweep:
         else:
             total = torch.zeros((), device=mean.device, dtype=mean.dtype)
         if is_scored:
+            if not bool((rollout.stds[step] > 0).all()):
+                raise PlanError(
+                    f"step {step} adds no noise (std = 0), so it has no likelihood ratio; cover it by first order (fo_steps)"
+                )
             surrogate, log_ratio = likelihood_ratio(
                 advantage,
                 rollout.latents[step + 1],
