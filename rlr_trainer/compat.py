@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers
 
 try:
@@ -22,13 +20,3 @@ class BaseTrainer(_TRLBaseTrainer):
 
     def _send_telemetry(self) -> None:
         """TRL reports its own trainers' use; this library reports nothing."""
-
-
-def is_ddpo_config(config: Any) -> bool:
-    """Whether `config` is TRL's DDPOConfig (looked up by name: TRL 0.24 and later have none)."""
-    return any(cls.__name__ == "DDPOConfig" for cls in type(config).__mro__)
-
-
-def is_alignprop_config(config: Any) -> bool:
-    """Whether `config` is TRL's AlignPropConfig."""
-    return any(cls.__name__ == "AlignPropConfig" for cls in type(config).__mro__)

@@ -14,6 +14,7 @@ from rlr_trainer.plan import NAMED_STARTS, EstimatorPlan, PlanError
 
 ADVANTAGE_NAMES = ("none", "leave_one_out", "normalize", "per_prompt")
 RECOMPUTE_NAMES = ("recursive", "graph")
+AUTO = "auto"  # value of fo_steps and ho_length: measure and choose
 
 # Options of RLRConfig that go to EstimatorPlan under the same name.
 PLAN_OPTIONS = (
@@ -59,9 +60,16 @@ class RLRConfig(TrainingArguments):
         "rlr", "Preset plan: rlr, rlr_paper, ddpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md)."
     )
     fo_steps: str | int | list[int] | tuple[int, int] | None = _option(
-        None, "K: first-order steps at the end of the chain; an integer, or [low, high] to draw it per trajectory. Default: preset."
+        None,
+        "K: first-order steps at the end of the chain: an integer, [low, high] to draw it per trajectory, or 'auto' to pick the K of least "
+        "measured variance before the first update. Default: preset.",
     )
-    ho_length: int | None = _option(None, "h: length of the half-order sub-chain, 0 for none. Default: preset.")
+    ho_length: str | int | None = _option(
+        None,
+        "h: length of the half-order sub-chain, 0 for none, or 'auto' for formula (8) of the paper with measured constants and "
+        "memory_budget_gb. Default: preset.",
+    )
+    memory_budget_gb: float | None = _option(None, "Memory for the chain's steps in GB (10^9 bytes), for ho_length='auto'.")
     ho_start: list[float] | str | tuple[float, ...] | None = _option(
         None, "Start of the sub-chain: 'uniform', 'grad_norm', [first, last], or one weight per start. Default: uniform."
     )
@@ -169,12 +177,19 @@ class RLRConfig(TrainingArguments):
 
     @property
     def plan(self) -> EstimatorPlan:
-        """The plan that the options describe.
+        """The plan that the options describe, see `make_plan`."""
+        return self.make_plan()
+
+    def make_plan(self, **chosen: Any) -> EstimatorPlan:
+        """The plan that the options describe, with `chosen` in place of some of them.
+
+        An option that is "auto" and not chosen stands for the preset's own value.
 
         Raises:
             PlanError: a K, h, start or subset that does not fit the chain.
         """
-        options = {name: getattr(self, name) for name in PLAN_OPTIONS}
+        options = {name: chosen.get(name, getattr(self, name)) for name in PLAN_OPTIONS}
+        options = {name: None if value == AUTO else value for name, value in options.items()}
         return EstimatorPlan.from_preset(self.estimator, self.sample_num_steps, **options)
 
     @property
@@ -195,7 +210,14 @@ class RLRConfig(TrainingArguments):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in base}
 
     def _check_own_options(self) -> None:
-        self.fo_steps = _numbers("fo_steps", self.fo_steps, int)
+        for name in ("fo_steps", "ho_length"):
+            if getattr(self, name) != AUTO:
+                setattr(self, name, _numbers(name, getattr(self, name), int))
+        if (self.ho_length == AUTO) != (self.memory_budget_gb is not None):
+            raise ValueError(
+                f"ho_length={self.ho_length!r} with memory_budget_gb={self.memory_budget_gb}: formula (8) needs both; set ho_length='auto' and "
+                "memory_budget_gb, or neither"
+            )
         if self.ho_start not in NAMED_STARTS:
             self.ho_start = _numbers("ho_start", self.ho_start, float)
         _check_choice("recompute", self.recompute, RECOMPUTE_NAMES)
@@ -252,7 +274,7 @@ def _numbers(name: str, value: Any, kind: type) -> Any:
     except ValueError:
         named = f"; or one of {', '.join(NAMED_STARTS)}" if name == "ho_start" else ""
         raise ValueError(f"{name}={value!r}: must be a number, or numbers separated by commas{named}") from None
-    return numbers[0] if len(numbers) == 1 and name == "fo_steps" else numbers
+    return numbers[0] if len(numbers) == 1 and name in ("fo_steps", "ho_length") else numbers
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -44,6 +44,11 @@ class SavingTrainer(compat.BaseTrainer):
     _queue: deque[Experience]
     _rollouts_done: int
 
+    _chosen: dict[str, int]
+
+    def _set_plan(self, **chosen: int) -> None:
+        raise NotImplementedError
+
     def check_output_folder(self) -> None:
         """Refuses an `output_dir` that holds another run, unless `overwrite` is set; `train` calls it first.
 
@@ -95,6 +100,7 @@ class SavingTrainer(compat.BaseTrainer):
             "pending_micro_batches": len(self._queue),
             "reward_queries": self.rewards.queries,
             "prompts": self.prompts.state_dict(),
+            "chosen": self._chosen,  # in place of "auto"
         }
         for name in ("starts", "control_scale", "statistics"):
             part = getattr(self, name)
@@ -114,6 +120,7 @@ class SavingTrainer(compat.BaseTrainer):
                 f"cannot resume from {folder}: it was saved in the middle of a rollout ({state['pending_micro_batches']} micro-batches "
                 f"left); save at multiples of the {self.args.updates_per_rollout} updates of a rollout (save_steps)"
             )
+        self._set_plan(**state["chosen"])  # the run goes on with what was chosen at its start
         self._rollouts_done = state["rollouts_done"]
         self.rewards.queries = state["reward_queries"]
         self.prompts.load_state_dict(state["prompts"])

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from rlr_trainer.callbacks import HookTracker, MetricsFile, rollout_progress
 from rlr_trainer.chain import seeded_generator
-from rlr_trainer.config import RLRConfig
+from rlr_trainer.config import AUTO, RLRConfig
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.prediction import ControlVariateScale, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep, SweepResult
@@ -93,9 +93,6 @@ class RLRTrainer(SamplingTrainer):
         self.eval_prompts = None if eval_dataset is None else DatasetPrompts(eval_dataset, 0, False, "eval_dataset")
         self.image_samples_hook = image_samples_hook
         self.plan = config.plan
-        for reason in self.plan.biases():
-            logger.warning("the gradient estimate is biased: %s", reason)
-
         pipeline = load_pipeline(sd_pipeline) if isinstance(sd_pipeline, str | Path) else sd_pipeline
         self.adapter = adapt(pipeline)
         self.schedule = self.adapter.schedule(config.sample_num_steps, config.sample_eta)
@@ -117,8 +114,8 @@ class RLRTrainer(SamplingTrainer):
         if self.accelerator.device.type == "cpu":
             # Saturated rewards give denormal gradients, which slow a CPU's backward pass by 30 times and more.
             torch.set_flush_denormal(True)
-        self.starts = StartDistribution(self.plan.num_starts) if self.plan.ho_start == "grad_norm" else None
-        self.control_scale = ControlVariateScale(self.plan.num_steps) if self.plan.uses_control_variate else None
+        self._chosen: dict[str, int] = {}
+        self._set_plan()
         uses_statistics = config.advantage_name == "per_prompt"
         self.statistics = (
             PerPromptStatistics(config.per_prompt_buffer_size, config.per_prompt_min_count) if uses_statistics else None
@@ -168,6 +165,31 @@ class RLRTrainer(SamplingTrainer):
         if self.use_lora:
             cast_frozen(self.adapter.denoiser, device, dtype)
 
+    def _set_plan(self, **chosen: int) -> None:
+        """Takes up the configured plan, with the values that were chosen for "auto", and the state that goes with it."""
+        self._chosen |= chosen
+        self.plan = self.args.make_plan(**self._chosen)
+        self.plan.check_noise(self.schedule.stds)
+        self.starts = StartDistribution(self.plan.num_starts) if self.plan.ho_start == "grad_norm" else None
+        self.control_scale = ControlVariateScale(self.plan.num_steps) if self.plan.uses_control_variate else None
+
+    def _choose_plan(self) -> None:
+        """Replaces "auto" in fo_steps and ho_length by what a measurement on this model and reward finds."""
+        from rlr_trainer.diagnostics import auto_fo_steps, auto_ho_length
+
+        if self.args.fo_steps == AUTO:
+            self._set_plan(fo_steps=auto_fo_steps(self))
+            logger.warning("fo_steps='auto': chose K = %d of %d steps", self._chosen["fo_steps"], self.plan.num_steps)
+        if self.args.ho_length == AUTO:
+            if self.args.recompute == "recursive":
+                logger.warning(
+                    "ho_length='auto': with recompute='recursive' memory is that of one step for any h and does not bind"
+                )
+            self._set_plan(ho_length=auto_ho_length(self, float(self.args.memory_budget_gb or 0)))
+            logger.warning("ho_length='auto': chose h = %d", self._chosen["ho_length"])
+        for reason in self.plan.biases():
+            logger.warning("the gradient estimate is biased: %s", reason)
+
     # ---- Trainer's data: one placeholder per micro-batch; prompts are drawn by the rollout ----
 
     def get_train_dataloader(self) -> DataLoader:
@@ -207,6 +229,7 @@ class RLRTrainer(SamplingTrainer):
             self.check_output_folder()
             if self.args.check_reward:
                 self._collector(self.model).probe()
+            self._choose_plan()
         self._queue.clear()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -372,6 +395,12 @@ class RLRTrainer(SamplingTrainer):
             self._metrics["clip_ratio"].append(float((deviation > clip_range).float().mean()) if clip_range else 0.0)
             objective += (experience.advantage * ratio).mean()
         return -objective / self.args.gradient_accumulation_steps
+
+    def diagnose(self, **options: Any) -> Any:
+        """Measures plans on this trainer's model and reward and proposes one; see `rlr_trainer.diagnostics.diagnose`."""
+        from rlr_trainer.diagnostics import diagnose
+
+        return diagnose(self, **options)
 
     # ---- logging ----
 

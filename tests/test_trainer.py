@@ -191,6 +191,17 @@ def test_a_separate_sampling_batch_does_not_change_the_update(make_trainer, pipe
     assert_same(other[0], whole[0], 1e-4)
 
 
+def test_activation_checkpointing_inside_a_step_changes_nothing(make_trainer, pipeline):
+    warm_lora(pipeline)
+    _, plain = gradients_of(make_trainer, sd_pipeline=copy.deepcopy(pipeline), output_dir="plain")
+    trainer, checkpointed = gradients_of(
+        make_trainer, sd_pipeline=copy.deepcopy(pipeline), output_dir="checkpointed", gradient_checkpointing=True
+    )
+    assert trainer.adapter.denoiser.is_gradient_checkpointing
+    assert_same(checkpointed[0], plain[0], 1e-5)
+    assert next(row for row in trainer.state.log_history if "loss" in row)["ratio/max_abs_dev"] == 0.0
+
+
 def test_normalized_advantages_scale_the_first_order_part_too(make_trainer, pipeline):
     """Divided by the same standard deviation, FO + LR is the gradient of E[R] / std: parallel to the plain one for FO alone."""
     warm_lora(pipeline)
@@ -556,3 +567,30 @@ def test_integer_numpy_and_list_rewards_are_taken(make_trainer):
         trainer = make_trainer(reward_function=reward, estimator="ddpo", max_steps=1, output_dir=f"run{number}")
         trainer.train()
         assert next(row["reward"] for row in trainer.state.log_history if "reward" in row) in (1.5, 2.75)
+
+
+def test_auto_chooses_k_before_the_first_update_and_keeps_it(make_trainer, pipeline):
+    options = {"fo_steps": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
+    trainer.train()
+    chosen = trainer.plan.fo_steps
+    assert 0 <= chosen <= 4
+    assert trainer.args.fo_steps == "auto"  # the caller's config stays as it was
+    state = json.loads((Path(trainer.args.output_dir) / "checkpoint-1" / "rlr_state.json").read_text())
+    assert state["chosen"] == {"fo_steps": chosen}
+    resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
+    resumed._choose_plan = lambda: pytest.fail("chose anew")
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-1"))
+    assert resumed.plan == trainer.plan
+
+
+def test_auto_sub_chain_length_needs_a_budget(make_trainer):
+    with pytest.raises(ValueError, match="formula \\(8\\) needs both"):
+        make_trainer(ho_length="auto")
+    with pytest.raises(ValueError, match="formula \\(8\\) needs both"):
+        make_trainer(memory_budget_gb=1.0)
+    trainer = make_trainer(
+        estimator="rlr_paper", ho_length="auto", memory_budget_gb=1.0, recompute="graph", zo_num_perturbations=2, max_steps=1
+    )
+    trainer.train()
+    assert 1 <= trainer.plan.ho_length <= 3
