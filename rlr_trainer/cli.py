@@ -61,7 +61,7 @@ def _run_train(options: argparse.Namespace) -> int:
 
     settings = load_settings(options.config, options.overrides)
     trainer = build_trainer(settings)
-    trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+    trainer.train()
     trainer.save_pretrained(trainer.args.output_dir)
     return 0
 

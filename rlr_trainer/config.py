@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from rlr_trainer import compat
 from rlr_trainer.plan import NAMED_STARTS, EstimatorPlan, PlanError
 
 ADVANTAGE_NAMES = ("none", "leave_one_out", "normalize", "per_prompt")
@@ -163,6 +164,17 @@ class RLRConfig(TrainingArguments):
                 f"{self.gradient_accumulation_steps} = {per_update}, the samples of one update"
             )
         self._check_plan()
+
+    @classmethod
+    def from_trl(cls, config: Any, **options: Any) -> RLRConfig:
+        """The run that a DDPOConfig or AlignPropConfig of TRL 0.23.1 describes; `options` replace what it says.
+
+        Raises:
+            ValueError: a setting that cannot be honoured, see `compat.options_of_trl_config`.
+        """
+        return cls(**(compat.options_of_trl_config(config) | options))
+
+    from_ddpo = from_trl
 
     @property
     def rollout_size(self) -> int:

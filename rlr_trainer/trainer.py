@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 
+from rlr_trainer import compat
 from rlr_trainer.callbacks import HookTracker, MetricsFile, rollout_progress
 from rlr_trainer.chain import seeded_generator
 from rlr_trainer.config import AUTO, RLRConfig
@@ -39,7 +40,7 @@ class RLRTrainer(SamplingTrainer):
     The first five arguments are those of TRL's DDPOTrainer, in its order.
 
     Args:
-        config: an `RLRConfig`.
+        config: an `RLRConfig`, or TRL's `DDPOConfig` or `AlignPropConfig` (converted, see docs/migrating.md).
         reward_function: `(images, prompts, metadata) -> rewards` or `-> (rewards, reward_metadata)`, or a list of such
             functions (`config.reward_weights`). Images are float [B, 3, H, W] in [0, 1].
         prompt_function: `() -> (prompt, metadata)`. Give it or `train_dataset`.
@@ -77,8 +78,10 @@ class RLRTrainer(SamplingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        if compat.trl_config_kind(config) is not None:
+            config = RLRConfig.from_trl(config)
         if not isinstance(config, RLRConfig):
-            raise TypeError(f"config is a {type(config).__name__}: must be an RLRConfig")
+            raise TypeError(f"config is a {type(config).__name__}: must be an RLRConfig, or TRL's DDPOConfig or AlignPropConfig")
         if (prompt_function is None) == (train_dataset is None):
             given = "both are" if prompt_function is not None else "neither is"
             raise ValueError(f"give exactly one of prompt_function and train_dataset: {given} given")
@@ -223,6 +226,8 @@ class RLRTrainer(SamplingTrainer):
         """
         if isinstance(resume_from_checkpoint, int) and not isinstance(resume_from_checkpoint, bool):
             resume_from_checkpoint, epochs = None, resume_from_checkpoint
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         if epochs is not None:
             self.args.num_train_epochs, self.args.max_steps = epochs, -1
         if not resume_from_checkpoint:
