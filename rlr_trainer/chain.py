@@ -95,8 +95,16 @@ class Rollout:
         """Joins rollouts of the same chain along the batch."""
 
         def join(name: str) -> tuple[Tensor, ...]:
-            columns = zip(*(getattr(rollout, name) for rollout in rollouts), strict=True)
-            return tuple(torch.cat(column) if _has_rows(column[0], rollouts[0]) else column[0] for column in columns)
+            joined = []
+            for column in zip(*(getattr(rollout, name) for rollout in rollouts), strict=True):
+                has_rows = [_has_rows(t, rollout) for t, rollout in zip(column, rollouts, strict=True)]
+                if not any(has_rows):
+                    joined.append(column[0])
+                elif all(has_rows) and len({t.shape[1:] for t in column}) == 1:
+                    joined.append(torch.cat(column))
+                else:  # a step that was perturbed in one rollout alone has a std per entry there and a number in the others
+                    joined.append(torch.cat([t.expand_as(r.latents[0]) for t, r in zip(column, rollouts, strict=True)]))
+            return tuple(joined)
 
         return Rollout(*(join(field.name) for field in dataclasses.fields(Rollout)))
 

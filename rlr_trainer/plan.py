@@ -146,7 +146,10 @@ class EstimatorPlan:
             longest_fo = chosen.get("fo_steps", 0)
             longest_fo = max(longest_fo) if isinstance(longest_fo, tuple | list) else longest_fo
             chosen["ho_length"] = max(0, min(chosen.get("ho_length", 0), num_steps - longest_fo))
-        return cls(num_steps=num_steps, **chosen)
+        plan = cls(num_steps=num_steps, **chosen)
+        if plan.fo_range[1] == 0 and not plan.ho_length and plan.rest_estimator == "none":
+            raise PlanError(f"estimator={name!r} with these options estimates no step: set fo_steps, ho_length or rest_estimator")
+        return plan
 
     @property
     def fo_range(self) -> tuple[int, int]:
@@ -227,7 +230,7 @@ class EstimatorPlan:
         count = self.num_starts
         if isinstance(self.ho_start, str):
             return [1 / count] * count
-        if len(self.ho_start) == 2 and count != 2:
+        if len(self.ho_start) == 2:
             first, last = self.ho_start
             return [1 / (last - first + 1) if first <= start <= last else 0.0 for start in range(count)]
         return [weight / sum(self.ho_start) for weight in self.ho_start]
@@ -343,6 +346,8 @@ def _inclusion_probabilities(eligible: Tensor, count: int, step_weights: Sequenc
 def _check_lengths(plan: EstimatorPlan) -> None:
     if plan.num_steps < 1:
         raise PlanError(f"num_steps={plan.num_steps}: a chain has at least one step")
+    if isinstance(plan.fo_steps, str) or len(plan.fo_range) != 2 or any(k != int(k) for k in plan.fo_range):
+        raise PlanError(f"fo_steps={plan.fo_steps!r}: K must be a whole number, or a pair (low, high) of whole numbers")
     low, high = plan.fo_range
     if not 0 <= low <= high <= plan.num_steps:
         raise PlanError(
@@ -366,7 +371,7 @@ def _check_start(plan: EstimatorPlan) -> None:
     if not plan.ho_length:
         raise PlanError(f"ho_start={list(plan.ho_start)} has no effect without a sub-chain; set ho_length to at least 1")
     count = plan.num_starts
-    if len(plan.ho_start) == 2 and count != 2:
+    if len(plan.ho_start) == 2:
         first, last = plan.ho_start
         if not (0 <= first <= last < count and first == int(first) and last == int(last)):
             raise PlanError(

@@ -306,7 +306,9 @@ class RLRTrainer(SamplingTrainer):
         gradient = experience.reward_gradient
         if gradient is not None:
             gradient = self.plan.fo_weight * gradient * scale.reshape(-1, *[1] * (gradient.dim() - 1))
-        return Feedback(advantage=experience.advantage * share, reward_gradient=gradient, scale=scale)
+        paired = self.plan.uses_zeroth_order and self.plan.zo_antithetic
+        blocks = experience.index // 2 if paired else None
+        return Feedback(advantage=experience.advantage * share, reward_gradient=gradient, scale=scale, blocks=blocks)
 
     def _sweep(self, model: nn.Module, chain: PipelineChain, experience: Experience) -> Sweep:
         params = chain.parameters()

@@ -36,7 +36,7 @@ def _make(centered: Tensor, scale: Tensor, rewards: Tensor) -> Advantages:
 
 def no_baseline(rewards: Tensor) -> Advantages:
     """A = R: no baseline, scale 1. Unbiased, with the variance of the reward's mean on top."""
-    return _make(rewards, torch.ones_like(rewards), rewards)
+    return _make(_floats(rewards), torch.ones_like(_floats(rewards)), rewards)
 
 
 def leave_one_out(rewards: Tensor, groups: Tensor | None = None, blocks: Tensor | None = None) -> Advantages:
@@ -51,21 +51,36 @@ def leave_one_out(rewards: Tensor, groups: Tensor | None = None, blocks: Tensor 
     Returns:
         Advantages with scale 1. A sample with nobody to compare with keeps its reward (baseline 0).
     """
-    valid = ~torch.isnan(rewards)
-    filled = torch.where(valid, rewards, 0.0)
-    groups = torch.zeros(len(rewards), dtype=torch.long) if groups is None else groups
-    blocks = torch.arange(len(rewards)) if blocks is None else blocks
-    same_group = groups[:, None] == groups[None, :]
-    others = same_group & (blocks[:, None] != blocks[None, :]) & valid.cpu()[None, :]
-    others = others.to(rewards)
-    baseline = (others @ filled) / others.sum(1).clamp_min(1)
-    return _make(rewards - baseline, torch.ones_like(rewards), rewards)
+    filled = torch.where(torch.isnan(rewards), 0.0, rewards).double().cpu()
+    counts = (~torch.isnan(rewards)).double().cpu()
+    group = torch.zeros(len(rewards), dtype=torch.long) if groups is None else groups.cpu()
+    block = torch.arange(len(rewards)) if blocks is None else blocks.cpu()
+    group = group.unique(return_inverse=True)[1]
+    block = torch.stack([group, block]).unique(dim=1, return_inverse=True)[1]
+    others = _total(counts, group) - _total(counts, block)
+    baseline = (_total(filled, group) - _total(filled, block)) / others.clamp_min(1)
+    return _make(_floats(rewards) - baseline.to(_floats(rewards)), torch.ones_like(_floats(rewards)), rewards)
+
+
+def _total(values: Tensor, index: Tensor) -> Tensor:
+    """Sum over the samples with the same index, for each sample. [N] -> [N]."""
+    return torch.zeros(len(values), dtype=values.dtype).index_add_(0, index, values)[index]
+
+
+def _floats(rewards: Tensor) -> Tensor:
+    return rewards if rewards.is_floating_point() else rewards.float()
+
+
+def _mean_and_std(rewards: Tensor) -> Tensor:
+    """[2], of the rewards that are there; in float64, where the spread of equal float32 rewards is exactly 0."""
+    values = rewards[~torch.isnan(rewards)].double().cpu()
+    return torch.stack([values.mean(), values.std(correction=0)]) if len(values) else torch.zeros(2, dtype=torch.float64)
 
 
 def normalize(rewards: Tensor) -> Advantages:
     """A = (R - mean) / std over the batch (DDPO's global z-score). Biased by 1/N through the sample's own reward."""
-    valid = rewards[~torch.isnan(rewards)]
-    mean, std = valid.mean(), valid.std(correction=0)
+    rewards = _floats(rewards)
+    mean, std = _mean_and_std(rewards).to(rewards)
     return _make(rewards - mean, _inverse_std(std).expand_as(rewards), rewards)
 
 
@@ -89,14 +104,13 @@ class PerPromptStatistics:
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             if reward == reward:
                 self.buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
-        valid = rewards[~torch.isnan(rewards)]
-        batch = torch.stack([valid.mean(), valid.std(correction=0)])
+        rewards = _floats(rewards)
+        batch = _mean_and_std(rewards)
         statistics = {}
         for prompt in set(prompts):
-            history = torch.tensor(list(self.buffers.get(prompt, ())), dtype=rewards.dtype)
-            enough = len(history) >= self.min_count
-            statistics[prompt] = torch.stack([history.mean(), history.std(correction=0)]) if enough else batch.cpu()
-        mean, std = torch.stack([statistics[prompt] for prompt in prompts]).to(rewards.device).unbind(1)
+            history = torch.tensor(list(self.buffers.get(prompt, ())), dtype=torch.float64)
+            statistics[prompt] = _mean_and_std(history) if len(history) >= self.min_count else batch
+        mean, std = torch.stack([statistics[prompt] for prompt in prompts]).to(rewards).unbind(1)
         return _make(rewards - mean, _inverse_std(std), rewards)
 
     def state_dict(self) -> dict[str, list[float]]:

@@ -107,6 +107,7 @@ def estimate_gradient(
         advantage=scored.values * share,
         reward_gradient=None if reward_gradient is None else plan.fo_weight * share * _scale_rows(reward_gradient, scored.scale),
         scale=scored.scale * share,
+        blocks=blocks,
     )
     Sweep(
         runner,
@@ -132,7 +133,8 @@ def _plain_backward(surrogate: Tensor) -> float:
 
 
 def _scale_rows(tensor: Tensor, factor: Tensor) -> Tensor:
-    return tensor * factor.reshape(-1, *[1] * (tensor.dim() - 1))
+    factor = factor.reshape(-1, *[1] * (tensor.dim() - 1))
+    return torch.where(factor == 0, 0.0, tensor * factor)  # a sample without a reward may have a gradient of NaN
 
 
 class _SharedZerothOrder:

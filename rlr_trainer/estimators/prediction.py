@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlr_trainer.chain import DenoisingChain, Parameters, predict_clean
+from rlr_trainer.estimators.advantages import leave_one_out
 from rlr_trainer.estimators.first_order import pathwise, reward_and_gradient
 
 # (step, x = latents[step]) -> (c [N], g [N, ...])
@@ -49,12 +50,9 @@ def control_variate(advantage: Tensor, critic_value: Tensor, scale: Tensor | flo
     return advantage - scale * (critic_value - center)
 
 
-def leave_one_out_mean(values: Tensor) -> Tensor:
-    """Mean of the other samples, [N] -> [N]; zeros for a single sample."""
-    count = len(values)
-    if count == 1:
-        return torch.zeros_like(values)
-    return (values.sum() - values) / (count - 1)
+def leave_one_out_mean(values: Tensor, blocks: Tensor | None = None) -> Tensor:
+    """Mean of the other samples, [N] -> [N]; zeros for a single sample. Samples of one block share noise and are left out together."""
+    return values - leave_one_out(values, blocks=blocks).values
 
 
 class ControlVariateScale:
@@ -71,6 +69,8 @@ class ControlVariateScale:
 
     def update(self, step: int, rewards: Tensor, critic_values: Tensor) -> None:
         """Takes in one batch, [N] each. To be called after the batch's gradient, or the scale would depend on its noise."""
+        there = ~(torch.isnan(rewards).cpu() | torch.isnan(critic_values).cpu())
+        rewards, critic_values = rewards.cpu()[there], critic_values.cpu()[there]
         if len(rewards) < 2:
             return
         r, c = (values.double().cpu() - values.double().mean().cpu() for values in (rewards, critic_values))

@@ -7,8 +7,9 @@ Going back from the sample, each step is rerun from its stored latent and differ
     pathwise(adjoint, ...)                      first-order steps, and the inside of a sub-chain
 
 and the gradient with respect to the step's input is the adjoint that the step before receives. So memory is that of one step
-for any K and h. `recompute="graph"` builds the graph of a whole first-order suffix or sub-chain instead: the same gradient,
-one network call per step less in total, memory that grows with K and h.
+for any K and h. `recompute="graph"` builds the graph of a whole first-order suffix or sub-chain instead: the same gradient for
+the parameters that sampled, in memory that grows with K and h. (Off-policy the two differ: this one replays the chain from
+its first stored latent, the recursive one takes each step at its stored latent.)
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ class Feedback:
         reward_gradient: [N, ...], dR/dx_0 times the same factors; None when the plan needs none.
         scale: [N], the factor between a raw reward and `advantage`; weighs the one-step prediction's terms.
         rewards: [N], raw; only to fit the control variate.
+        blocks: int [N]; samples with the same number share their noise (antithetic pairs), and the control variate's centre leaves
+            them out together. None: every sample has its own.
     """
 
     advantage: Tensor
     reward_gradient: Tensor | None = None
     scale: Tensor | None = None
     rewards: Tensor | None = None
+    blocks: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -174,11 +178,16 @@ class Sweep:
             if self.critic is None or feedback.scale is None:
                 raise ValueError("the plan asks the one-step prediction: it needs a critic and feedback.scale")
             value, gradient = self.critic(step + 1, rollout.latents[step + 1])
+            has_reward = feedback.scale != 0  # without one, the prediction's may be NaN as well, and counts for nothing
+            value = torch.where(has_reward, value, 0.0)
+            gradient = torch.where(_rows(has_reward, gradient) > 0, gradient, 0.0)
             result.critic_values[step] = value
             if is_scored and self.control_scale is not None:
                 # alpha scales c; a sample's centre is the mean of the others' c, so it sees none of its own noise
                 alpha = self.control_scale.scale(step)
-                advantage = control_variate(advantage, value * feedback.scale, alpha, leave_one_out_mean(value) * feedback.scale)
+                advantage = control_variate(
+                    advantage, value * feedback.scale, alpha, leave_one_out_mean(value, feedback.blocks) * feedback.scale
+                )
                 prediction = prediction + alpha * score
             weighted = gradient * _rows(prediction * feedback.scale, gradient)
             total = prediction_pathwise(weighted, mean, std, rollout.noises[step]).sum()
