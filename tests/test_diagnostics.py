@@ -43,7 +43,7 @@ from rlr_trainer.diagnostics.statistics import (
     total_variance,
     unbiased_precision,
 )
-from rlr_trainer.diagnostics.workbench import GradientReader, untouched
+from rlr_trainer.diagnostics.workbench import GradientReader, measuring_config, untouched
 from rlr_trainer.plan import EstimatorPlan
 from rlr_trainer.rewards import jpeg_compressibility
 
@@ -303,8 +303,9 @@ class Recorder(TrainerCallback):
     [
         {"estimator": "rlr", "fo_steps": 1, "ho_length": 2},
         {"estimator": "ddpo", "advantage": "leave_one_out", "adv_clip_max": 1e9},
-        {"estimator": "sqdf"},
+        {"estimator": "sqdf", "num_images_per_prompt": 2},
         {"estimator": "rlr", "control_variate": True},
+        {"estimator": "es", "zo_num_perturbations": 1, "num_images_per_prompt": 2},
         {"estimator": "rlr_paper", "zo_num_perturbations": 2},
         {"estimator": "full_bp", "recompute": "graph", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     ],
@@ -321,6 +322,28 @@ def test_an_update_is_the_trainers(make_trainer, options):
     assert seconds > 0
     assert float(update.norm()) > 0
     torch.testing.assert_close(update, -recorder.update, rtol=0, atol=1e-5 * float(update.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("options", "sampling"),
+    [
+        ({}, (4, 1)),
+        ({"gradient_accumulation_steps": 3}, (4, 3)),
+        ({"sample_batch_size": 2}, (2, 2)),
+        (
+            {"sample_batch_size": 16, "num_inner_epochs": 2},
+            (4, 1),
+        ),  # a rollout for several updates: one update's samples are measured
+        ({"sample_batch_size": 3, "sample_num_batches_per_epoch": 4}, (4, 1)),
+        ({"sample_batch_size": 16, "num_images_per_prompt": 8}, (16, 1)),  # a group is not split
+    ],
+)
+def test_a_measured_batch_has_the_samples_of_one_update(options, sampling):
+    config = config_of(**({"per_device_train_batch_size": 4} | options))
+    measuring = measuring_config(config)
+    assert (measuring.sample_batch_size, measuring.sample_num_batches_per_epoch) == sampling
+    assert measuring.advantage_limit is None
+    assert measuring.seed != config.seed
 
 
 def test_composed_updates_are_those_of_the_plan(make_trainer):
@@ -554,10 +577,11 @@ def test_a_short_time_limit_is_kept_and_said(make_trainer):
 
 
 def test_a_chain_whose_last_steps_add_no_noise(make_trainer):
-    trainer = make_trainer(reward_function=ink, sample_eta=0.0, estimator="full_bp")
+    trainer = make_trainer(reward_function=ink, sample_eta=0.0, estimator="full_bp", recompute="graph")
     diagnosis = diagnose(trainer, num_batches=3, time_limit=30)
     assert {row.name for row in diagnosis.rows} >= {"full_bp (yours)", "sqdf", "draft K=1"}
     assert any("ddpo was left out" in note for note in diagnosis.notes)
+    assert diagnosis.row("full_bp").peak_bytes > 2 * diagnosis.row("draft K=1").peak_bytes  # four steps in one graph
     assert diagnosis.profile.total_variance[:4] == [None] * 4
     assert diagnosis.profile.total_variance[4] is not None
     assert diagnosis.recommendation.plan is None
@@ -597,6 +621,15 @@ def test_auto_choices_on_the_bundled_model(make_trainer):
         auto_ho_length(trainer, 0.0, num_batches=2)
     with pytest.raises(ValueError, match="a variance needs two"):
         auto_fo_steps(trainer, num_batches=1)
+
+
+def test_progress_is_shown_on_a_terminal_only(make_trainer, monkeypatch, capsys):
+    trainer = make_trainer(reward_function=ink, disable_tqdm=False)
+    measure_variance_profile(trainer, num_batches=2, zeroth=False)
+    assert "diagnosing" not in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    measure_variance_profile(trainer, num_batches=2, zeroth=False)
+    assert "diagnosing: steps" in capsys.readouterr().err
 
 
 # ---- candidates and recommendation ----

@@ -25,6 +25,7 @@ from rlr_trainer.plan import EstimatorPlan
 TIMED_REPEATS = 3
 ZEROTH_BATCHES = 6
 FIRST_BATCH = 0
+DEAD_BATCHES = 4  # batches without any gradient after which a reward counts as a black box
 BLACK_BOX = "the reward has no gradient"
 DEAD_GRADIENT = (
     "the reward has a graph, but its gradient is exactly 0 for every picture although the rewards differ (rounding, a threshold or "
@@ -243,17 +244,23 @@ def reference_batch(bench: Workbench, number: int) -> tuple[Batch, bool, str | N
     Returns:
         The batch, whether the reward is differentiable, and why not.
     """
-    black_box = EstimatorPlan.from_preset("ddpo", bench.num_steps)
+    black_box, pathwise_plan = (EstimatorPlan.from_preset(name, bench.num_steps) for name in ("ddpo", "full_bp"))
     try:
-        batch = bench.collect(number, EstimatorPlan.from_preset("full_bp", bench.num_steps))
+        batch = bench.collect(number, pathwise_plan)
     except NonDifferentiableRewardError:
         return bench.collect(number, black_box), False, BLACK_BOX
-    gradients = [e.reward_gradient for e in batch.experiences]
-    rewards = torch.cat([e.rewards for e in batch.experiences])
-    dead = all(g is not None and not g.any() for g in gradients)
-    if dead and len(rewards[~torch.isnan(rewards)].unique()) > 1:
+    # a saturated reward may have no gradient on one batch; one that never has any is another thing
+    others = (bench.collect(number + more, pathwise_plan) for more in range(1, DEAD_BATCHES))
+    if _is_dead(batch) and all(_is_dead(other) for other in others):
         return bench.collect(number, black_box), False, DEAD_GRADIENT
     return batch, True, None
+
+
+def _is_dead(batch: Batch) -> bool:
+    """Whether the rewards differ although the reward's gradient is exactly 0 for every picture."""
+    gradients = [e.reward_gradient for e in batch.experiences]
+    rewards = torch.cat([e.rewards for e in batch.experiences])
+    return all(g is not None and not g.any() for g in gradients) and len(rewards[~torch.isnan(rewards)].unique()) > 1
 
 
 def start_profile(bench: Workbench) -> tuple[ProfileBuilder, Batch, str | None]:

@@ -9,9 +9,8 @@ from rlr_trainer.diagnostics.report import TIE, PlanRow, Recommendation, format_
 from rlr_trainer.diagnostics.statistics import MINIMUM_BATCHES
 
 HACKING = (
-    "risk: a faithful gradient of a reward is not yet a good picture. On the bundled digits model, full_bp and sqdf led to pictures that the "
-    "reward likes and an independent judge does not (docs/diagnostics.md), and nothing in this measurement shows it: train with them only "
-    "beside such a judge"
+    "risk: a faithful gradient of a reward is not yet a good picture. Long first-order parts and one-step predictions find the reward's blind "
+    "spots fastest, where it has some, and nothing in this measurement shows it: train with them only beside an independent judge"
 )
 
 
