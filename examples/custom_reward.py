@@ -5,8 +5,6 @@ python examples/custom_reward.py --max_steps 20
 
 import argparse
 
-import torch
-
 from rlr_trainer import RLRConfig, RLRTrainer, digits
 
 
@@ -44,5 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+# The models are tiny: a second thread gains a tenth on a quiet machine and costs several times that on a busy one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
+torch.set_num_threads(1)
 torch.set_flush_denormal(True)
 
 
