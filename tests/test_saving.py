@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlr_trainer import digits
+from rlr_trainer.pipelines import LORA_FILE
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def test_saved_lora_reproduces_the_trained_pictures_in_an_untouched_pipeline(mak
     trainer.save_model("saved")
     trained = draw(trainer.adapter.pipeline)
     assert not torch.allclose(trained, draw(untouched), atol=1e-3)
-    untouched.load_lora_weights("saved")
+    untouched.load_lora_weights("saved", weight_name=LORA_FILE)
     torch.testing.assert_close(draw(untouched), trained, rtol=0, atol=1e-5)
 
 
@@ -157,7 +158,7 @@ def test_loaded_lora_weights_are_continued(make_trainer, pipeline):
     first = make_trainer(sd_pipeline=copy.deepcopy(pipeline), learning_rate=1e-2, output_dir="first")
     first.train()
     first.save_model("saved")
-    pipeline.load_lora_weights("saved")
+    pipeline.load_lora_weights("saved", weight_name=LORA_FILE)
     second = make_trainer(sd_pipeline=pipeline, output_dir="second")
     start = weights_of(second)
     assert sorted(tuple(t.shape) for t in start.values()) == sorted(tuple(t.shape) for t in weights_of(first).values())

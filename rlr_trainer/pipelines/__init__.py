@@ -68,6 +68,7 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 __all__ = [
     "ADAPTERS",
+    "LORA_FILE",
     "Conditioning",
     "PipelineAdapter",
     "PipelineChain",
