@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers.utils.logging  # its handler takes the stderr of the moment: it must not be that of one captured test
 import pytest
 import torch
+import transformers.utils.logging
+
+diffusers.utils.logging.get_logger("diffusers")
+transformers.utils.logging.get_logger("transformers")
 
 # The models are tiny: a second thread gains a tenth on a quiet machine and costs several times that on a busy one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
