@@ -13,6 +13,7 @@ _PUBLIC = {
     "EstimatorPlan": "rlr_trainer.plan",
     "GradientEstimate": "rlr_trainer.estimators",
     "PlanError": "rlr_trainer.plan",
+    "RLRCallback": "rlr_trainer.callbacks",
     "RLRConfig": "rlr_trainer.config",
     "RLRTrainer": "rlr_trainer.trainer",
     "RewardError": "rlr_trainer.rewards",
@@ -21,6 +22,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from rlr_trainer.callbacks import RLRCallback
     from rlr_trainer.chain import DenoisingChain, Rollout
     from rlr_trainer.config import RLRConfig
     from rlr_trainer.estimators import GradientEstimate, estimate_gradient
@@ -33,6 +35,7 @@ __all__ = [
     "EstimatorPlan",
     "GradientEstimate",
     "PlanError",
+    "RLRCallback",
     "RLRConfig",
     "RLRTrainer",
     "RewardError",

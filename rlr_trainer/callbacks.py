@@ -1,46 +1,126 @@
-"""Callbacks and trackers: the run's metrics file, progress bars, and pictures for image hooks."""
+"""Callbacks: the event of a rollout, the run's files (`run.json`, `metrics.jsonl`, `rewards.jsonl`), and progress bars."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 METRICS_FILE = "metrics.jsonl"
+REWARDS_FILE = "rewards.jsonl"
+RUN_FILE = "run.json"
+RUN_FORMAT = 1
 
 
-class MetricsFile(TrainerCallback):
-    """Appends every log line to `metrics.jsonl` in the output folder; a resumed run drops what lies past its checkpoint.
+class RLRCallback(TrainerCallback):
+    """A `TrainerCallback` that also sees every rollout. Plain `TrainerCallback`s work as well; they are not told of rollouts."""
+
+    def on_rollout_end(self, args: Any, state: Any, control: Any, *, rollout: Any, plan: Any, **kwargs: Any) -> Any:
+        """Called after a rollout is sampled and scored, before its updates, on every process.
+
+        Args:
+            args, state, control: as in every event; `state.global_step` counts the updates before this rollout.
+            rollout: `rlr_trainer.experience.RolloutSummary`: `pictures` of this process, in sampling batches of [images [B, 3, H, W] in
+                [0, 1], prompts, metadata, rewards [B], reward_metadata]; `rewards` [S] and `prompts` of all processes; `metrics`.
+            plan: the `EstimatorPlan` in force.
+            kwargs: `model`, `optimizer`, `lr_scheduler` and the rest of what Trainer passes to every event.
+
+        Returns:
+            None, or a changed `control`.
+        """
+
+
+def call_rollout_end(handler: Any, args: Any, state: Any, control: Any, **about: Any) -> Any:
+    """Tells the callbacks of `handler` (Trainer's) that have the method `on_rollout_end`; returns the control."""
+    names = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+    about |= {name: getattr(handler, name, None) for name in names}
+    for callback in handler.callbacks:
+        method = getattr(callback, "on_rollout_end", None)
+        if method is not None:
+            control = method(args, state, control, **about) or control
+    return control
+
+
+class RunFiles(RLRCallback):
+    """Writes `run.json`, `metrics.jsonl` and `rewards.jsonl` to the output folder; a resumed run drops what lies past its checkpoint.
 
     It starts with the training: an evaluation before must not make the folder look like that of a run.
+
+    Args:
+        facts: gives the content of `run.json` that the trainer knows; called when training begins.
     """
 
-    def __init__(self) -> None:
-        self._started = False
+    def __init__(self, facts: Callable[[], dict[str, Any]]) -> None:
+        self.facts = facts
+        self._started: float | None = None
+        self._seconds_before = 0.0
+        self._rollouts = 0
+
+    @property
+    def seconds(self) -> float:
+        """Time since training began, evaluations and pictures included, and that of the runs that this one resumes; 0 before."""
+        return 0.0 if self._started is None else self._seconds_before + time.perf_counter() - self._started
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self._started = True
-        path = Path(args.output_dir) / METRICS_FILE
-        lines = path.read_text().splitlines() if path.is_file() and state.global_step > 0 else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        folder, step = Path(args.output_dir), state.global_step
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = _keep_lines(folder / METRICS_FILE, lambda row: step > 0 and row["step"] <= step)
+        self._seconds_before = max((row["seconds"] for row in kept if row.get("seconds") is not None), default=0.0)
+        # a rollout that began at this step comes after the checkpoint
+        self._rollouts = len(_keep_lines(folder / REWARDS_FILE, lambda row: row["step"] < step))
+        self._started = time.perf_counter()
+        self._write_run(folder / RUN_FILE, resumed=step > 0)
+
+    def _write_run(self, path: Path, resumed: bool) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        run = json.loads(path.read_text(encoding="utf-8")) if resumed and path.is_file() else None
+        if run is None:
+            run = {"format": RUN_FORMAT, "started": now} | self.facts()
+        if resumed:
+            run["resumed"] = [*run.get("resumed", []), now]
+        path.write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="utf-8")
+
+    def on_rollout_end(self, args: Any, state: Any, control: Any, *, rollout: Any, plan: Any, **kwargs: Any) -> None:
+        if self._started is None:
+            return
+        rewards = [_plain(value) for value in rollout.rewards.tolist()]
+        _append(Path(args.output_dir) / REWARDS_FILE, {"rollout": self._rollouts, "step": state.global_step, "rewards": rewards})
+        self._rollouts += 1
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not self._started or not logs:
+        if self._started is None or not logs:
             return
-        row = {"step": state.global_step} | {name: _plain(value) for name, value in logs.items()}
-        with open(Path(args.output_dir) / METRICS_FILE, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        row = {"step": state.global_step, "seconds": round(self.seconds, 3)}
+        _append(Path(args.output_dir) / METRICS_FILE, row | {name: _plain(value) for name, value in logs.items()})
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Rewrites a file of JSON lines with the wanted ones, and returns them. A last line cut off by a crash is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    kept = [row for row in rows if wanted(row)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return kept
 
 
 def _plain(value: Any) -> Any:
@@ -58,73 +138,37 @@ class RewardProgress(ProgressCallback):
             self.training_bar.set_postfix(reward=f"{logs['reward']:.3f}")
 
 
-def rollout_progress(total: int, label: str, disable: bool) -> tqdm:
-    """A bar inside Trainer's own; quiet when it is disabled or the output is not a terminal."""
-    return tqdm(total=total, desc=label, leave=False, disable=disable or not sys.stderr.isatty(), position=1)
+class RolloutBar:
+    """A bar inside Trainer's own while a rollout is sampled and scored; quiet when disabled or when stderr is not a terminal.
 
-
-class HookTracker:
-    """What an image hook logs to: the run's trackers, or PNG files in the output folder when there is none.
-
-    It has the methods of an accelerate tracker that DDPO's hooks use.
+    It counts denoising steps, and one more per sampling batch for decoding and reward; its label says which of the two goes on.
 
     Args:
-        callbacks: Trainer's callbacks, among them its integrations.
-        folder: the run's output folder.
+        batches: sampling batches of the rollout.
+        num_steps: denoising steps of each.
+        disable: show nothing.
     """
 
-    def __init__(self, callbacks: Sequence[Any], folder: Path) -> None:
-        self._writers = [c.tb_writer for c in callbacks if getattr(c, "tb_writer", None) is not None]
-        self._wandb = next((c._wandb for c in callbacks if getattr(c, "_wandb", None) is not None), None)
-        self.folder = folder
+    def __init__(self, batches: int, num_steps: int, disable: bool) -> None:
+        self.num_steps = num_steps
+        quiet = disable or not sys.stderr.isatty()
+        self.bar = tqdm(total=batches * (num_steps + 1), desc="sampling", leave=False, disable=quiet, position=1)
+        self._scoring = False
 
-    @property
-    def tracker(self) -> Any:
-        """The first underlying tracker, or None."""
-        return next(iter([*self._writers, *([self._wandb] if self._wandb else [])]), None)
+    def __enter__(self) -> RolloutBar:
+        return self
 
-    def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Logs numbers and texts by name."""
-        for writer in self._writers:
-            for name, value in values.items():
-                if isinstance(value, str):
-                    writer.add_text(name, value, global_step=step)
-                else:
-                    writer.add_scalar(name, value, global_step=step)
-        if self._wandb is not None:
-            self._wandb.log(dict(values), step=step)
+    def __exit__(self, *stopped: object) -> None:
+        if stopped[0] is None and self._scoring:
+            self.bar.update(1)
+        self.bar.close()
 
-    def log_images(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Logs pictures by name: [3, H, W] or [N, 3, H, W] in [0, 1], or channels last (array, tensor or PIL)."""
-        pictures = {name: to_pictures(value) for name, value in values.items()}
-        for writer in self._writers:
-            for name, batch in pictures.items():
-                writer.add_images(name, batch, global_step=step)
-        if self._wandb is not None:
-            rows = {n: [self._wandb.Image(p.permute(1, 2, 0).numpy()) for p in batch] for n, batch in pictures.items()}
-            self._wandb.log(rows, step=step)
-        if self.tracker is None:
-            self._save(pictures, step)
-
-    def _save(self, pictures: Mapping[str, Tensor], step: int | None) -> None:
-        from PIL import Image
-
-        folder = self.folder / "images" / f"step_{step or 0:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, batch in pictures.items():
-            row = torch.cat(list(batch), dim=2)  # side by side
-            pixels = (row.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-            safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:100]
-            Image.fromarray(pixels).save(folder / f"{safe}.png")
-
-
-def to_pictures(value: Any) -> Tensor:
-    """Any usual form of one or several pictures as float [N, 3, H, W] in [0, 1]."""
-    import numpy as np
-
-    array = torch.as_tensor(np.asarray(value)) if not isinstance(value, Tensor) else value.detach().cpu()
-    if not array.is_floating_point():
-        array = array.float() / 255
-    array = array.float()
-    array = array[None] if array.dim() == 3 else array
-    return array.permute(0, 3, 1, 2) if array.shape[1] != 3 and array.shape[-1] == 3 else array
+    def step(self, step: int) -> None:
+        """A denoising step is done; after the last one of a batch the reward's turn has come."""
+        if self._scoring:
+            self.bar.update(1)
+            self.bar.set_description("sampling")
+        self._scoring = step == self.num_steps - 1
+        if self._scoring:
+            self.bar.set_description("rewards")
+        self.bar.update(1)

@@ -1,14 +1,25 @@
-"""Everything that differs between versions of TRL and transformers, and TRL's configs of the trainers that this one follows."""
+"""Everything that differs between versions of TRL and transformers, and what TRL's trainers of diffusion models had that this has not.
+
+TRL 0.23.1 was the last with `DDPOTrainer` and `AlignPropTrainer`. Their configs are converted here field by field
+(docs/migrating.md has the table), their hooks get the arguments they expect, and what a script overrides or calls that has no
+counterpart is refused by name, with what to use instead.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import importlib
 import logging
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.utils import is_torch_tf32_available
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +34,194 @@ except ImportError:  # TRL 0.23 has no common base: its trainers subclass transf
         _template_file: str | None = None
 
 
+def _let_trl_warn() -> None:
+    """Gives TRL 0.23's pipeline wrapper a logger that works before accelerate is set up.
+
+    Its own is accelerate's, which raises until there is an Accelerator. TRL's examples build the pipeline before the trainer, and
+    would end there with a RuntimeError in place of the warning that no LoRA weights were found.
+    """
+    try:
+        module = importlib.import_module("trl.models.modeling_sd_base")
+    except ImportError:  # later versions have no such module
+        return
+    setattr(module, "logger", logging.getLogger(module.__name__))  # noqa: B010
+
+
+_let_trl_warn()
+
+
+def _restore_on_numbered_cpu(storage: Any, location: str) -> Any:
+    """torch.load's answer for "cpu:1", accelerate's name of the second CPU process's device; transformers 4 loads optimizers there."""
+    return storage if re.fullmatch(r"cpu:\d+", location) else None
+
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    torch.serialization.register_package(11, lambda storage: None, _restore_on_numbered_cpu)
+
+# What DDPOTrainer and AlignPropTrainer had beside the arguments of their constructor -> what takes its place.
+REPLACED = {
+    "compute_rewards": "reward_function: one function or a list, config.reward_weights, config.async_rewards",
+    "step": "train(); a callback's on_step_begin and on_step_end run around every update",
+    "calculate_loss": "config.estimator, clip_range and advantage; a chain of one's own goes through rlr_trainer.estimate_gradient",
+    "loss": "config.estimator, clip_range and advantage; rlr_trainer.estimators.likelihood_ratio is the function",
+    "_generate_samples": "generate(prompts, seed=...)",
+    "_train_batched_samples": "train(); a callback's on_step_begin and on_step_end run around every update",
+    "_setup_optimizer": "optimizers=(optimizer, scheduler), or create_optimizer()",
+    "_config_check": "RLRConfig, which checks itself",
+    "_save_model_hook": "save_model(); PipelineAdapter.save_lora and save_denoiser",
+    "_load_model_hook": "train(resume_from_checkpoint=...); PipelineAdapter.load_lora and load_denoiser",
+    "_save_pretrained": "save_pretrained(folder)",
+    "config": "args, an RLRConfig",
+    "stat_tracker": "statistics",
+    "neg_prompt_embed": "config.negative_prompt",
+    "executor": "config.async_rewards and reward_workers",
+    "first_epoch": "state.epoch",
+    "num_train_timesteps": "args.rest_num_steps (None: all)",
+    "image_samples_callback": "image_samples_hook",
+    "trainable_layers": "policy.trainable_parameters()",
+    "autocast": "accelerator.autocast()",
+}
+# transformers.Trainer's own that this trainer never calls.
+NEVER_CALLED = {
+    "compute_loss": "config.estimator: the loss of an update is made of the surrogates of its plan",
+    "prediction_step": "evaluate()",
+    "evaluation_loop": "evaluate()",
+}
+# Members of TRL's DDPOStableDiffusionPipeline that this trainer never calls.
+PIPELINE_REPLACED = {
+    "__call__": "a PipelineAdapter (CONTRIBUTING.md)",
+    "rgb_with_grad": "a PipelineAdapter (CONTRIBUTING.md)",
+    "scheduler_step": "the pipeline's scheduler, or a PipelineAdapter with a schedule of its own",
+    "get_trainable_layers": "peft_config=LoraConfig(...), or config.lora_r, lora_alpha, lora_target_modules; use_lora=False trains all",
+    "save_pretrained": "trainer.save_pretrained, or PipelineAdapter.save_lora",
+    "save_checkpoint": "PipelineAdapter.save_lora and save_denoiser",
+    "load_checkpoint": "PipelineAdapter.load_lora and load_denoiser",
+    "autocast": "config.fp16, bf16",
+    **dict.fromkeys(
+        ("unet", "vae", "tokenizer", "text_encoder", "scheduler"), "the same part set on the diffusers pipeline itself"
+    ),
+}
+
+
+def rng_globals() -> Any:
+    """Context in which torch's safe loader takes the numpy arrays in Trainer's files of generator states."""
+    from transformers import trainer
+
+    return trainer.safe_globals()
+
+
 class BaseTrainer(_TRLBaseTrainer):
-    """TRL's trainer base, the same members in every supported version."""
+    """TRL's trainer base, the same members in every supported version, and DDPOTrainer's names for the constructor's arguments."""
+
+    _given: dict[str, Any]
 
     def _send_telemetry(self) -> None:
         """TRL reports its own trainers' use; this library reports nothing."""
+
+    @property
+    def sd_pipeline(self) -> Any:
+        """The pipeline, as it was given (a path: what was loaded from it)."""
+        return self._given["sd_pipeline"]
+
+    @property
+    def prompt_fn(self) -> Callable[[], tuple[str, Any]] | None:
+        """`prompt_function`, as it was given."""
+        return self._given["prompt_function"]
+
+    @property
+    def reward_fn(self) -> Any:
+        """`reward_function`, as it was given."""
+        return self._given["reward_function"]
+
+    if not TYPE_CHECKING:  # or a type checker would take every name for granted
+
+        def __getattr__(self, name: str) -> Any:
+            way_out = REPLACED.get(name)
+            hint = f": TRL's trainers had it; here it is {way_out}" if way_out else ""
+            raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
+
+
+def check_overrides(trainer_class: type, base: type) -> None:
+    """Refuses a subclass of the trainer that overrides what is never called: it would train something else than it says.
+
+    Raises:
+        TypeError: names the methods and what to use.
+    """
+    own = trainer_class.__mro__[: trainer_class.__mro__.index(base)]
+    dead = {name: way for name, way in (REPLACED | NEVER_CALLED).items() if any(name in vars(cls) for cls in own)}
+    if dead:
+        raise TypeError(
+            f"{trainer_class.__name__} overrides {', '.join(dead)}, which {base.__name__} never calls; use instead: "
+            + "; ".join(f"{name} -> {way}" for name, way in dead.items())
+        )
+
+
+def check_pipeline(pipeline: Any) -> None:
+    """Refuses a subclass of TRL's DDPOStableDiffusionPipeline that overrides what is never called.
+
+    Raises:
+        TypeError: names the members and what to use.
+    """
+    classes = type(pipeline).__mro__
+    known = ("DefaultDDPOStableDiffusionPipeline", "DDPOStableDiffusionPipeline")
+    first = next((number for number, cls in enumerate(classes) if cls.__name__ in known), 0)
+    dead = {name: way for name, way in PIPELINE_REPLACED.items() if any(name in vars(cls) for cls in classes[:first])}
+    if dead:
+        raise TypeError(
+            f"sd_pipeline is a {type(pipeline).__name__}, which overrides {', '.join(dead)}: the trainer never calls them, it samples and "
+            "saves through a PipelineAdapter. Use instead: " + "; ".join(f"{name} -> {way}" for name, way in dead.items())
+        )
+
+
+def adapt_hook(config: Any, hook: Callable[[Any, int, Any], Any] | None) -> Callable[[Any, int, Any], Any] | None:
+    """An image hook that takes DDPO's arguments; with an AlignPropConfig one that passes them on as AlignPropTrainer did.
+
+    That one gets a dict of the last batch alone, after every `log_image_freq` updates, with the number of the update.
+    """
+    if hook is None or trl_config_kind(config) != "alignprop":
+        return hook
+
+    def call(batches: Any, global_step: int, tracker: Any) -> None:
+        step = global_step + 1
+        if step % config.log_image_freq == 0:
+            names = ("images", "prompts", "prompt_metadata", "rewards")
+            hook(dict(zip(names, batches[-1], strict=False)), step, tracker)
+
+    return call
+
+
+def mark_mean_density(config: Any, names: set[str]) -> None:
+    """Notes on an RLRConfig which options are in DDPOTrainer's unit, for `use_summed_density`."""
+    setattr(config, "_mean_density_options", tuple(sorted(names)))  # noqa: B010  # no field: it is no option
+
+
+def use_summed_density(config: Any, latent_entries: int) -> Any:
+    """A DDPOConfig's `train_max_grad_norm` and `train_adam_epsilon` in the unit of this library's gradient.
+
+    DDPOTrainer's log-density is the mean over the D entries of a latent, and its loss the mean over the T steps; here both are sums.
+    The gradient is D * T times as large, and an update of AdamW stays the same when these two are as well.
+
+    Args:
+        config: an RLRConfig; one that a DDPOConfig was converted to is copied, any other returned as it is.
+        latent_entries: D.
+    """
+    names = getattr(config, "_mean_density_options", ())
+    if not names:
+        return config
+    factor = latent_entries * config.sample_num_steps
+    scaled = copy.copy(config)
+    for name in names:
+        setattr(scaled, name, factor * getattr(config, name))
+    mark_mean_density(scaled, set())
+    changed = ", ".join(f"{name}={getattr(scaled, name):g}" for name in names)
+    logger.info("the gradient of the summed log-density is %d times DDPOTrainer's: %s", factor, changed)
+    return scaled
 
 
 # Fields of TRL's DDPOConfig and AlignPropConfig (0.23.1) -> options of RLRConfig that mean the same.
 SAME_MEANING = {
     "seed": "seed",
     "num_epochs": "num_train_epochs",
-    "num_checkpoint_limit": "save_total_limit",
     "sample_num_steps": "sample_num_steps",
     "sample_eta": "sample_eta",
     "sample_guidance_scale": "sample_guidance_scale",
@@ -53,31 +240,22 @@ SAME_MEANING = {
     "train_clip_range": "clip_range",
     "per_prompt_stat_tracking_buffer_size": "per_prompt_buffer_size",
     "per_prompt_stat_tracking_min_count": "per_prompt_min_count",
+    "async_reward_computation": "async_rewards",
     "push_to_hub": "push_to_hub",
-}
-# Fields without an option of ours, and what to do instead; said once when they differ from their default.
-WITHOUT_OPTION = {
-    "exp_name": "name the run with run_name or output_dir",
-    "tracker_kwargs": "trackers are set up by transformers' callbacks, through environment variables",
-    "tracker_project_name": "set the tracker's own environment variable, such as WANDB_PROJECT",
-    "accelerator_kwargs": "use accelerator_config, or accelerate launch",
-    "async_reward_computation": "rewards are computed in the main thread",
-    "max_workers": "rewards are computed in the main thread",
-    "log_image_freq": "image_samples_hook is called after every rollout; skip the ones you do not want",
 }
 _CONVERTED = {
     *(
         "log_with",
+        "tracker_project_name",
+        "tracker_kwargs",
+        "accelerator_kwargs",
         "logdir",
         "project_kwargs",
-        "save_freq",
-        "mixed_precision",
-        "allow_tf32",
-        "resume_from",
+        "exp_name",
         "run_name",
-        "negative_prompts",
     ),
-    *("train_use_8bit_adam", "train_cfg", "train_timestep_fraction", "per_prompt_stat_tracking"),
+    *("save_freq", "num_checkpoint_limit", "resume_from", "mixed_precision", "allow_tf32", "max_workers", "log_image_freq"),
+    *("negative_prompts", "train_use_8bit_adam", "train_cfg", "train_timestep_fraction", "per_prompt_stat_tracking"),
     *("truncated_backprop_rand", "truncated_backprop_timestep", "truncated_rand_backprop_minmax"),
 }
 
@@ -92,47 +270,106 @@ def options_of_trl_config(config: Any) -> dict[str, Any]:
     """Options of RLRConfig that make the run a DDPOConfig or AlignPropConfig of TRL 0.23.1 describes. Each is logged.
 
     Raises:
-        ValueError: `train_cfg=False` with guidance: it would train another policy than the one that samples; or an unknown field.
+        ValueError: an unknown field; `train_cfg=False` with guidance, which would train another policy than the one that samples;
+            a checkpoint of TRL's, an unknown precision or key of project_kwargs.
     """
     kind = trl_config_kind(config)
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    unknown = sorted(fields.keys() - SAME_MEANING.keys() - WITHOUT_OPTION.keys() - _CONVERTED)
+    unknown = sorted(fields.keys() - SAME_MEANING.keys() - _CONVERTED)
     if kind is None or unknown:
         raise ValueError(f"{type(config).__name__} has fields that are not known here ({', '.join(unknown)}): write an RLRConfig")
     options: dict[str, Any] = {SAME_MEANING[name]: value for name, value in fields.items() if name in SAME_MEANING}
     options |= {"estimator": kind, "lora_r": 4, "lora_alpha": 4, "lr_scheduler_type": "constant"}  # what TRL hard-codes
-    options |= _files_and_precision(fields)
+    options["num_log_images"] = 0  # TRL samples and scores nothing beside what it trains on
+    options |= _files(fields) | _trackers(fields) | _machine(fields)
     options |= _ddpo_algorithm(fields) if kind == "ddpo" else _alignprop_algorithm(fields)
-    for name, advice in WITHOUT_OPTION.items():
-        default = next((f for f in dataclasses.fields(config) if f.name == name), None)
-        if default is not None and name != "exp_name" and fields[name] not in (default.default, {}):
-            logger.warning("%s.%s=%r has no counterpart: %s", type(config).__name__, name, fields[name], advice)
+    negative = fields["negative_prompts"] or ""
+    options["negative_prompt"] = negative if isinstance(negative, str) else ", ".join(negative)
+    options["optim"] = "adamw_bnb_8bit" if fields["train_use_8bit_adam"] else "adamw_torch"
     logger.info("from %s: %s", type(config).__name__, ", ".join(f"{k}={v!r}" for k, v in sorted(options.items())))
     return options
 
 
-def _files_and_precision(fields: dict[str, Any]) -> dict[str, Any]:
-    folder = fields["project_kwargs"].get("project_dir") or fields["logdir"]
+def _files(fields: dict[str, Any]) -> dict[str, Any]:
+    project = dict(fields["project_kwargs"])
+    folder = Path(project.pop("project_dir", None) or fields["logdir"])
     updates = 1
     if "sample_batch_size" in fields:
         per_rollout = fields["sample_batch_size"] * fields["sample_num_batches_per_epoch"]
         per_update = fields["train_batch_size"] * fields["train_gradient_accumulation_steps"]
         updates = max(1, per_rollout // per_update) * fields["train_num_inner_epochs"]
-    on_gpu = torch.cuda.is_available()
-    precision = fields["mixed_precision"]
+    options = {
+        "output_dir": str(folder / fields["run_name"]),
+        "save_strategy": "steps",
+        "save_steps": fields["save_freq"] * updates,
+        "save_total_limit": project.pop("total_limit", None) or fields["num_checkpoint_limit"],
+        "save_on_each_node": project.pop("save_on_each_node", False),
+        "resume_from_checkpoint": _checkpoint(fields["resume_from"]),
+        "hub_strategy": "end",  # "Whether to push the final model checkpoint to the Hub"
+    }
+    for name in ("automatic_checkpoint_naming", "iteration"):  # checkpoints are always named, by their number of updates
+        project.pop(name, None)
+    logging_dir = project.pop("logging_dir", None)
+    if project:
+        raise ValueError(f"project_kwargs has keys that are not known here ({', '.join(project)}): write an RLRConfig")
+    if logging_dir is not None and "logging_dir" in {f.name for f in dataclasses.fields(transformers.TrainingArguments)}:
+        options["logging_dir"] = str(logging_dir)
+    elif logging_dir is not None and fields["log_with"] == "tensorboard":
+        logger.warning("project_kwargs['logging_dir']=%r: set the environment variable TENSORBOARD_LOGGING_DIR", logging_dir)
+    return options
+
+
+def _checkpoint(resume_from: str | None) -> str | None:
+    """The folder to resume from; of a folder of checkpoints the newest, as TRL takes it."""
+    if not resume_from:
+        return None
+    folder = Path(resume_from).expanduser()
+    inside = [path for path in folder.glob("checkpoint[-_]*") if re.fullmatch(r"checkpoint[-_]\d+", path.name)]
+    ours = sorted((path for path in inside if "-" in path.name[10:11]), key=lambda path: int(path.name[11:]))
+    if ours:
+        return str(ours[-1])
+    if inside or re.fullmatch(r"checkpoint_\d+", folder.name):
+        raise ValueError(
+            f"resume_from={str(folder)!r} is a checkpoint of TRL's trainer, whose optimizer and counters cannot be taken over: load its "
+            "weights, pipe.load_lora_weights(folder), and train on from them without resume_from"
+        )
+    if not re.fullmatch(r"checkpoint-\d+", folder.name):
+        raise ValueError(f"resume_from={str(folder)!r} is neither a checkpoint nor a folder of checkpoints (checkpoint-*)")
+    return str(folder)
+
+
+def _trackers(fields: dict[str, Any]) -> dict[str, Any]:
+    tracker, project = fields["log_with"], fields["tracker_project_name"]
+    if tracker == "wandb":  # transformers' callback has no option for it
+        logger.info("WANDB_PROJECT=%s", os.environ.setdefault("WANDB_PROJECT", project))
+    if fields["tracker_kwargs"]:
+        logger.warning(
+            "tracker_kwargs=%r has no counterpart: transformers' callbacks read the tracker's own environment variables, such as "
+            "WANDB_ENTITY and WANDB_TAGS",
+            fields["tracker_kwargs"],
+        )
+    names = [name for name in (fields["exp_name"], fields["run_name"]) if name]
+    return {"report_to": tracker or "none", "project": project, "run_name": "-".join(names) or None}
+
+
+def _machine(fields: dict[str, Any]) -> dict[str, Any]:
+    precision = fields["mixed_precision"] or "no"
+    if precision not in ("no", "none", "fp16", "bf16"):
+        raise ValueError(f"mixed_precision={precision!r}: must be one of no, fp16, bf16")
+    accelerator = dict(fields["accelerator_kwargs"])
+    use_cpu = bool(accelerator.pop("cpu", False))
+    if accelerator:
+        logger.warning(
+            "accelerator_kwargs=%r has no counterpart: use RLRConfig's accelerator_config, or accelerate launch", accelerator
+        )
+    on_gpu = torch.cuda.is_available() and not use_cpu
     if precision == "fp16" and not on_gpu:
         logger.warning("mixed_precision='fp16' needs a GPU: training in float32")
     return {
-        "output_dir": str(Path(folder) / fields["run_name"]) if fields["run_name"] else str(folder),
-        "report_to": fields["log_with"] or "none",
-        "save_strategy": "steps",
-        "save_steps": fields["save_freq"] * updates,
+        "use_cpu": use_cpu,
         "fp16": precision == "fp16" and on_gpu,
         "bf16": precision == "bf16",
-        "tf32": True if fields["allow_tf32"] and on_gpu else None,
-        "negative_prompt": fields["negative_prompts"] or "",
-        "optim": "adamw_bnb_8bit" if fields["train_use_8bit_adam"] else "adamw_torch",
-        "resume_from_checkpoint": fields["resume_from"] or None,
+        "tf32": bool(fields["allow_tf32"]) if on_gpu and is_torch_tf32_available() else None,
     }
 
 
@@ -146,12 +383,17 @@ def _ddpo_algorithm(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         "advantage": "per_prompt" if fields["per_prompt_stat_tracking"] else "normalize",
         "rest_num_steps": steps if steps < fields["sample_num_steps"] else None,
+        "reward_workers": fields["max_workers"] if fields["async_reward_computation"] else 1,
     }
 
 
 def _alignprop_algorithm(fields: dict[str, Any]) -> dict[str, Any]:
+    """TRL's truncation step counts from the noisy end; steps before it get no gradient. At least the last step keeps its own."""
     steps = fields["sample_num_steps"]
     if fields["truncated_backprop_rand"]:
         first, last = fields["truncated_rand_backprop_minmax"]
         return {"fo_steps": (max(1, steps - last), max(1, min(steps, steps - first)))}
-    return {"fo_steps": max(1, steps - fields["truncated_backprop_timestep"])}
+    truncation = fields["truncated_backprop_timestep"]
+    if truncation >= steps:
+        logger.warning("truncated_backprop_timestep=%d is past the %d steps: the last step alone is trained", truncation, steps)
+    return {"fo_steps": max(1, min(steps, steps - truncation))}

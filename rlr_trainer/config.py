@@ -15,6 +15,9 @@ from rlr_trainer.plan import NAMED_STARTS, EstimatorPlan, PlanError
 
 ADVANTAGE_NAMES = ("none", "leave_one_out", "normalize", "per_prompt")
 RECOMPUTE_NAMES = ("recursive", "graph")
+AGGREGATION_NAMES = ("sum_then_normalize", "normalize_then_sum")
+NORMALIZING_ADVANTAGES = ("normalize", "per_prompt")
+ON_REWARD_ERROR_NAMES = ("raise", "skip")
 AUTO = "auto"  # value of fo_steps and ho_length: measure and choose
 
 # Options of RLRConfig that go to EstimatorPlan under the same name.
@@ -98,6 +101,20 @@ class RLRConfig(TrainingArguments):
     )
     adv_clip_max: float | None = _option(None, "Limit of the advantage's magnitude. Default: none; 5 for the ddpo preset.")
     reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
+    reward_aggregation: str = _option(
+        "sum_then_normalize",
+        "sum_then_normalize: the advantage of the weighted sum of the rewards; normalize_then_sum: the weighted sum of each reward's own "
+        "normalized advantage (GDPO).",
+    )
+    reward_batch_size: int | None = _option(None, "Pictures per call of a reward function. Default: the sampling batch.")
+    reward_timeout: float | None = _option(None, "Seconds that one call of a reward function may take. Default: no limit.")
+    on_reward_error: str = _option(
+        "raise", "raise: a reward that fails ends the run; skip: go on without the samples of that call, and count them."
+    )
+    async_rewards: bool = _option(
+        False, "Compute rewards in threads while the next batch is sampled; only for plans that need no reward gradient."
+    )
+    reward_workers: int = _option(1, "Reward calls at a time with async_rewards; above 1 the functions must be thread-safe.")
     num_images_per_prompt: int = _option(1, "Samples per prompt (group size); leave_one_out then compares within the group.")
     per_prompt_buffer_size: int = _option(16, "Rewards kept per prompt by advantage='per_prompt'.")
     per_prompt_min_count: int = _option(16, "Rewards a prompt needs before its own statistics are used.")
@@ -108,6 +125,15 @@ class RLRConfig(TrainingArguments):
         1e-4, "PPO clip range of the ratio of per-entry mean log-densities (as DDPO); none: unclipped."
     )
     num_inner_epochs: int = _option(1, "Passes over each rollout.")
+
+    kl_coef: float | None = _option(
+        None,
+        "Weight of the Kullback-Leibler divergence from the reference policy (the model before LoRA, or a copy of it), in units of the "
+        "advantage per nat of the whole chain. 0 only logs the metric kl. Default: neither.",
+    )
+    ema_decay: float | None = _option(
+        None, "Decay of an average of the trained weights, which evaluation, pictures and the saved result then use. Default: none."
+    )
 
     # ---- sampling ----
     sample_num_steps: int = _option(50, "T: denoising steps.")
@@ -127,6 +153,8 @@ class RLRConfig(TrainingArguments):
     width: int | None = _option(None, "Picture width in pixels. Default: the model's.")
     shuffle_prompts: bool = _option(True, "Shuffle the prompts of train_dataset anew in every pass.")
 
+    offload_rollouts: bool = _option(False, "Keep sampled chains in CPU memory until their update.")
+
     # ---- trained weights ----
     use_lora: bool = _option(True, "Train LoRA weights; false trains the whole network.")
     lora_r: int = _option(16, "Rank of the LoRA weights.")
@@ -137,6 +165,14 @@ class RLRConfig(TrainingArguments):
     log_estimator_norms: bool = _option(
         True, "Log the gradient norm of each part (needs one copy of the trainable gradients per part)."
     )
+    log_step_norms: bool = _option(
+        False, "Log the gradient norm of every denoising step, estimator/step_grad_norm/<step>; needs log_estimator_norms."
+    )
+    num_log_images: int = _option(
+        8, "Pictures of fixed prompts and noise, scored, before and after training, for samples/ and the trackers; 0 for none."
+    )
+    log_images_steps: int | None = _option(None, "Updates between two such sets of pictures. Default: only before and after training.")
+    eval_images_per_prompt: int = _option(1, "Pictures per prompt of eval_dataset; their noise is the same in every evaluation.")
     overwrite: bool = _option(False, "Allow an output_dir that holds another run; without it such a folder is refused.")
 
     # ---- TrainingArguments' defaults that do not fit reinforcement learning of a diffusion model ----
@@ -149,6 +185,7 @@ class RLRConfig(TrainingArguments):
     report_to: str | list[str] | None = _option("none", "Trackers: tensorboard, wandb, trackio, mlflow, ..., all or none.")
 
     def __post_init__(self) -> None:
+        self._changed = tuple(f.name for f in dataclasses.fields(self) if f.init and getattr(self, f.name) != _default(f))
         self._check_own_options()
         super().__post_init__()
         if self.sample_batch_size is None:
@@ -172,7 +209,11 @@ class RLRConfig(TrainingArguments):
         Raises:
             ValueError: a setting that cannot be honoured, see `compat.options_of_trl_config`.
         """
-        return cls(**(compat.options_of_trl_config(config) | options))
+        converted = cls(**(compat.options_of_trl_config(config) | options))
+        if compat.trl_config_kind(config) == converted.estimator == "ddpo":
+            # the trainer, which knows the latents' size, brings them to the unit of its gradient
+            compat.mark_mean_density(converted, {"max_grad_norm", "adam_epsilon"} - options.keys())
+        return converted
 
     from_ddpo = from_trl
 
@@ -206,8 +247,14 @@ class RLRConfig(TrainingArguments):
 
     @property
     def advantage_name(self) -> str:
-        """The advantage in force: the option, or the preset's own."""
-        return self.advantage or ("normalize" if self.estimator == "ddpo" else "leave_one_out")
+        """The advantage in force: the option, or the preset's own; normalize where rewards are normalized before they are summed."""
+        normalizes = self.estimator == "ddpo" or self.reward_aggregation == "normalize_then_sum"
+        return self.advantage or ("normalize" if normalizes else "leave_one_out")
+
+    @property
+    def normalizes_each_reward(self) -> bool:
+        """Whether every reward is normalized by itself before they are summed."""
+        return self.reward_aggregation == "normalize_then_sum" and self.advantage_name in NORMALIZING_ADVANTAGES
 
     @property
     def advantage_limit(self) -> float | None:
@@ -221,6 +268,11 @@ class RLRConfig(TrainingArguments):
         base = {f.name for f in dataclasses.fields(TrainingArguments)}
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in base}
 
+    def changed_options(self) -> dict[str, Any]:
+        """The options that were given another value than their default, name -> value; those of TrainingArguments too, tokens masked."""
+        values = self.to_dict()
+        return {name: values[name] for name in self._changed}
+
     def _check_own_options(self) -> None:
         for name in ("fo_steps", "ho_length"):
             if getattr(self, name) != AUTO:
@@ -233,6 +285,7 @@ class RLRConfig(TrainingArguments):
         if self.ho_start not in NAMED_STARTS:
             self.ho_start = _numbers("ho_start", self.ho_start, float)
         _check_choice("recompute", self.recompute, RECOMPUTE_NAMES)
+        self._check_rewards()
         if self.advantage is not None:
             _check_choice("advantage", self.advantage, ADVANTAGE_NAMES)
         for name in (
@@ -242,11 +295,25 @@ class RLRConfig(TrainingArguments):
             "per_prompt_buffer_size",
             "per_prompt_min_count",
             "lora_r",
+            "reward_workers",
+            "eval_images_per_prompt",
         ):
             _check_positive_integer(name, getattr(self, name))
-        for name in ("sample_batch_size", "sample_num_batches_per_epoch", "lora_alpha", "height", "width"):
+        for name in (
+            "sample_batch_size",
+            "sample_num_batches_per_epoch",
+            "lora_alpha",
+            "height",
+            "width",
+            "reward_batch_size",
+            "log_images_steps",
+        ):
             if getattr(self, name) is not None:
                 _check_positive_integer(name, getattr(self, name))
+        if isinstance(self.num_log_images, bool) or not isinstance(self.num_log_images, int) or self.num_log_images < 0:
+            raise ValueError(f"num_log_images={self.num_log_images!r}: must be a whole number, 0 for no pictures")
+        if self.log_step_norms and not self.log_estimator_norms:
+            raise ValueError("log_step_norms=True with log_estimator_norms=False: both need the same measurement; set the latter to True")
         scales = self.prompt_scales
         if scales is not None and not (scales and all(0 < a < b for a, b in pairwise([*scales, self.sample_num_steps]))):
             raise ValueError(
@@ -257,13 +324,36 @@ class RLRConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value}: must be a positive number, or None for no clipping")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: must lie between 0 and 1, for instance 0.99, or be None for no averaging")
+        if self.kl_coef is not None and not 0 <= self.kl_coef < math.inf:
+            raise ValueError(f"kl_coef={self.kl_coef}: must be 0 (log only), a positive number, or None for no reference policy")
         if not 0 <= self.sample_eta <= 1:
             raise ValueError(f"sample_eta={self.sample_eta}: must lie between 0 (no noise) and 1 (the noise of DDPM)")
         if not math.isfinite(self.sample_guidance_scale):
             raise ValueError(f"sample_guidance_scale={self.sample_guidance_scale}: must be finite; 1 or less is no guidance")
 
+    def _check_rewards(self) -> None:
+        _check_choice("reward_aggregation", self.reward_aggregation, AGGREGATION_NAMES)
+        _check_choice("on_reward_error", self.on_reward_error, ON_REWARD_ERROR_NAMES)
+        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
+            raise ValueError(f"reward_timeout={self.reward_timeout}: must be a positive number of seconds, or None for no limit")
+        if self.reward_workers != 1 and not self.async_rewards:
+            raise ValueError(f"reward_workers={self.reward_workers}: is the number of async calls; set async_rewards=True as well")
+        if self.reward_aggregation == "normalize_then_sum" and self.advantage not in (None, *NORMALIZING_ADVANTAGES):
+            raise ValueError(
+                f"reward_aggregation='normalize_then_sum' with advantage={self.advantage!r}: it divides by no standard deviation, so both "
+                "aggregations would be the same; set advantage='normalize' or 'per_prompt'"
+            )
+
     def _check_plan(self) -> None:
         plan = self.plan
+        if plan.uses_prediction and self.normalizes_each_reward:
+            raise ValueError(
+                f"reward_aggregation='normalize_then_sum' with rest_estimator={plan.rest_estimator!r}, "
+                f"control_variate={plan.uses_control_variate}: predictions are scored with the plain weighted sum, another objective than the "
+                "normalized one; set reward_aggregation='sum_then_normalize', or choose a plan without predictions"
+            )
         if self.sample_eta == 0 and plan.scored_steps():
             raise PlanError(
                 f"sample_eta=0 with estimator={self.estimator!r}: the chain adds no noise, so its steps {plan.scored_steps()[0]} to "
@@ -275,6 +365,10 @@ class RLRConfig(TrainingArguments):
                 f"a zeroth-order plan needs one update per rollout, but this has {self.updates_per_rollout}: set num_inner_epochs=1 "
                 "and sample_batch_size * sample_num_batches_per_epoch to the samples of one update"
             )
+
+
+def _default(option: Any) -> Any:
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
 
 
 def _numbers(name: str, value: Any, kind: type) -> Any:

@@ -92,6 +92,8 @@ def demo_config(options: DemoOptions) -> RLRConfig:
         lr_scheduler_type="constant",
         lora_r=4,
         save_strategy="no",
+        num_log_images=16,
+        log_images_steps=10,
         use_cpu=True,
         disable_tqdm=options.quiet,
     )

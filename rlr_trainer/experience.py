@@ -11,19 +11,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rlr_trainer.chain import DenoisingChain, Rollout, mix_seed, sample_chain, seeded_generator
 from rlr_trainer.chains.ddim import DDIMSchedule
 from rlr_trainer.config import RLRConfig
 from rlr_trainer.estimators.advantages import ADVANTAGES, Advantages, PerPromptStatistics
-from rlr_trainer.estimators.first_order import reward_and_gradient
+from rlr_trainer.estimators.divergence import ReferenceStep, leave_one_out_to_go, step_divergences
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps
 from rlr_trainer.pipelines import Conditioning, PipelineAdapter, ScaledConditioning
 from rlr_trainer.plan import EstimatorPlan, PlanDraw, StartDistribution
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, PromptRow
+from rlr_trainer.rewards.aggregation import normalize_in_groups, normalize_then_sum
 from rlr_trainer.rewards.interface import RewardError, Rewards
+from rlr_trainer.scoring import RolloutScorer, check_some_reward, raise_everywhere, reward_metrics
 
+_LARGE = ("rollout", "conditioning", "reward_gradient", "advantage", "scale", "divergence_to_go")
 # What a stream of randomness is for; part of its seed.
 NOISE, CHOICES, PERTURBATIONS, EVALUATION, SHUFFLE = range(5)
 
@@ -42,6 +46,8 @@ class Experience:
         index: int [B], number of the sample in the rollout, over all processes.
         advantage, scale: [B]; filled in when all rewards of the rollout are known.
         perturbations: of the zeroth-order steps, or None.
+        divergences: [B, T], of every step from the reference policy, or None without one.
+        divergence_to_go: [B, T], see `leave_one_out_to_go`; over the whole rollout.
     """
 
     rollout: Rollout
@@ -55,9 +61,16 @@ class Experience:
     advantage: Tensor | None = None
     scale: Tensor | None = None
     perturbations: Perturbations | None = None
+    divergences: Tensor | None = None
+    divergence_to_go: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def to(self, device: torch.device | str) -> Experience:
+        """The same samples with everything large on another device."""
+        moved = {name: getattr(self, name) for name in _LARGE}
+        return dataclasses.replace(self, **{name: value.to(device) for name, value in moved.items() if value is not None})
 
     def select(self, rows: Tensor) -> Experience:
         """Some of the samples."""
@@ -146,11 +159,15 @@ class RolloutSummary:
         metrics: name -> value, over all processes.
         pictures: per sampling batch of this process: [images, prompts, metadata, rewards, reward_metadata] (DDPO's hook format).
         valid_fraction: share of the samples that have a reward, over all processes.
+        rewards: [S], of all samples of all processes in the order of their numbers, on the CPU; NaN where a sample was dropped.
+        prompts: S of them, in the same order.
     """
 
     metrics: dict[str, float]
     pictures: list[list[Any]]
     valid_fraction: float
+    rewards: Tensor
+    prompts: tuple[str, ...]
 
 
 @dataclasses.dataclass
@@ -164,6 +181,7 @@ class Collector:
         statistics: per-prompt reward statistics, for advantage="per_prompt".
         starts: start distribution, for ho_start="grad_norm".
         on_step: called after each sampling step (a progress bar).
+        reference: chain -> transitions of the reference policy, or None without one.
     """
 
     config: RLRConfig
@@ -177,6 +195,7 @@ class Collector:
     statistics: PerPromptStatistics | None = None
     starts: StartDistribution | None = None
     on_step: Callable[[int], None] | None = None
+    reference: Callable[[Any], ReferenceStep] | None = None
 
     @property
     def paired(self) -> bool:
@@ -189,39 +208,67 @@ class Collector:
         Raises:
             RewardError: every reward is NaN, or a reward's gradient is not finite.
         """
-        batches, pictures, parts = [], [], []
+        config = self.config
         rows = self._take_prompts()
-        spent = {"time/sample": 0.0, "time/reward": 0.0}
-        for number in range(self.config.sample_num_batches_per_epoch):
-            batch, picture, part = self._collect_batch(rollout_number, number, rows, spent)
-            batches.append(batch)
-            pictures.append(picture)
-            parts.append(part)
-        merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        order, rewards = self._gather([batch.index for batch in batches], [batch.rewards for batch in batches])
-        if torch.isnan(rewards).all():
-            raise RewardError(
-                f"rollout {rollout_number}: all {len(rewards)} rewards are NaN or None, so there is nothing to learn from; check the "
-                f"reward function{'s' if len(self.rewards.names) > 1 else ''} {', '.join(self.rewards.names)}"
-            )
-        advantages = self._advantages(rewards, rows)
+        sampled, seconds = [], 0.0
+        with self._scorer(defer=self.accelerator.num_processes > 1) as scorer:
+            for number in range(config.sample_num_batches_per_epoch):
+                started = time.perf_counter()
+                batch = self._sample_batch(rollout_number, number, rows)
+                seconds += time.perf_counter() - started
+                where = f"sampling batch {number} of rollout {rollout_number}"
+                scorer.add(batch.rollout.sample, batch.prompts, batch.metadata, where)
+                sampled.append(batch.to("cpu") if config.offload_rollouts else batch)
+            scored = scorer.finish()
+        raise_everywhere(scorer.failure, self.accelerator, f"rollout {rollout_number}")
+        results = [part.result for part in scored]
+        order, rewards = self._gather([b.index for b in sampled], [result.total for result in results])
+        _, parts = self._gather([b.index for b in sampled], [result.values.T for result in results])
+        errors = self._sum_over_processes(sum(result.errors for result in results))
+        check_some_reward(rewards, self.rewards, errors, f"rollout {rollout_number}")
+        advantages, factors = self._combined_advantages(rewards, parts, rows)
         completed = []
-        for batch in batches:
+        for batch, part in zip(sampled, scored, strict=True):
             position = torch.searchsorted(order, batch.index)
             device = batch.rollout.sample.device
+            gradient = part.gradient
+            if gradient is not None and factors is not None:
+                gradient = torch.einsum("bk,bk...->b...", factors[position].to(gradient), gradient)
             completed.append(
                 dataclasses.replace(
                     batch,
+                    rewards=part.result.total.cpu(),
+                    reward_gradient=None if gradient is None else gradient.to(device),
                     advantage=advantages.values[position].to(device),
                     scale=advantages.scale[position].to(device),
                 )
             )
-        metrics = self._metrics(rewards, merged) | spent
+        to_go, kl = self._divergence_to_go(sampled)
+        completed = [dataclasses.replace(b, divergence_to_go=g) for b, g in zip(completed, to_go, strict=True)]
+        metrics = reward_metrics(self.rewards.names, rewards, parts) | kl | {"time/sample": seconds, "time/reward": scorer.seconds}
+        if self.rewards.on_error == "skip":
+            metrics["reward_errors"] = float(errors)
+        pictures = [[p.images, b.prompts, b.metadata, b.rewards, p.result.metadata] for p, b in zip(scored, completed, strict=True)]
         valid = float((~torch.isnan(rewards)).float().mean())
-        return completed, RolloutSummary(metrics, pictures, valid)
+        return completed, RolloutSummary(metrics, pictures, valid, rewards, tuple(row.prompt for row in rows))
+
+    def _divergence_to_go(self, sampled: Sequence[Experience]) -> tuple[list[Tensor | None], dict[str, float]]:
+        """Of every batch, and the metric kl: the divergence of the whole chain from the reference policy, in nats."""
+        own = [b.divergences for b in sampled if b.divergences is not None]
+        if not own:
+            return [None] * len(sampled), {}
+        order, divergences = self._gather([b.index for b in sampled], own)
+        to_go = leave_one_out_to_go(divergences)
+        parts: list[Tensor | None] = [to_go[torch.searchsorted(order, b.index)].to(b.rollout.sample.device) for b in sampled]
+        return parts, {"kl": float(divergences.sum(1).mean())}
 
     def zeroth_order_advantages(self, batches: Sequence[Experience]) -> list[Tensor]:
-        """Advantages of perturbed samples, one tensor [B] per batch: baselines leave out all that share a direction."""
+        """Advantages of perturbed samples, one tensor [B] per batch: baselines leave out all that share a direction.
+
+        Where every reward is normalized by itself they are those of the other steps: only they know each reward's factor.
+        """
+        if self.config.normalizes_each_reward:
+            return [b.advantage.cpu() for b in batches if b.advantage is not None]
         groups = self.plan.zo_num_perturbations
         number = [b.index // (len(b) * self.accelerator.num_processes) for b in batches]
         directions = [b.perturbations.direction + n * groups for b, n in zip(batches, number, strict=True) if b.perturbations]
@@ -236,27 +283,36 @@ class Collector:
         Raises:
             RewardError, NonDifferentiableRewardError: as a rollout would.
         """
-        rows = self.prompts.peek(self._prompts_per_rollout())
-        batch = self._local_rows(rows, 0)
-        conditioning = self._condition(batch)
-        latents = self.make_chain(conditioning).initial(len(batch), None)
-        _, result, _ = self._score(latents, batch)
-        if torch.isnan(result.total).all():
-            raise RewardError(
+        rows, size = self.prompts.peek(self._prompts_per_rollout()), self.config.sample_batch_size
+        if self.rewards.needs_groups:  # in whole groups
+            group = self.config.num_images_per_prompt
+            rows, size = [row for row in rows for _ in range(group)], -(-size // group) * group
+        batch = self._local_rows(rows, 0, size)
+        latents = self.make_chain(self._condition(batch)).initial(len(batch), None)
+        where = "the check of the reward before the first rollout (check_reward)"
+        with self._scorer(defer=self.accelerator.num_processes > 1, on_error="raise") as scorer:
+            scorer.add(latents, tuple(row.prompt for row in batch), tuple(row.metadata for row in batch), where)
+            scored = scorer.finish()
+        failure = scorer.failure
+        if scored and torch.isnan(scored[0].result.total).all():
+            failure = RewardError(
                 f"reward {', '.join(self.rewards.names)}: all {len(batch)} values for a batch of noise pictures are NaN or None; if that "
                 "is right for noise, set check_reward=False"
             )
+        raise_everywhere(failure, self.accelerator, where)
 
-    def _collect_batch(
-        self, rollout_number: int, number: int, rows: Sequence[PromptRow], spent: dict[str, float]
-    ) -> tuple[Experience, list[Any], dict[str, Tensor]]:
+    def _scorer(self, *, defer: bool, on_error: str | None = None) -> RolloutScorer:
+        separately = self.config.normalizes_each_reward
+        return RolloutScorer(self.adapter, self.rewards, self.plan, separately=separately, defer=defer, on_error=on_error)
+
+    def _sample_batch(self, rollout_number: int, number: int, rows: Sequence[PromptRow]) -> Experience:
+        """One sampling batch, not yet scored: its rewards are NaN."""
         config, seed = self.config, self.config.seed
         size = config.sample_batch_size
         total = size * self.accelerator.num_processes
         local = torch.arange(size) + self.accelerator.process_index * size  # row in the batch of all processes
         index = local + number * total
-        batch = self._local_rows(rows, number)
-        started = time.perf_counter()
+        batch = self._local_rows(rows, number, size)
         conditioning = self._condition(batch)
         chain = self.make_chain(conditioning)
         draw = self.plan.draw(
@@ -278,51 +334,19 @@ class Collector:
         noise_index = index // 2 if self.paired else index
         generators = [seeded_generator(seed, NOISE, rollout_number, i) for i in noise_index.tolist()]
         rollout = sample_chain(chain, size, generators, step_function=step_function, on_step=self.on_step)
-        sampled = time.perf_counter()
-        images, result, gradient = self._score(rollout.sample, batch)
-        spent["time/sample"] += sampled - started
-        spent["time/reward"] += time.perf_counter() - sampled
-        rewards = result.total.detach().cpu()
-        experience = Experience(
+        divergences = step_divergences(rollout, self.reference(chain)) if self.reference is not None else None
+        return Experience(
             rollout=rollout,
             draw=draw.expand(size),
             conditioning=conditioning,
             prompts=tuple(row.prompt for row in batch),
             metadata=tuple(row.metadata for row in batch),
-            rewards=rewards,
-            reward_gradient=gradient,
+            rewards=torch.full((size,), torch.nan),
+            reward_gradient=None,
             index=index,
             perturbations=perturbations,
+            divergences=divergences,
         )
-        picture = [images, experience.prompts, experience.metadata, rewards, result.metadata]
-        return experience, picture, {name: part.cpu() for name, part in result.parts.items()}
-
-    def _score(self, latents: Tensor, batch: Sequence[PromptRow]) -> tuple[Tensor, Any, Tensor | None]:
-        """Pictures (detached), rewards and dR/dx_0 (where the plan needs it; 0 for samples without a reward)."""
-        prompts, metadata = tuple(row.prompt for row in batch), tuple(row.metadata for row in batch)
-        kept: list[Any] = []
-
-        def reward(x0: Tensor) -> Tensor:
-            images = self.adapter.decode(x0)
-            result = self.rewards(images, prompts, metadata, differentiable=self.plan.needs_differentiable_reward)
-            kept.extend([images.detach(), result])
-            return result.total
-
-        if not self.plan.needs_differentiable_reward:
-            with torch.no_grad():
-                reward(latents)
-            return kept[0], kept[1], None
-        _, gradient = reward_and_gradient(reward, latents)
-        images, result = kept
-        valid = ~torch.isnan(result.total.detach())
-        gradient = torch.where(valid.reshape(-1, *[1] * (gradient.dim() - 1)), gradient, 0.0)
-        if not torch.isfinite(gradient).all():
-            bad = [prompts[i] for i in torch.nonzero(~torch.isfinite(gradient.flatten(1)).all(1))[:, 0].tolist()]
-            raise RewardError(
-                f"reward {', '.join(self.rewards.names)}: its gradient with respect to the picture is not finite for {len(bad)} of "
-                f"{len(prompts)} samples (prompts {bad[:3]}); look for sqrt, log or a norm at 0 in the reward"
-            )
-        return images, result, gradient
 
     def _prompts_per_rollout(self) -> int:
         config = self.config
@@ -337,11 +361,13 @@ class Collector:
     def _take_prompts(self) -> list[PromptRow]:
         """One row per sample of the rollout, over all processes."""
         rows = self.prompts.take(self._prompts_per_rollout())
+        if self.accelerator.num_processes > 1 and isinstance(self.prompts, FunctionPrompts):
+            # Every process called the function; should it not be the same everywhere (a generator of its own, say), the first one's count.
+            broadcast_object_list(rows)
         return [row for row in rows for _ in range(self.samples_per_prompt)]
 
-    def _local_rows(self, rows: Sequence[PromptRow], number: int) -> list[PromptRow]:
-        """This process's share of one sampling batch; a shorter list of rows (a probe's) is repeated."""
-        size = self.config.sample_batch_size
+    def _local_rows(self, rows: Sequence[PromptRow], number: int, size: int) -> list[PromptRow]:
+        """This process's share of one sampling batch of `size` per process; a shorter list of rows (a probe's) is repeated."""
         first = (number * self.accelerator.num_processes + self.accelerator.process_index) * size
         return [rows[i % len(rows)] for i in range(first, first + size)]
 
@@ -356,6 +382,30 @@ class Collector:
         order = numbers.argsort()
         return numbers[order], gathered[order]
 
+    def _sum_over_processes(self, count: int) -> int:
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).sum())
+
+    def _combined_advantages(self, rewards: Tensor, parts: Tensor, rows: Sequence[PromptRow]) -> tuple[Advantages, Tensor | None]:
+        """Advantages of a rollout, and the factors [S, K] of the rewards' own gradients where each is normalized by itself.
+
+        Args:
+            rewards: [S], the weighted sum.
+            parts: [S, K], each reward.
+        """
+        config = self.config
+        if not config.normalizes_each_reward:
+            return self._advantages(rewards, rows), None
+        groups = torch.arange(len(rewards)) // config.num_images_per_prompt if config.num_images_per_prompt > 1 else None
+
+        def advantage(k: int, values: Tensor) -> Advantages:
+            if self.statistics is None:
+                return normalize_in_groups(values, groups)
+            return self.statistics.update([f"{self.rewards.names[k]}\n{row.prompt}" for row in rows], values)
+
+        there = torch.where(torch.isnan(rewards)[:, None], torch.nan, parts)
+        advantages, factors = normalize_then_sum(there, self.rewards.weights, advantage)
+        return advantages if config.advantage_limit is None else advantages.clip(config.advantage_limit), factors
+
     def _advantages(self, rewards: Tensor, rows: Sequence[PromptRow] | None, blocks: Tensor | None = None) -> Advantages:
         """Advantages of a whole rollout, rewards [S] in the order of the sample numbers."""
         config = self.config
@@ -369,17 +419,3 @@ class Collector:
             name = "leave_one_out" if self.statistics is not None else config.advantage_name
             advantages = ADVANTAGES[name](rewards, groups, blocks)
         return advantages if config.advantage_limit is None else advantages.clip(config.advantage_limit)
-
-    def _metrics(self, rewards: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:
-        valid = rewards[~torch.isnan(rewards)]
-        metrics = {
-            "reward": float(valid.mean()),
-            "reward_std": float(valid.std(correction=0)),
-            "samples_dropped": float(len(rewards) - len(valid)),
-        }
-        for name, part in parts.items():
-            values = self.accelerator.gather(part.to(self.accelerator.device)).cpu()
-            values = values[~torch.isnan(values)]
-            metrics[f"rewards/{name}/mean"] = float(values.mean()) if len(values) else float("nan")
-            metrics[f"rewards/{name}/std"] = float(values.std(correction=0)) if len(values) else float("nan")
-        return metrics

@@ -1,18 +1,27 @@
-"""Where prompts come from: a function, as DDPO has it, or a dataset."""
+"""Where prompts come from: a function, as DDPO has it, or a dataset: in memory, in a file, or on the hub (docs/prompts.md)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlr_trainer.chain import seeded_generator
 
+logger = logging.getLogger(__name__)
+
 PROMPT_COLUMN = "prompt"
 NEGATIVE_COLUMN = "negative_prompt"
 SCALES_COLUMN = "scale_prompts"
+USUAL_COLUMNS = ("text", "caption", "prompts", "Prompt", "question")  # where other datasets keep their prompts
+FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_CHECKED_AT_ONCE = 10_000  # rows of a datasets.Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +80,46 @@ class FunctionPrompts:
             )
         return PromptRow(*returned)
 
-    def state_dict(self) -> dict[str, int]:
-        """Nothing: the function's state is in the global random number generators, which Trainer saves."""
-        return {}
+    def state_dict(self) -> dict[str, Any]:
+        """Prompts that were drawn and not used, and the function's own state if it has `state_dict` and `load_state_dict`.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._ahead = []
+        Without these two the function's state is taken to be in the global random number generators, which the trainer saves.
+        """
+        state: dict[str, Any] = {}
+        if self._ahead:
+            state["ahead"] = [(row.prompt, row.metadata, row.negative_prompt, row.scale_prompts) for row in self._ahead]
+        owner = self._stateful()
+        if owner is not None:
+            state["function"] = owner.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._ahead = [
+            PromptRow(prompt, metadata, negative, None if scales is None else tuple(scales))
+            for prompt, metadata, negative, scales in state.get("ahead", ())
+        ]
+        owner = self._stateful()
+        if owner is not None and "function" in state:
+            owner.load_state_dict(state["function"])
+        elif (owner is None) != ("function" not in state):
+            has, lacks = ("the checkpoint", "prompt_function") if owner is None else ("prompt_function", "the checkpoint")
+            logger.warning(
+                "%s has a state of its own for the prompts and %s has none: they go on from where the function stands", has, lacks
+            )
+
+    def _stateful(self) -> Any:
+        """The function, or the object whose method it is, if that has both methods of a state."""
+        for owner in (self.function, getattr(self.function, "__self__", None)):
+            if callable(getattr(owner, "state_dict", None)) and callable(getattr(owner, "load_state_dict", None)):
+                return owner
+        return None
 
 
 class DatasetPrompts:
     """Prompts from a dataset with a "prompt" column, shuffled anew in every pass; the order is a function of the seed.
 
     Args:
-        dataset: a `datasets.Dataset`, or any sequence of dicts.
+        dataset: a `datasets.Dataset`, any sequence of dicts, a list of strings, or what `open_dataset` opens.
         seed: of the shuffling.
         shuffle: False keeps the dataset's order.
         name: how messages call the dataset.
@@ -93,22 +129,17 @@ class DatasetPrompts:
     """
 
     def __init__(self, dataset: Any, seed: int, shuffle: bool = True, name: str = "train_dataset") -> None:
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise TypeError(
-                f"{name} is a {type(dataset).__name__}: must have a length and rows, such as datasets.Dataset or a list of dicts; load a "
-                "streaming dataset into memory, or use prompt_function"
-            )
-        if len(dataset) == 0:
-            raise ValueError(f"{name} has no rows: give at least one prompt")
-        columns = getattr(dataset, "column_names", None) or list(dataset[0])
-        if PROMPT_COLUMN not in columns:
-            raise ValueError(
-                f'{name} has the columns {", ".join(map(str, columns))}, but needs "{PROMPT_COLUMN}"; rename one: '
-                f'dataset.rename_column("{columns[0]}", "{PROMPT_COLUMN}")'
-            )
+        dataset = open_dataset(dataset, name)
+        _check_kind(dataset, name)
+        if isinstance(dataset, list | tuple) and all(isinstance(row, str) for row in dataset):
+            dataset = [{PROMPT_COLUMN: text} for text in dataset]
+        first = dict(dataset[0])  # a transform of the dataset's may have made other columns than column_names says
+        if PROMPT_COLUMN not in first:
+            raise ValueError(f"{name} {_missing_column(dataset, list(first))}")
         self.dataset, self.seed, self.shuffle, self.name = dataset, seed, shuffle, name
         self.taken = 0
         self._order: tuple[int, list[int]] | None = None
+        self._check_rows()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -125,18 +156,28 @@ class DatasetPrompts:
 
     def _row(self, position: int) -> PromptRow:
         epoch, offset = divmod(position, len(self.dataset))
-        row = dict(self.dataset[self._epoch_order(epoch)[offset]])
-        prompt = row.pop(PROMPT_COLUMN)
-        negative = row.get(NEGATIVE_COLUMN)
-        for column, text in ((PROMPT_COLUMN, prompt), (NEGATIVE_COLUMN, negative)):
-            if not isinstance(text, str) and (column == PROMPT_COLUMN or text is not None):
-                raise TypeError(f"{self.name}: column {column!r} holds {text!r:.80} ({type(text).__name__}): must be a string")
-        scales = row.get(SCALES_COLUMN)
-        if scales is not None and not (isinstance(scales, list | tuple) and all(isinstance(text, str) for text in scales)):
-            raise TypeError(
-                f"{self.name}: column {SCALES_COLUMN!r} holds {scales!r:.80}: must be a list of strings, coarse to fine"
-            )
-        return PromptRow(prompt, row, negative, None if scales is None else tuple(scales))
+        number = self._epoch_order(epoch)[offset]
+        return _prompt_row(self.dataset[number], self.name, number)
+
+    def _check_rows(self) -> None:
+        """All rows where they can be read fast; others when it is their turn."""
+        features = getattr(self.dataset, "features", None)
+        if features is None or self.dataset.format["type"] == "custom":
+            rows = range(len(self.dataset)) if isinstance(self.dataset, list | tuple) else range(1)
+            for number in rows:
+                _prompt_row(self.dataset[number], self.name, number)
+            return
+        _prompt_row(self.dataset[0], self.name, 0)
+        first = 0
+        for part in self.dataset.select_columns([PROMPT_COLUMN]).with_format("arrow").iter(_CHECKED_AT_ONCE):
+            column = part[PROMPT_COLUMN]
+            if column.null_count:
+                number = first + column.is_null().to_pylist().index(True)
+                raise TypeError(
+                    f"{self.name}: column {PROMPT_COLUMN!r} is empty in row {number} and maybe others: "
+                    f"dataset.filter(lambda row: row[{PROMPT_COLUMN!r}] is not None) drops them"
+                )
+            first += len(column)
 
     def _epoch_order(self, epoch: int) -> Sequence[int]:
         if not self.shuffle:
@@ -150,3 +191,149 @@ class DatasetPrompts:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.taken = state["taken"]
+
+
+def open_dataset(
+    source: Any, field: str = "train_dataset", *, split: str = "train", name: str | None = None, column: str | None = None
+) -> Any:
+    """The dataset that a string or path names; anything else is returned as it is.
+
+    Args:
+        source: a text file (.txt) with a prompt per line; a dataset file (.json, .jsonl, .csv, .parquet); a folder that
+            `Dataset.save_to_disk` wrote, or of dataset files; or the hub id of a dataset, "owner/name".
+        field: how messages call it.
+        split: of a folder or a dataset on the hub.
+        name: of the configuration of a dataset on the hub.
+        column: the one that holds the prompts, if it is not called "prompt".
+
+    Raises:
+        ValueError: nothing there, something that cannot be read, or no such split or column; names the source.
+    """
+    if not isinstance(source, str | Path):
+        return source
+    path = Path(source).expanduser()
+    if path.suffix == ".txt" and path.is_file():
+        return _text_prompts(path, field)
+    is_hub_id = not path.exists() and _HUB_ID.fullmatch(str(source)) is not None and path.suffix not in (".txt", *FILE_LOADERS)
+    if not (path.is_dir() or (path.is_file() and path.suffix in FILE_LOADERS) or is_hub_id):
+        kinds = ", ".join([".txt", *FILE_LOADERS])
+        found = "is no file of a kind that can be read" if path.exists() else "does not exist"
+        raise ValueError(f"{field}={str(source)!r}: {found}; must be a file ({kinds}), a dataset's folder, or a hub id owner/name")
+    dataset = _load(path, str(source), field, split, name, is_hub_id)
+    if column is not None and column != PROMPT_COLUMN:
+        if column not in dataset.column_names:
+            raise ValueError(f"{field}={str(source)!r}: has no column {column!r}, but {', '.join(dataset.column_names)}")
+        if PROMPT_COLUMN in dataset.column_names:
+            dataset = dataset.remove_columns(PROMPT_COLUMN)
+        dataset = dataset.rename_column(column, PROMPT_COLUMN)
+    elif PROMPT_COLUMN not in dataset.column_names:
+        raise ValueError(f"{field}={str(source)!r} {_missing_column(dataset, dataset.column_names)}")
+    return dataset
+
+
+def _text_prompts(path: Path, field: str) -> list[dict[str, str]]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{field}={str(path)!r}: is not UTF-8 text ({error})") from error
+    prompts = [{PROMPT_COLUMN: line} for line in lines if line]
+    if not prompts:
+        raise ValueError(f"{field}={str(path)!r}: the file has no line with a prompt")
+    return prompts
+
+
+def _load(path: Path, source: str, field: str, split: str, name: str | None, is_hub_id: bool) -> Any:
+    import datasets
+
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+            return loaded[split] if isinstance(loaded, dict) else loaded
+        if path.suffix == ".csv" and path.is_file():
+            import pandas  # which `datasets` reads them with, too, but without closing the file
+
+            return datasets.Dataset.from_pandas(pandas.read_csv(path), preserve_index=False)
+        if path.is_file():
+            return datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(source if is_hub_id else str(path), name, split=split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+        if is_hub_id:
+            way_out = "needs a network and an id that exists (`huggingface-cli download` beforehand serves offline runs), or give a local file"
+            raise ValueError(
+                f"{field}={source!r}: no such file, and as a hub id it cannot be loaded: {cause}; {way_out}"
+            ) from error
+        raise ValueError(f"{field}={source!r}: cannot be read: {cause}") from error
+
+
+def _check_kind(dataset: Any, name: str) -> None:
+    kind = type(dataset).__name__
+    if isinstance(dataset, Mapping):
+        is_splits = all(hasattr(value, "column_names") for value in dataset.values())
+        way_out = (
+            f'take one of its splits, such as {name}["{next(iter(dataset), "train")}"]'
+            if is_splits
+            else "datasets.Dataset.from_dict(...)"
+        )
+        raise TypeError(f"{name} is a {kind}: must be a sequence of rows; {way_out}")
+    if hasattr(dataset, "iloc"):
+        raise TypeError(f"{name} is a pandas {kind}: must be a sequence of rows; datasets.Dataset.from_pandas(...) makes one")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"{name} is a {kind}: must have a length and rows, such as datasets.Dataset or a list of dicts; load a "
+            "streaming dataset into memory (datasets.Dataset.from_list(list(...))), or use prompt_function"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} has no rows: give at least one prompt")
+    if not isinstance(dataset[0], (str | Mapping) if isinstance(dataset, list | tuple) else Mapping):
+        raise TypeError(
+            f"{name} has rows of the type {type(dataset[0]).__name__}: must be dicts with a {PROMPT_COLUMN!r}, or strings"
+        )
+
+
+def _missing_column(dataset: Any, columns: Sequence[str]) -> str:
+    other = next((column for column in USUAL_COLUMNS if column in columns), columns[0] if columns else "text")
+    renamed = f'dataset.rename_column("{other}", "{PROMPT_COLUMN}")'
+    way_out = (
+        f"rename one: {renamed}, or column: {other} in a run's file" if hasattr(dataset, "rename_column") else "rename the key"
+    )
+    return f'has the columns {", ".join(map(str, columns)) or "(none)"}, but needs "{PROMPT_COLUMN}"; {way_out}'
+
+
+def _prompt_row(row: Any, name: str, number: int) -> PromptRow:
+    """Row `number` of the dataset as a prompt.
+
+    Raises:
+        TypeError, ValueError: a column that is missing or holds something else.
+    """
+    if not isinstance(row, Mapping):
+        raise TypeError(
+            f"{name}: row {number} is a {type(row).__name__}: must be a dict with a {PROMPT_COLUMN!r}, as the first row is"
+        )
+    metadata = dict(row)
+    if PROMPT_COLUMN not in metadata:
+        raise ValueError(f"{name}: row {number} has no {PROMPT_COLUMN!r}, but {', '.join(map(str, metadata)) or 'nothing'}")
+    prompt = metadata.pop(PROMPT_COLUMN)
+    negative = metadata.get(NEGATIVE_COLUMN)
+    for column, text in ((PROMPT_COLUMN, prompt), (NEGATIVE_COLUMN, negative)):
+        if not isinstance(text, str) and (column == PROMPT_COLUMN or text is not None):
+            raise TypeError(
+                f"{name}: column {column!r} holds {text!r:.80} ({type(text).__name__}) in row {number}: must be a string{_to_text(column, text)}"
+            )
+    scales = metadata.get(SCALES_COLUMN)
+    if scales is not None and not (isinstance(scales, list | tuple) and all(isinstance(text, str) for text in scales)):
+        raise TypeError(
+            f"{name}: column {SCALES_COLUMN!r} holds {scales!r:.80} in row {number}: must be a list of strings, coarse to fine"
+        )
+    return PromptRow(prompt, metadata, negative, None if scales is None else tuple(scales))
+
+
+def _to_text(column: str, value: Any) -> str:
+    """How to make text of a conversation, a number or a list."""
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping) and "content" in value[0]:
+        return f"; of a conversation take the last message: dataset.map(lambda row: {{{column!r}: row[{column!r}][-1]['content']}})"
+    if isinstance(value, int | float):
+        return f"; dataset.cast_column({column!r}, datasets.Value('string')) makes it one"
+    if isinstance(value, list | tuple):
+        return "; one row per prompt, or the several prompts of a row, coarse to fine, in a column 'scale_prompts'"
+    return ""

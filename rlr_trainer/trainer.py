@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy
 
 from rlr_trainer import compat
-from rlr_trainer.callbacks import HookTracker, MetricsFile, rollout_progress
+from rlr_trainer.averaging import WeightAverage
+from rlr_trainer.callbacks import RolloutBar, RunFiles, call_rollout_end
 from rlr_trainer.chain import seeded_generator
 from rlr_trainer.config import AUTO, RLRConfig
 from rlr_trainer.estimators.advantages import PerPromptStatistics
-from rlr_trainer.estimators.prediction import ControlVariateScale, prediction_critic
-from rlr_trainer.estimators.sweep import Feedback, Sweep, SweepResult
-from rlr_trainer.estimators.zeroth_order import zeroth_order
+from rlr_trainer.estimators.prediction import ControlVariateScale
 from rlr_trainer.experience import SHUFFLE, Collector, Experience, RolloutSummary, check_batches
+from rlr_trainer.image_log import SampleLog
+from rlr_trainer.interruption import EXIT_TERMINATED, StopOnTermination
 from rlr_trainer.meters import GradientMeter
-from rlr_trainer.pipelines import PipelineChain, Policy, adapt, attach_lora, cast_frozen, load_pipeline
+from rlr_trainer.monitor import RewardHackingMonitor
+from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
+from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.plan import StartDistribution
-from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts
+from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, open_dataset
 from rlr_trainer.rewards.interface import RewardFunction, Rewards
-from rlr_trainer.sampling import SamplingTrainer
+from rlr_trainer.sampling import eval_source
+from rlr_trainer.scoring import check_rewards
+from rlr_trainer.updating import UpdatingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class RLRTrainer(SamplingTrainer):
+class RLRTrainer(UpdatingTrainer):
     """Fine-tunes a diffusion pipeline on a reward with the Recursive Likelihood Ratio optimizer (arXiv:2502.00639).
 
     The first five arguments are those of TRL's DDPOTrainer, in its order.
@@ -47,11 +53,12 @@ class RLRTrainer(SamplingTrainer):
         sd_pipeline: a diffusers pipeline, an object that wraps one as `.sd_pipeline`, a local folder, or a hub id.
         image_samples_hook: called after every rollout on the main process with `(batches, global_step, tracker)`, `batches` a
             list of `[images, prompts, metadata, rewards, reward_metadata]`; `tracker.log_images(dict, step=)` always works.
-        train_dataset: rows with a "prompt" column; the other columns reach the reward as metadata.
+        train_dataset: rows with a "prompt" column, or the path or hub id of such a dataset; the other columns reach the reward as metadata.
         eval_dataset: the same, for `evaluate()`; sampled with fixed seeds.
         peft_config: a `peft.LoraConfig` in place of the one made of `config.lora_r`, `lora_alpha`, `lora_target_modules`.
-        callbacks: `TrainerCallback`s.
+        callbacks: `TrainerCallback`s; an `RLRCallback` also sees every rollout.
         optimizers: (optimizer, scheduler); by default AdamW of the config.
+        eval_reward_function: a reward, or a list of them, for evaluation and logged pictures; by default the training's.
 
     Raises:
         ValueError, TypeError: before any long work, for input that cannot be; the message names field, rule and way out.
@@ -77,9 +84,13 @@ class RLRTrainer(SamplingTrainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        eval_reward_function: RewardFunction | Sequence[RewardFunction] | None = None,
     ) -> None:
+        compat.check_overrides(type(self), RLRTrainer)
+        image_samples_hook = compat.adapt_hook(config, image_samples_hook)
         if compat.trl_config_kind(config) is not None:
-            config = RLRConfig.from_trl(config)
+            given_config, config = config, RLRConfig.from_trl(config)
+            given_config.output_dir = config.output_dir  # TRL's scripts end with trainer.save_model(config.output_dir)
         if not isinstance(config, RLRConfig):
             raise TypeError(f"config is a {type(config).__name__}: must be an RLRConfig, or TRL's DDPOConfig or AlignPropConfig")
         if (prompt_function is None) == (train_dataset is None):
@@ -87,29 +98,50 @@ class RLRTrainer(SamplingTrainer):
             raise ValueError(f"give exactly one of prompt_function and train_dataset: {given} given")
         if sd_pipeline is None:
             raise ValueError("sd_pipeline is None: pass a diffusers pipeline, a local folder, or a hub id")
-        self.rewards = Rewards(reward_function, config.reward_weights)
+        train_dataset, eval_dataset = open_dataset(train_dataset), open_dataset(eval_dataset, "eval_dataset")
+        calling: dict[str, Any] = {
+            "group_size": config.num_images_per_prompt,
+            "batch_size": config.reward_batch_size,
+            "timeout": config.reward_timeout,
+            "on_error": config.on_reward_error,
+        }
+        asynchronous: dict[str, Any] = {"asynchronous": config.async_rewards, "workers": config.reward_workers}
+        self.rewards = Rewards(reward_function, config.reward_weights, **calling, **asynchronous)
+        own = eval_reward_function is None
+        self.eval_rewards = (
+            Rewards(reward_function, config.reward_weights, **calling)
+            if eval_reward_function is None
+            else Rewards(eval_reward_function, **calling)
+        )
+        self.eval_queries = 0
+        self._apart_encoded, self._fixed_rows = OrderedDict(), None
         self.prompts: FunctionPrompts | DatasetPrompts = (
             FunctionPrompts(prompt_function)
             if prompt_function is not None
             else DatasetPrompts(train_dataset, config.seed + SHUFFLE, config.shuffle_prompts)
         )
-        self.eval_prompts = None if eval_dataset is None else DatasetPrompts(eval_dataset, 0, False, "eval_dataset")
+        self.eval_prompts = eval_source(eval_dataset)
         self.image_samples_hook = image_samples_hook
         self.plan = config.plan
+        check_rewards(self.rewards, config, self.plan, config.world_size, self.eval_prompts is not None and own)
         pipeline = load_pipeline(sd_pipeline) if isinstance(sd_pipeline, str | Path) else sd_pipeline
+        compat.check_pipeline(pipeline)
+        self._given = {"sd_pipeline": pipeline, "prompt_function": prompt_function, "reward_function": reward_function}
         self.adapter = adapt(pipeline)
         self.schedule = self.adapter.schedule(config.sample_num_steps, config.sample_eta)
         self.plan.check_noise(self.schedule.stds)
         self.latent_shape = self.adapter.latent_shape(config.height, config.width)
+        config = compat.use_summed_density(config, math.prod(self.latent_shape))
         self.use_lora = config.use_lora and getattr(sd_pipeline, "use_lora", True)
         self.policy = self._make_policy(config, peft_config)
+        self.run_files = RunFiles(self.run_facts)
         super().__init__(
             model=self.policy,
             args=config,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=_first,
-            callbacks=[MetricsFile(), *(callbacks or [])],
+            callbacks=[self.run_files, RewardHackingMonitor(), *(callbacks or [])],
             optimizers=optimizers,
         )
         check_batches(config, self.plan, self.accelerator.num_processes)
@@ -123,6 +155,14 @@ class RLRTrainer(SamplingTrainer):
         self.statistics = (
             PerPromptStatistics(config.per_prompt_buffer_size, config.per_prompt_min_count) if uses_statistics else None
         )
+        if config.num_log_images:  # before the trackers' callbacks, which close when training ends
+            every, stopped = config.log_images_steps, lambda: self.termination.stopped
+            log = SampleLog(self.fixed_samples, every, lambda: self.run_files.seconds, self.trackers, stopped)
+            self.callback_handler.callbacks.insert(0, log)
+        self.average = self._make_average()
+        self.reference = self._make_reference()
+        self.termination = StopOnTermination(self.accelerator)
+        self.add_callback(self.termination)
         self._meter = GradientMeter(self.policy.trainable_parameters())
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._queue: deque[Experience] = deque()
@@ -156,10 +196,42 @@ class RLRTrainer(SamplingTrainer):
             denoiser.to(torch.float32)
         return Policy(denoiser, name_or_path=str(getattr(self.adapter.pipeline.config, "_name_or_path", "") or ""))
 
+    def _make_average(self) -> WeightAverage | None:
+        if self.args.ema_decay is None:
+            return None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"ema_decay={self.args.ema_decay} with FSDP or DeepSpeed: the average of sharded weights is not kept; leave ema_decay unset, or "
+                "use plain data parallelism"
+            )
+        average = WeightAverage(self.policy.trainable_parameters(), self.args.ema_decay)
+        self.callback_handler.callbacks.insert(0, average)  # before callbacks that may look at it
+        return average
+
+    def _make_reference(self) -> ReferencePolicy | None:
+        if self.args.kl_coef is None:
+            return None
+        if self.plan.uses_zeroth_order:
+            raise ValueError(
+                f"kl_coef={self.args.kl_coef} with a zeroth-order plan (estimator={self.args.estimator!r}): perturbed steps have no divergence "
+                "of their own; leave kl_coef unset, or set rest_estimator='lr'"
+            )
+        silent = [step for step, std in enumerate(self.schedule.stds) if float(std) == 0]
+        if silent:
+            raise ValueError(
+                f"kl_coef={self.args.kl_coef}: step {silent[0]} of {self.plan.num_steps} adds no noise, where the divergence of two policies is "
+                "infinite; set sample_eta above 0, or leave kl_coef unset"
+            )
+        return ReferencePolicy(self.policy, self.use_lora, self.accelerator.device, self._frozen_dtype, self.accelerator.autocast)
+
+    @property
+    def _frozen_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+
     def _place_frozen_modules(self) -> None:
         """Frozen networks go to the device in the run's precision; the decoder stays in float32 under fp16, where it overflows."""
         device = self.accelerator.device
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        dtype = self._frozen_dtype
         for module in self.adapter.frozen_modules:
             module.requires_grad_(False)
             cast_frozen(module, device, dtype)
@@ -223,6 +295,8 @@ class RLRTrainer(SamplingTrainer):
 
         Raises:
             ValueError: `output_dir` holds another run and neither resuming nor `config.overwrite` is asked for.
+            CheckpointError: the checkpoint is incomplete, damaged, or does not fit; names the file.
+            SystemExit: SIGTERM came; a checkpoint was saved (exit code 143).
         """
         if isinstance(resume_from_checkpoint, int) and not isinstance(resume_from_checkpoint, bool):
             resume_from_checkpoint, epochs = None, resume_from_checkpoint
@@ -230,13 +304,27 @@ class RLRTrainer(SamplingTrainer):
             resume_from_checkpoint = self.args.resume_from_checkpoint
         if epochs is not None:
             self.args.num_train_epochs, self.args.max_steps = epochs, -1
-        if not resume_from_checkpoint:
+        if resume_from_checkpoint:
+            folder = self._checkpoint_to_resume(resume_from_checkpoint)
+            self._load_run_state(folder)
+            resume_from_checkpoint = str(folder)
+        else:
+            self._queue.clear()
             self.check_output_folder()
             if self.args.check_reward:
                 self._collector(self.model).probe()
             self._choose_plan()
-        self._queue.clear()
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.termination.install()
+        try:
+            output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        finally:
+            self.termination.remove()
+        if self.termination.stopped:
+            logger.warning("stopped after update %d; continue with resume_from_checkpoint=True", self.state.global_step)
+            raise SystemExit(EXIT_TERMINATED)
+        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.END:
+            self.push_to_hub()
+        return output
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Accumulates the gradient of one micro-batch; samples a rollout first when the last one is used up."""
@@ -244,9 +332,11 @@ class RLRTrainer(SamplingTrainer):
         if not self._queue:
             self._start_rollout(model)
         experience = self._queue.popleft()
+        if self.args.offload_rollouts:
+            experience = experience.to(self.accelerator.device)
         started = time.perf_counter()
         chain = self._make_chain(model, experience.conditioning)
-        result = self._sweep(model, chain, experience).run(experience.rollout, experience.draw, self._feedback(experience))
+        result = self._sweep(model, chain, experience).run(experience.rollout, experience.draw, self._feedback(chain, experience))
         if self.accelerator.sync_gradients:
             self._finish_update(experience)
         self._metrics["time/backward"].append(time.perf_counter() - started)
@@ -265,23 +355,32 @@ class RLRTrainer(SamplingTrainer):
             statistics=self.statistics,
             starts=self.starts,
             on_step=on_step,
+            reference=None if self.reference is None else self.reference.steps_of,
         )
 
     def _start_rollout(self, model: nn.Module) -> None:
         args = self.args
-        total = args.sample_num_batches_per_epoch * self.plan.num_steps
-        with rollout_progress(total, "sampling", disable=args.disable_tqdm or not self.is_local_process_zero()) as bar:
-            collector = self._collector(model, on_step=lambda step: bar.update(1))
+        quiet = args.disable_tqdm or not self.is_local_process_zero()
+        with RolloutBar(args.sample_num_batches_per_epoch, self.plan.num_steps, quiet) as bar:
+            collector = self._collector(model, on_step=bar.step)
             batches, summary = collector.collect(self._rollouts_done)
         self._valid_fraction = summary.valid_fraction
         for name, value in summary.metrics.items():
             self._metrics[name].append(value)
         if self.plan.uses_zeroth_order:
             self._zeroth_order_gradient = self._zeroth_order(batches, collector.zeroth_order_advantages(batches))
+        diversity = self.rollout_diversity(summary)
+        if not math.isnan(diversity):
+            self._metrics["diversity"].append(diversity)
         self._run_hook(summary)
+        self.control = call_rollout_end(self.callback_handler, args, self.state, self.control, rollout=summary, plan=self.plan)
         for epoch in range(args.num_inner_epochs):
             self._queue.extend(self._micro_batches(batches, epoch))
         self._rollouts_done += 1
+
+    def _rollout_prompts(self) -> int:
+        samples = self.args.rollout_size * self.accelerator.num_processes
+        return samples // self._collector(self.model).samples_per_prompt
 
     def _micro_batches(self, batches: list[Experience], epoch: int) -> list[Experience]:
         """The rollout in batches of `per_device_train_batch_size`; later passes shuffle it."""
@@ -294,115 +393,6 @@ class RLRTrainer(SamplingTrainer):
             order = torch.randperm(len(whole), generator=seeded_generator(self.args.seed, SHUFFLE, self._rollouts_done, epoch))
         return [whole.select(rows) for rows in order.split(size)]
 
-    def _share(self) -> float:
-        """Weight of one sample in an update: 1 / samples with a reward. DDP averages over processes, Trainer sums micro-batches."""
-        per_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return 1.0 / (per_process * self._valid_fraction)
-
-    def _feedback(self, experience: Experience) -> Feedback:
-        assert experience.advantage is not None and experience.scale is not None
-        share = self._share()
-        scale = experience.scale * share
-        gradient = experience.reward_gradient
-        if gradient is not None:
-            gradient = self.plan.fo_weight * gradient * scale.reshape(-1, *[1] * (gradient.dim() - 1))
-        paired = self.plan.uses_zeroth_order and self.plan.zo_antithetic
-        blocks = experience.index // 2 if paired else None
-        return Feedback(advantage=experience.advantage * share, reward_gradient=gradient, scale=scale, blocks=blocks)
-
-    def _sweep(self, model: nn.Module, chain: PipelineChain, experience: Experience) -> Sweep:
-        params = chain.parameters()
-        synchronizes = self.accelerator.sync_gradients
-        is_first_order = experience.draw.first_order
-
-        @contextlib.contextmanager
-        def scope(steps: list[int], is_last: bool) -> Iterator[None]:
-            with contextlib.ExitStack() as stack:
-                if not (is_last and synchronizes):
-                    stack.enter_context(self.accelerator.no_sync(model))
-                if self.args.log_estimator_norms:
-                    part = "fo" if bool(is_first_order[:, steps[-1]].any()) else "ho"
-                    stack.enter_context(self._meter.measuring(steps[0], part, self._backward_factor()))
-                yield
-
-        def reward(latents: Tensor) -> Tensor:
-            images = self.adapter.decode(latents)
-            return self.rewards(images, experience.prompts, experience.metadata, differentiable=True).total.nan_to_num()
-
-        return Sweep(
-            chain,
-            params,
-            backward=self._backward,
-            scope=scope,
-            recompute=self.args.recompute,
-            critic=prediction_critic(chain, params, reward) if self.plan.uses_prediction else None,
-            control_scale=self.control_scale,
-            clip_range=self.args.clip_range,
-            mean_density=True,
-        )
-
-    def _backward(self, surrogate: Tensor) -> float:
-        """Surrogates ascend the reward and optimizers descend: the sign is turned here, once."""
-        self.accelerator.backward(-surrogate)
-        return self._backward_factor()
-
-    def _backward_factor(self) -> float:
-        """What `_backward` multiplies gradients by: the sign, and the loss scale of fp16."""
-        scaler = self.accelerator.scaler
-        return -(scaler.get_scale() if scaler is not None else 1.0)
-
-    def _zeroth_order(self, batches: Sequence[Experience], advantages: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Zeroth-order part of the update's gradient, over all processes."""
-        params = self.policy.trainable_parameters()
-        total = {name: torch.zeros_like(p) for name, p in params.items()}
-        share = self._share() * self.plan.rest_weight
-        for batch, advantage in zip(batches, advantages, strict=True):
-            assert batch.perturbations is not None
-            for name, term in zeroth_order(advantage * share, batch.draw.zeroth, batch.perturbations, params).items():
-                total[name] += term
-        return {name: self.accelerator.reduce(term, reduction="mean") for name, term in total.items()}
-
-    def _finish_update(self, experience: Experience) -> None:
-        """After the last micro-batch of an update: adds the zeroth-order part, and takes down the norms of the parts."""
-        params = self.policy.trainable_parameters()
-        factor = self._backward_factor()
-        for name, term in self._zeroth_order_gradient.items():
-            gradient = params[name].grad
-            params[name].grad = factor * term if gradient is None else gradient.add_(term, alpha=factor)
-        norms = self._meter.part_norms()
-        if self._zeroth_order_gradient:
-            norms["zo"] = sum(float(term.square().sum()) for term in self._zeroth_order_gradient.values()) ** 0.5
-            self._zeroth_order_gradient = {}
-        for part, norm in norms.items():
-            self._metrics[f"estimator/{part}_grad_norm"].append(norm)
-        start = int(experience.draw.start[0])
-        if start >= 0:
-            self._metrics["estimator/subchain_start"].append(float(start))
-        if self.starts is not None:
-            norm = sum(n**2 for s, n in self._meter.step_norms().items() if start <= s < start + self.plan.ho_length) ** 0.5
-            self.starts.update(start, norm)
-        self._meter.reset()
-
-    def _record_sweep(self, experience: Experience, result: SweepResult) -> Tensor:
-        """Takes down ratios, fits the control variate, and returns the loss: minus the surrogate objective."""
-        assert experience.advantage is not None
-        if self.control_scale is not None:
-            for step, values in result.critic_values.items():
-                self.control_scale.update(step, experience.rewards, values)
-        objective = torch.zeros((), device=self.accelerator.device)
-        rewards = experience.rewards[~torch.isnan(experience.rewards)]
-        if self.plan.fo_range[1] > 0 and len(rewards):
-            objective += rewards.mean().to(objective)
-        if result.log_ratios:
-            ratio = torch.stack(list(result.log_ratios.values())).exp()  # [scored steps, B]
-            deviation = (ratio - 1).abs()
-            self._metrics["ratio/mean"].append(float(ratio.mean()))
-            self._metrics["ratio/max_abs_dev"].append(float(deviation.max()))
-            clip_range = self.args.clip_range
-            self._metrics["clip_ratio"].append(float((deviation > clip_range).float().mean()) if clip_range else 0.0)
-            objective += (experience.advantage * ratio).mean()
-        return -objective / self.args.gradient_accumulation_steps
-
     def diagnose(self, **options: Any) -> Any:
         """Measures plans on this trainer's model and reward and proposes one; see `rlr_trainer.diagnostics.diagnose`."""
         from rlr_trainer.diagnostics import diagnose
@@ -414,15 +404,18 @@ class RLRTrainer(SamplingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means, since the last log line, of what rollouts and updates took down."""
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            names = sorted(self._metrics)
+            means = torch.tensor([sum(self._metrics[name]) / len(self._metrics[name]) for name in names], dtype=torch.float64)
+            if self.accelerator.num_processes > 1:
+                means = self.accelerator.reduce(means.to(self.accelerator.device), reduction="mean")
+            logs |= dict(zip(names, means.tolist(), strict=True))
             logs["reward_queries"] = self.rewards.queries * self.accelerator.num_processes
             self._metrics.clear()
         super().log(logs, start_time)
 
     def _run_hook(self, summary: RolloutSummary) -> None:
         if self.image_samples_hook is not None and self.is_world_process_zero():
-            tracker = HookTracker(self.callback_handler.callbacks, Path(self.args.output_dir))
-            self.image_samples_hook(summary.pictures, self.state.global_step, tracker)
+            self.image_samples_hook(summary.pictures, self.state.global_step, self.trackers())
 
 
 class _MicroBatches(Dataset):

@@ -1,12 +1,24 @@
 """The command line: exit codes, messages, files."""
 
+import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import rlr_trainer
+from rlr_trainer import RLRConfig
 from rlr_trainer.cli import main
-from rlr_trainer.run_config import load_prompts, load_settings
+from rlr_trainer.cli.train import USUAL_OPTIONS
+from rlr_trainer.rewards import RemoteReward
+from rlr_trainer.run_config import SettingsError, load_prompts, load_reward, load_settings
+
+ROOT = Path(__file__).parent.parent
 
 RUN = """
 model: digits
@@ -44,30 +56,172 @@ def test_train_from_a_file_with_overrides(run_file, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["--fo_step", "1"], "unknown key 'fo_step'; did you mean 'fo_steps'?"),
-        (["--reward", "good"], "reward='good': must be ink"),
-        (["--reward", "json:nothing"], "module 'json' has no 'nothing'"),
-        (["--reward", "no_such_module:f"], "cannot import 'no_such_module'"),
-        (["--prompts", "missing.txt"], "no such file"),
-        (["--model", "nowhere/at_all"], "cannot be loaded"),
-        (["--fo_steps", "9"], "fo_steps=9: K must lie between 0 and the number of steps, 3"),
-        (["stray"], "overrides are written"),
+        (["--fo_step", "1"], 2, "unknown key 'fo_step'; did you mean 'fo_steps'?"),
+        (["stray"], 2, "overrides are written"),
+        (["--max_steps", "many"], 2, "max_steps='many': must be a number"),
+        (["--max_steps", "1.5"], 2, "max_steps=1.5: must be a whole number"),
+        (["--learning_rate"], 2, "learning_rate=true: must be a number"),
+        (["--reward", "3"], 2, "reward=3: must be a name"),
+        (["--reward", "good"], 1, "reward='good': must be ink"),
+        (["--reward", "json:nothing"], 1, "module 'json' has no 'nothing'"),
+        (["--reward", "no_such_module:f"], 1, "cannot import 'no_such_module'"),
+        (["--prompts", "missing.txt"], 1, "prompts='missing.txt': does not exist"),
+        (["--prompts", "prompts.tx"], 1, "prompts='prompts.tx': does not exist"),
+        (["--prompts", "{split: test}"], 1, "no key 'path'"),
+        (["--prompts", "{path: a.csv, colum: x}"], 1, "unknown key 'colum'"),
+        (["--eval_prompts", "os:getcwd"], 2, "eval_prompts='os:getcwd': is a function"),
+        (["--model", "nowhere/at_all"], 1, "cannot be loaded"),
+        (["--fo_steps", "9"], 1, "fo_steps=9: K must lie between 0 and the number of steps, 3"),
+        (["--resume", "nowhere"], 1, "--resume nowhere: no such folder"),
+        (["--resume", "--output_dir", "empty"], 1, "'empty' holds no complete checkpoint"),
     ],
 )
-def test_errors_are_one_line_without_a_traceback(run_file, capsys, arguments, message):
-    assert main(["train", "--config", str(run_file), *arguments]) == 1
+def test_errors_are_one_line_without_a_traceback(run_file, capsys, arguments, code, message):
+    Path("empty").mkdir()
+    assert main(["train", "--config", str(run_file), *arguments]) == code
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("rlr-trainer train: ")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        ("RuntimeError('one\\ntwo')", 1, "rlr-trainer train: RuntimeError: one (--debug shows the traceback)\n"),
+        ("AssertionError", 1, "rlr-trainer train: AssertionError (--debug shows the traceback)\n"),
+        ("__import__('torch').OutOfMemoryError('full')", 1, "OutOfMemoryError: full (lower per_device_train_batch_size"),
+        ("ValueError('one\\ntwo')", 1, "rlr-trainer train: one two\n"),
+        ("KeyboardInterrupt", 130, "interrupted\n"),
+    ],
+)
+def test_whatever_is_raised_becomes_one_line_and_a_code(run_file, capsys, tmp_path, monkeypatch, raised, code, message):
+    name = f"failing_{abs(hash(raised))}"
+    (tmp_path / f"{name}.py").write_text(f"raise {raised}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["train", "--config", str(run_file), "--reward", f"{name}:f"]) == code
+    assert message in capsys.readouterr().err
 
 
 def test_missing_keys_and_files(capsys, tmp_path):
-    assert main(["train", "--model", "digits", "--reward", "ink"]) == 1
+    assert main(["train", "--model", "digits", "--reward", "ink"]) == 2
     assert "key 'prompts' is missing" in capsys.readouterr().err
-    assert main(["train", "--config", "nothing.yaml"]) == 1
+    assert main(["train", "--config", "nothing.yaml"]) == 2
     assert "nothing.yaml: cannot be read" in capsys.readouterr().err
+
+
+def test_version_and_usage(capsys):
+    for arguments, code in ((["--version"], 0), (["--help"], 0), ([], 2), (["trian"], 2), (["train", "--config"], 2)):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == code
+        output = capsys.readouterr()
+        if arguments == ["--version"]:
+            assert output.out == f"rlr-trainer {rlr_trainer.__version__}\n"
+        if arguments == ["--help"]:
+            for command in ("train", "demo", "sample", "diagnose", "report", "serve-reward"):
+                assert command in output.out
+            assert "130 interrupted" in output.out
+
+
+def test_help_of_train_has_every_option(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 100
+    from transformers import TrainingArguments
+
+    base = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = [field.name for field in dataclasses.fields(RLRConfig) if field.name not in base]
+    assert len(own) > 30
+    for name in ["config", "resume", "model", "reward", "prompts", "eval_prompts", *own, *(name for name, _ in USUAL_OPTIONS)]:
+        assert f"--{name} " in output, name
+    assert "T: denoising steps. (default: 50)" in output
+    assert (
+        output.index("\nestimator:") < output.index("  --fo_steps") < output.index("\nsampling:") < output.index("  --sample_eta")
+    )
+
+
+def test_resuming(run_file):
+    arguments = ["train", "--config", str(run_file), "--output_dir", "out", "--save_steps", "1"]
+
+    def steps():
+        rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+        return [row["step"] for row in rows if "loss" in row]
+
+    assert main([*arguments, "--max_steps", "2"]) == 0
+    assert main([*arguments, "--max_steps", "3", "--resume"]) == 0
+    assert steps()[-1] == 3
+    assert steps().count(1) == 1
+    assert main([*arguments, "--max_steps", "3", "--resume", "out/checkpoint-1"]) == 0
+    assert steps()[-2:] == [2, 3]
+
+
+@pytest.mark.slow
+def test_a_run_that_sigterm_ends_can_be_resumed(run_file, tmp_path):
+    """In a process of its own; the reward says when training is under way."""
+    (tmp_path / "slow_reward.py").write_text(
+        "import pathlib, time\n"
+        "def reward(images, prompts, metadata):\n"
+        "    pathlib.Path('began').touch()\n"
+        "    time.sleep(0.2)\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+    )
+    arguments = [
+        "train",
+        "--config",
+        str(run_file),
+        "--reward",
+        "slow_reward:reward",
+        "--output_dir",
+        "out",
+        "--check_reward",
+        "false",
+    ]
+    command = [sys.executable, "-m", "rlr_trainer.cli", *arguments, "--max_steps", "1000"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not Path("began").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    (checkpoint,) = Path("out").glob("checkpoint-*")
+    done = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert done < 1000
+    assert main([*arguments, "--reward", "ink", "--max_steps", str(done + 1), "--resume"]) == 0
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row][-1] == done + 1
+
+
+def launch(run_file, *launcher):
+    command = [sys.executable, "-m", *launcher, "-m", "rlr_trainer.cli", "train", "--config", str(run_file), "--output_dir", "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=run_file.parent, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Path("out/pytorch_lora_weights.safetensors").is_file()
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def test_through_accelerate_launch(run_file):
+    options = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    (row,) = launch(run_file, "accelerate.commands.accelerate_cli", "launch", *options)
+    assert row["reward_queries"] == 4  # two of the check, two of the rollout
+
+
+@pytest.mark.slow
+def test_in_two_processes(run_file):
+    """`accelerate launch` starts several processes on GPUs only; on the CPU torchrun does."""
+    (row,) = launch(run_file, "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    assert row["reward_queries"] == 8
 
 
 def test_debug_shows_the_traceback(run_file):
@@ -83,6 +237,27 @@ def test_values_are_read_as_yaml(run_file):
     assert settings["ho_start"] == [0, 1]
     assert settings["check_reward"] is False
     assert settings["overwrite"] is True
+    settings = load_settings(
+        None,
+        [
+            "--clip_range",
+            "none",
+            "--advantage",
+            "none",
+            "--reward_weights",
+            "1,0.5",
+            "--lora_target_modules=to_q,to_k",
+            "--max_steps=1e3",
+        ],
+    )
+    assert settings == {
+        "clip_range": None, "advantage": "none", "reward_weights": [1, 0.5], "lora_target_modules": ["to_q", "to_k"], "max_steps": 1000,
+    }  # fmt: skip
+    assert isinstance(settings["max_steps"], int)
+    RLRConfig(output_dir="x", use_cpu=True, **settings)
+    Path("list.yaml").write_text("- a")
+    with pytest.raises(SettingsError, match="must hold `key: value` lines"):
+        load_settings("list.yaml")
 
 
 def test_prompt_sources(tmp_path, monkeypatch):
@@ -90,9 +265,39 @@ def test_prompt_sources(tmp_path, monkeypatch):
     assert load_prompts("prompts.txt") == [{"prompt": "one"}, {"prompt": "two"}]
     (tmp_path / "rows.jsonl").write_text('{"prompt": "one", "n": 1}\n{"prompt": "two", "n": 2}\n')
     assert load_prompts("rows.jsonl")[1] == {"prompt": "two", "n": 2}
+    (tmp_path / "words.csv").write_text("caption\none\n")
+    assert load_prompts({"path": "words.csv", "column": "caption"})[0] == {"prompt": "one"}
     (tmp_path / "own_prompts.py").write_text("def draw():\n    return 'three', {}\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert load_prompts("own_prompts:draw")() == ("three", {})
+    assert load_prompts(["one", "two"]) == [{"prompt": "one"}, {"prompt": "two"}]
+    for prompt in ("a handwritten digit", "A cat. On a mat.", "black/white photo: a cat", "cat"):
+        assert load_prompts(prompt) == [{"prompt": prompt}]
+    for nothing in ("", 3, [], [1]):
+        with pytest.raises(ValueError, match="must be a prompt, a list of prompts"):
+            load_prompts(nothing)
+
+
+def test_serve_reward_refuses_what_cannot_be_served(capsys):
+    import socket
+
+    assert main(["serve-reward", "good"]) == 1
+    assert "reward='good': must be ink" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve-reward", "jpeg_compressibility", "--port", port]) == 1
+    assert f"port {port}: Address already in use; choose another port" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve-reward", "jpeg_compressibility", "--prt", "1"])
+    assert stopped.value.code == 2
+
+
+def test_a_url_is_a_reward():
+    reward = load_reward("http://127.0.0.1:8123")
+    assert isinstance(reward, RemoteReward)
+    assert "http://127.0.0.1:8123" in repr(reward)
 
 
 def test_demo_writes_its_files(capsys):

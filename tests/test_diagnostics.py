@@ -45,7 +45,7 @@ from rlr_trainer.diagnostics.statistics import (
 )
 from rlr_trainer.diagnostics.workbench import GradientReader, measuring_config, untouched
 from rlr_trainer.plan import EstimatorPlan
-from rlr_trainer.rewards import jpeg_compressibility
+from rlr_trainer.rewards import RewardError, jpeg_compressibility
 
 SIZE = 20
 
@@ -434,7 +434,7 @@ def test_state_is_restored_after_an_error(make_trainer):
     trainer = make_trainer(reward_function=failing)
     trainer.model.train()
     state = random.getstate()
-    with pytest.raises(KeyError, match="gone"):
+    with pytest.raises(RewardError, match="gone"):
         diagnose(trainer, time_limit=20)
     assert random.getstate() == state
     assert trainer.model.training

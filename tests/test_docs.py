@@ -61,9 +61,10 @@ def test_every_option_is_in_the_table():
 
 
 def test_every_metric_is_explained():
-    page = (ROOT / "docs/configuration.md").read_text()
+    page = (ROOT / "docs/logging.md").read_text()
     sources = "".join(path.read_text() for path in (ROOT / "rlr_trainer").glob("*.py"))
-    names = set(re.findall(r'"((?:estimator|ratio|time)/[\w{}]+|clip_ratio|reward_queries|samples_dropped)"', sources))
+    single = "clip_ratio|kl|diversity|(?:eval_)?reward_queries|reward_errors|samples_dropped"
+    names = set(re.findall(rf'"((?:estimator|ratio|time)/[\w{{}}]+|{single})"', sources))
     assert len(names) > 6
     for name in names:
         for part in ("fo", "ho", "zo"):

@@ -10,6 +10,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = {
     "custom_reward.py": ["--max_steps", "2"],
     "black_box_reward.py": ["--max_steps", "2"],
+    "third_party_reward.py": ["--max_steps", "2"],
 }
 SLOW = {
     "diffusive_chain_of_thought.py": ["--max_steps", "2"],

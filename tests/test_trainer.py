@@ -576,7 +576,7 @@ def test_auto_chooses_k_before_the_first_update_and_keeps_it(make_trainer, pipel
     chosen = trainer.plan.fo_steps
     assert 0 <= chosen <= 4
     assert trainer.args.fo_steps == "auto"  # the caller's config stays as it was
-    state = json.loads((Path(trainer.args.output_dir) / "checkpoint-1" / "rlr_state.json").read_text())
+    state = torch.load(Path(trainer.args.output_dir) / "checkpoint-1" / "rlr_state.pt", weights_only=True)
     assert state["chosen"] == {"fo_steps": chosen}
     resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
     resumed._choose_plan = lambda: pytest.fail("chose anew")

@@ -1,4 +1,4 @@
-"""The `rlr-trainer` command: one module a subcommand, each with `add_parser(commands, common)`."""
+"""The `rlr-trainer` command: one module a subcommand, each with `add_parser(commands, common)`. See docs/command_line.md."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from rlr_trainer.cli import demo, diagnose, train
+from rlr_trainer import __version__
+from rlr_trainer.cli import demo, diagnose, report, sample, serve_reward, train
 
-SUBCOMMANDS = (train, demo, diagnose)
-EXIT_USAGE = 2
+SUBCOMMANDS = (train, demo, sample, diagnose, serve_reward, report)
 EXIT_FAILED = 1
+EXIT_USAGE = 2  # argparse's, too
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)  # what the package raises for input that cannot be
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0, 1 (the run failed) or 2 (wrong arguments)."""
+    """Runs the command; returns the exit code.
+
+    0: done. 1: the run failed. 2: wrong arguments, or a file or override that cannot be understood. 130: interrupted. 143: ended by
+    SIGTERM, with a checkpoint.
+    """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not getattr(options, "takes_overrides", False):
@@ -26,20 +33,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        return EXIT_INTERRUPTED
+    except Exception as error:  # everything becomes one line; --debug shows the rest
         if options.debug:
             raise
-        print(f"rlr-trainer {options.command}: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        print(f"rlr-trainer {options.command}: {_in_one_line(error)}", file=sys.stderr)
+        return EXIT_USAGE if _is_usage_error(error) else EXIT_FAILED
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(prog="rlr-trainer", description="Fine-tune diffusion models on a reward.")
+    parser = argparse.ArgumentParser(
+        prog="rlr-trainer",
+        description="Fine-tune diffusion models on a reward.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted, 143 ended by SIGTERM after a checkpoint.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"rlr-trainer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for module in SUBCOMMANDS:
         module.add_parser(commands, common)
     return parser
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, EXPECTED_ERRORS) and str(error):
+        return " ".join(str(error).split())
+    first_line = next(iter(str(error).splitlines()), "")
+    hint = "--debug shows the traceback"
+    if type(error).__name__ == "OutOfMemoryError":
+        hint = "lower per_device_train_batch_size and sample_batch_size, and raise gradient_accumulation_steps instead; " + hint
+    return f"{type(error).__name__}{': ' if first_line else ''}{first_line} ({hint})"
+
+
+def _is_usage_error(error: Exception) -> bool:
+    settings = sys.modules.get("rlr_trainer.run_config")  # not loaded by every subcommand
+    return settings is not None and isinstance(error, settings.SettingsError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rlr_trainer.chain import DenoisingChain, Parameters, PerSampleChain, Rollout, StepFunction, sample_chain
 from rlr_trainer.estimators.advantages import ADVANTAGES
+from rlr_trainer.estimators.divergence import Penalty, leave_one_out_to_go, step_divergences
 from rlr_trainer.estimators.first_order import reward_and_gradient
 from rlr_trainer.estimators.prediction import ControlVariateScale, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep
@@ -46,8 +48,12 @@ def estimate_gradient(
     advantage: str = "none",
     recompute: str = "recursive",
     control_scale: ControlVariateScale | None = None,
+    reference: Parameters | None = None,
+    kl_coef: float = 0.0,
 ) -> GradientEstimate:
     """Estimates grad_theta E[R(x_0)] under `plan`. The chain's own parameters and their `.grad` are left alone.
+
+    With `reference` it is the gradient of E[R(x_0)] - kl_coef * KL(p_theta || p_reference) over whole chains, in nats.
 
     Args:
         chain: any `DenoisingChain`.
@@ -61,6 +67,8 @@ def estimate_gradient(
         advantage: "none", "leave_one_out" or "normalize".
         recompute: "recursive" or "graph", see `Sweep`.
         control_scale: fitted factors of the control variate; None uses 1.
+        reference: parameters of the reference policy; every step then needs noise, and none may be zeroth-order.
+        kl_coef: weight of the divergence from it, in units of the advantage per nat.
 
     Raises:
         PlanError: the plan scores a step without noise.
@@ -102,12 +110,22 @@ def estimate_gradient(
     else:
         runner = chain
         leaves = {name: p.clone().requires_grad_(True) for name, p in base.items()}
+    penalty = None
+    if reference is not None:
+        if plan.uses_zeroth_order:
+            raise ValueError(
+                "reference with a zeroth-order plan: perturbed steps have no divergence of their own; use rest_estimator='lr'"
+            )
+        step_of_reference = functools.partial(_reference_step, chain, dict(reference))
+        to_go = leave_one_out_to_go(step_divergences(rollout, step_of_reference))
+        penalty = Penalty(step_of_reference, torch.full_like(rewards, kl_coef * share), to_go)
     scored = ADVANTAGES[advantage](rewards, None, blocks)
     feedback = Feedback(
         advantage=scored.values * share,
         reward_gradient=None if reward_gradient is None else plan.fo_weight * share * _scale_rows(reward_gradient, scored.scale),
         scale=scored.scale * share,
         blocks=blocks,
+        penalty=penalty,
     )
     Sweep(
         runner,
@@ -125,6 +143,10 @@ def estimate_gradient(
     if not per_sample:
         return GradientEstimate(gradient, None, rewards, rollout)
     return GradientEstimate({name: g.mean(0) for name, g in gradient.items()}, gradient, rewards, rollout)
+
+
+def _reference_step(chain: DenoisingChain, params: Parameters, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    return chain.transition(step, x, params)
 
 
 def _plain_backward(surrogate: Tensor) -> float:

@@ -4,6 +4,7 @@ Going back from the sample, each step is rerun from its stored latent and differ
 
     score      * likelihood_ratio(A, ...)       half-order: at the end of a sub-chain, and on single "lr" steps
     prediction * prediction_pathwise(g, ...)    through the one-step prediction
+    -weight * gaussian_divergence(...)          from a reference policy, where there is a penalty
     pathwise(adjoint, ...)                      first-order steps, and the inside of a sub-chain
 
 and the gradient with respect to the step's input is the adjoint that the step before receives. So memory is that of one step
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from rlr_trainer.chain import DenoisingChain, Parameters, Rollout, next_latent
+from rlr_trainer.estimators.divergence import Penalty, gaussian_divergence
 from rlr_trainer.estimators.first_order import pathwise
 from rlr_trainer.estimators.half_order import likelihood_ratio
 from rlr_trainer.estimators.prediction import (
@@ -48,6 +50,7 @@ class Feedback:
         rewards: [N], raw; only to fit the control variate.
         blocks: int [N]; samples with the same number share their noise (antithetic pairs), and the control variate's centre leaves
             them out together. None: every sample has its own.
+        penalty: on the divergence from a reference policy; every step is then visited.
     """
 
     advantage: Tensor
@@ -55,6 +58,7 @@ class Feedback:
     scale: Tensor | None = None
     rewards: Tensor | None = None
     blocks: Tensor | None = None
+    penalty: Penalty | None = None
 
 
 @dataclasses.dataclass
@@ -109,16 +113,16 @@ class Sweep:
         if draw.first_order.any() and feedback.reward_gradient is None:
             raise ValueError("the plan has first-order steps but feedback.reward_gradient is None")
         result = SweepResult()
-        blocks = self._blocks(draw)
+        blocks = self._blocks(draw, range(draw.num_steps) if feedback.penalty else draw.active_steps())
         for number, block in enumerate(blocks):
             with self.scope(block, number == len(blocks) - 1):
                 self._run_block(block, rollout, draw, feedback, result)
         return result
 
-    def _blocks(self, draw: PlanDraw) -> list[list[int]]:
+    def _blocks(self, draw: PlanDraw, steps: Sequence[int]) -> list[list[int]]:
         """Runs of consecutive steps differentiated in one graph, last first: single steps when recursive."""
         blocks: list[list[int]] = []
-        for step in reversed(draw.active_steps()):
+        for step in reversed(steps):
             linked = bool(blocks) and blocks[-1][0] == step + 1 and bool(draw.pathwise[:, step].any())
             if linked and self.recompute == "graph":
                 blocks[-1].insert(0, step)
@@ -138,6 +142,10 @@ class Sweep:
         for step in block:
             mean, std = self.chain.transition(step, x, self.params)
             total = total + self._local_surrogate(step, mean, std, rollout, draw, feedback, result)
+            if feedback.penalty is not None:
+                with torch.set_grad_enabled(x.requires_grad):  # its parameters are not trained, but its input may carry the adjoint
+                    reference = feedback.penalty.reference(step, x)
+                total = total - (feedback.penalty.weight * gaussian_divergence(mean, std, *reference)).sum()
             if step == last:
                 if draw.pathwise[:, step].any() and adjoint is not None:
                     masked = adjoint * _rows(draw.pathwise[:, step], adjoint)
@@ -174,6 +182,8 @@ class Sweep:
         prediction = draw.prediction[:, step].to(mean)
         advantage = feedback.advantage
         is_scored = bool((score != 0).any())
+        if is_scored and feedback.penalty is not None:
+            advantage = advantage - feedback.penalty.weight * feedback.penalty.to_go[:, step]
         if (is_scored and self.control_scale is not None) or (prediction != 0).any():
             if self.critic is None or feedback.scale is None:
                 raise ValueError("the plan asks the one-step prediction: it needs a critic and feedback.scale")

@@ -81,6 +81,14 @@ class Conditioning:
 
         return Conditioning(pick(self.positive), self.negative and pick(self.negative), self.guidance_scale)
 
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same conditioning on another device."""
+
+        def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+        return Conditioning(move(self.positive), self.negative and move(self.negative), self.guidance_scale)
+
     @staticmethod
     def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
         """Joins conditionings of the same kind along the batch."""
@@ -121,6 +129,10 @@ class ScaledConditioning:
     def select(self, rows: Tensor) -> ScaledConditioning:
         """The conditioning of some rows."""
         return ScaledConditioning(tuple(scale.select(rows) for scale in self.scales), self.first_steps)
+
+    def to(self, device: torch.device | str) -> ScaledConditioning:
+        """The same conditioning on another device."""
+        return ScaledConditioning(tuple(scale.to(device) for scale in self.scales), self.first_steps)
 
     @staticmethod
     def concatenate(parts: Sequence[ScaledConditioning]) -> ScaledConditioning:
@@ -284,6 +296,10 @@ class PipelineChain:
         )
         chain._parameters = self._parameters
         return chain
+
+    def under(self, policy: Policy) -> PipelineChain:
+        """The chain of the same prompts under another policy."""
+        return PipelineChain(self.adapter, policy, policy, self.schedule, self.conditioning, self.latent_shape, self.device)
 
     def initial(self, num_samples: int, generator: Generators) -> Tensor:
         """Noise of the schedule's initial standard deviation, float32 [N, C, H, W]; drawn on the CPU for any device."""

@@ -1,13 +1,67 @@
 """Reward functions."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rlr_trainer.rewards.calling import RewardTimeoutError, groupwise
 from rlr_trainer.rewards.compressibility import jpeg_compressibility, jpeg_incompressibility
 from rlr_trainer.rewards.interface import RewardError, RewardFunction, RewardResult, Rewards
 
+if TYPE_CHECKING:
+    from rlr_trainer.rewards.aesthetic import AestheticScore
+    from rlr_trainer.rewards.classifier import ClassifierScore
+    from rlr_trainer.rewards.clip import CLIPScore, HPSv2, PickScore
+    from rlr_trainer.rewards.http_client import RemoteRewardError
+    from rlr_trainer.rewards.image_reward import ImageReward
+    from rlr_trainer.rewards.neural import NeuralReward
+    from rlr_trainer.rewards.questions import QuestionReward
+    from rlr_trainer.rewards.remote import RemoteReward
+    from rlr_trainer.rewards.server import RewardServer
+    from rlr_trainer.rewards.weights import WeightsError
+
+# Public name -> module. Loaded on first use: most runs need none of them.
+_ON_FIRST_USE = {
+    "AestheticScore": "rlr_trainer.rewards.aesthetic",
+    "CLIPScore": "rlr_trainer.rewards.clip",
+    "ClassifierScore": "rlr_trainer.rewards.classifier",
+    "HPSv2": "rlr_trainer.rewards.clip",
+    "ImageReward": "rlr_trainer.rewards.image_reward",
+    "NeuralReward": "rlr_trainer.rewards.neural",
+    "PickScore": "rlr_trainer.rewards.clip",
+    "QuestionReward": "rlr_trainer.rewards.questions",
+    "RemoteReward": "rlr_trainer.rewards.remote",
+    "RemoteRewardError": "rlr_trainer.rewards.http_client",
+    "RewardServer": "rlr_trainer.rewards.server",
+    "WeightsError": "rlr_trainer.rewards.weights",
+}
+
 __all__ = [
+    "AestheticScore",
+    "CLIPScore",
+    "ClassifierScore",
+    "HPSv2",
+    "ImageReward",
+    "NeuralReward",
+    "PickScore",
+    "QuestionReward",
+    "RemoteReward",
+    "RemoteRewardError",
     "RewardError",
     "RewardFunction",
     "RewardResult",
+    "RewardServer",
+    "RewardTimeoutError",
     "Rewards",
+    "WeightsError",
+    "groupwise",
     "jpeg_compressibility",
     "jpeg_incompressibility",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module 'rlr_trainer.rewards' has no attribute {name!r}")
+    return getattr(importlib.import_module(_ON_FIRST_USE[name]), name)

@@ -5,25 +5,34 @@ A reward is a function `(images, prompts, metadata) -> rewards` or `-> (rewards,
 - images: float tensor [B, 3, H, W] in [0, 1]; has a graph exactly when the plan needs a differentiable reward;
 - prompts: tuple of B strings; metadata: tuple of B dicts (whatever the prompt function or the dataset row brought);
 - rewards: [B] tensor, array or list of numbers; None or NaN marks a sample that the reward does not apply to.
+
+It may be an `async def`, and it may be marked `groupwise` to see all pictures of one prompt at once. B is that of the sampling batch,
+or `reward_batch_size`, or the group's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import numbers
+import logging
+import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlr_trainer.estimators.first_order import NON_DIFFERENTIABLE, NonDifferentiableRewardError
+from rlr_trainer.rewards.calling import Workers, invoke, is_coroutine_function, is_groupwise, settle
+from rlr_trainer.rewards.values import RewardError, check_values, merge_notes, split_returned
+
+__all__ = ["RewardCalls", "RewardError", "RewardFunction", "RewardResult", "Rewards"]
+
+logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[[Tensor, tuple[str, ...], tuple[Any, ...]], Any]
-
-
-class RewardError(ValueError):
-    """A reward returned something that is not one number per sample."""
+SHOWN_PROMPTS = 3  # that messages name
+ON_ERROR_NAMES = ("raise", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +40,40 @@ class RewardResult:
     """Rewards of one batch.
 
     Attributes:
-        total: [B] float32, the weighted sum; NaN where no reward applies; with a graph when one was asked for.
+        total: [B] float32, the weighted sum; NaN where no reward applies or one failed; with a graph when one was asked for.
         parts: reward name -> [B], detached.
         metadata: what the functions returned beside the rewards: that of a single one, or name -> metadata of several.
+        values: [K, B], the rewards before weights, with a graph when one was asked for; NaN where one does not apply.
+        errors: calls that failed (on_error="skip").
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     metadata: Any
+    values: Tensor
+    errors: int = 0
+
+    def detach(self) -> RewardResult:
+        """The same without a graph."""
+        return dataclasses.replace(self, total=self.total.detach(), values=self.values.detach())
+
+    @staticmethod
+    def concatenate(results: Sequence[RewardResult]) -> RewardResult:
+        """Results of pieces of a batch, joined."""
+        if len(results) == 1:
+            return results[0]
+        names, counts = results[0].parts.keys(), [len(result.total) for result in results]
+        if len(names) == 1:
+            metadata = merge_notes([result.metadata for result in results], counts)
+        else:
+            metadata = {name: merge_notes([result.metadata[name] for result in results], counts) for name in names}
+        return RewardResult(
+            total=torch.cat([result.total for result in results]),
+            parts={name: torch.cat([result.parts[name] for result in results]) for name in names},
+            metadata=metadata,
+            values=torch.cat([result.values for result in results], 1),
+            errors=sum(result.errors for result in results),
+        )
 
 
 class Rewards:
@@ -47,13 +82,36 @@ class Rewards:
     Args:
         functions: a callable or a list of them.
         weights: one per function; None means 1 each.
+        group_size: pictures of one prompt, for `groupwise` functions.
+        batch_size: pictures per call; None takes the batch as it comes.
+        timeout: seconds per call, or None.
+        on_error: "raise", or "skip" to go on without the samples of a call that failed.
+        asynchronous: make the calls in threads; only for rewards that need no graph.
+        workers: calls at a time, if asynchronous.
+
+    Attributes:
+        names: of the functions, made unique.
+        queries: pictures scored so far; each counts once, however many functions or calls there are.
+        failures: calls that failed so far, with on_error="skip".
+        last_failure: what the last of them raised, in one line.
 
     Raises:
         TypeError: something that cannot be called.
         ValueError: no function, or another number of weights than functions.
     """
 
-    def __init__(self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        functions: RewardFunction | Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        *,
+        group_size: int = 1,
+        batch_size: int | None = None,
+        timeout: float | None = None,
+        on_error: str = "raise",
+        asynchronous: bool = False,
+        workers: int = 1,
+    ) -> None:
         self.functions: list[Any] = list(functions) if isinstance(functions, list | tuple) else [functions]
         if not self.functions:
             raise ValueError("reward_function=[]: needs at least one reward function")
@@ -65,38 +123,258 @@ class Rewards:
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
         if len(self.weights) != len(self.functions):
             raise ValueError(f"reward_weights has {len(self.weights)} entries for {len(self.functions)} reward functions")
+        if on_error not in ON_ERROR_NAMES:
+            raise ValueError(f"on_error={on_error!r}: must be one of {', '.join(ON_ERROR_NAMES)}")
         self.names = _unique_names(self.functions)
-        self.queries = 0  # pictures scored so far, over all functions together counted once
+        self.group_size, self.batch_size, self.timeout = group_size, batch_size, timeout
+        self.on_error, self.asynchronous, self.workers = on_error, asynchronous, workers
+        self.queries = 0
+        self.failures = 0
+        self.last_failure = ""
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether a function asks for all pictures of a prompt at once."""
+        return any(is_groupwise(function) for function in self.functions)
+
+    def without_graph(self) -> str | None:
+        """Why these rewards can never have a gradient, or None."""
+        if self.asynchronous:
+            return "async_rewards=True calls rewards in threads, without a graph; set async_rewards=False"
+        for name, function in zip(self.names, self.functions, strict=True):
+            if is_groupwise(function):
+                return f"reward {name!r} is group-wise: a black box, because the plan differentiates each picture with the others fixed"
+            if is_coroutine_function(function):
+                return f"reward {name!r} is an async function: a black box; make it a plain function"
+        return None
 
     def __call__(
-        self, images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], *, differentiable: bool
+        self, images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], *, differentiable: bool, where: str = ""
     ) -> RewardResult:
-        """Scores one batch.
+        """Scores one batch, which holds whole groups if a function is group-wise.
+
+        Args:
+            where: what the batch is, for messages.
 
         Raises:
-            RewardError: wrong length, shape or type; names the reward.
+            RewardError: a function failed, took too long, or returned a wrong length, shape or type; names it and the prompts.
             NonDifferentiableRewardError: `differentiable` and a reward without a graph; names it.
         """
+        calls = RewardCalls(self)
+        try:
+            calls.add(images, prompts, metadata, differentiable=differentiable, where=where)
+            return calls.finish()[0]
+        finally:
+            calls.close()
+
+    def combine(self, values: Tensor, failed: Tensor) -> Tensor:
+        """Weighted sum over the rewards that apply, [K, B] -> [B]; NaN where none does, or where `failed` (bool [B])."""
+        weighted = torch.stack([weight * value for weight, value in zip(self.weights, values, strict=True)])
+        applies = ~torch.isnan(weighted)
+        total = torch.where(applies, weighted, 0.0).sum(0)
+        return torch.where(applies.any(0) & ~failed, total, torch.nan)
+
+    def count_failure(self, name: str, count: int, error: Exception) -> None:
+        """Takes down a call that failed, and warns of the first few and then ever more rarely."""
+        self.failures += 1
+        self.last_failure = traceback.format_exception_only(error)[-1].strip()
+        if self.failures <= 3 or self.failures & (self.failures - 1) == 0:  # then the 4th, 8th, 16th, ...
+            logger.warning(
+                "reward %r failed: %s. Its %d samples are dropped (on_reward_error='skip'; failure number %d of this process)",
+                name, self.last_failure, count, self.failures,
+            )  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Call:
+    """A call of one function, begun or done: for the samples `first` to `first + count`, in the order in which they were added."""
+
+    function: int
+    first: int
+    images: Tensor
+    prompts: tuple[str, ...]
+    where: str
+    future: Future[tuple[Tensor, Any]]
+    values: Tensor | None = None
+    notes: Any = None
+    failed: bool = False
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def end(self) -> int:
+        return self.first + self.count
+
+
+class RewardCalls:
+    """The calls for consecutive batches: `add` begins them, `finish` gives the results batch by batch, in the order of adding.
+
+    The results do not depend on timing. A group-wise function is called when its group is complete, which may take several batches.
+
+    Args:
+        rewards: the functions and how to call them.
+        on_error: in place of theirs.
+    """
+
+    def __init__(self, rewards: Rewards, on_error: str | None = None) -> None:
+        self.rewards = rewards
+        self.on_error = on_error or rewards.on_error
+        self._workers = Workers(rewards.workers) if rewards.asynchronous else None
+        self._calls: list[_Call] = []
+        self._sizes: list[int] = []
+        self._waiting: list[tuple[Tensor, tuple[str, ...], tuple[Any, ...]]] = []  # pictures of a group that is not complete
+
+    def add(
+        self,
+        images: Tensor,
+        prompts: tuple[str, ...],
+        metadata: tuple[Any, ...],
+        *,
+        differentiable: bool = False,
+        where: str = "",
+    ) -> None:
+        """Begins the calls for one more batch; without `asynchronous` they are done on return."""
+        rewards, first = self.rewards, sum(self._sizes)
+        reason = rewards.without_graph() if differentiable else None
+        if reason is not None:
+            raise NonDifferentiableRewardError(f"{reason}, or choose a plan that needs no reward gradient: estimator='ddpo'")
         images = images if differentiable else images.detach()
-        parts: dict[str, Tensor] = {}
+        rewards.queries += len(prompts)
+        self._sizes.append(len(prompts))
+        batch = images, prompts, metadata
+        size = rewards.batch_size or len(prompts)
+        for number, function in enumerate(rewards.functions):
+            if not is_groupwise(function):
+                for start in range(0, len(prompts), size):
+                    part = (images[start : start + size], prompts[start : start + size], metadata[start : start + size])
+                    self._begin(number, first + start, part, differentiable, where)
+        if rewards.needs_groups:
+            self._add_to_groups(batch, where)
+
+    def _add_to_groups(self, batch: tuple[Tensor, tuple[str, ...], tuple[Any, ...]], where: str) -> None:
+        self._waiting.append(batch)
+        images = torch.cat([part[0] for part in self._waiting])
+        prompts = tuple(prompt for part in self._waiting for prompt in part[1])
+        metadata = tuple(item for part in self._waiting for item in part[2])
+        size, first = self.rewards.group_size, sum(self._sizes) - len(prompts)
+        whole = len(prompts) // size * size
+        for start in range(0, whole, size):
+            group = slice(start, start + size)
+            if len(set(prompts[group])) > 1:
+                raise RewardError(
+                    f"a group-wise reward compares {size} pictures (num_images_per_prompt) of one prompt, but got the prompts "
+                    f"{_shown(prompts[group])}; it cannot score pictures of different prompts, as evaluate() samples them"
+                )
+            for number, function in enumerate(self.rewards.functions):
+                if is_groupwise(function):
+                    self._begin(number, first + start, (images[group], prompts[group], metadata[group]), False, where)
+        self._waiting = [(images[whole:], prompts[whole:], metadata[whole:])] if whole < len(prompts) else []
+
+    def _begin(
+        self, number: int, first: int, part: tuple[Tensor, tuple[str, ...], tuple[Any, ...]], differentiable: bool, where: str
+    ) -> None:
+        rewards, name = self.rewards, self.rewards.names[number]
+
+        def work() -> tuple[Tensor, Any]:
+            with torch.set_grad_enabled(differentiable):
+                values, notes = split_returned(invoke(name, rewards.functions[number], part, rewards.timeout))
+                values = check_values(name, values, len(part[1]), part[0].device)
+            if differentiable and not values.requires_grad:
+                raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}")
+            return values, notes
+
+        future: Future[tuple[Tensor, Any]] = Future()
+        call = _Call(number, first, part[0], part[1], where, future)
+        self._calls.append(call)
+        if self._workers is not None:
+            call.future = self._workers.submit(work)
+        else:
+            settle(future, work)
+            self._read(call)
+
+    def _read(self, call: _Call) -> None:
+        """Waits for a call and takes its values; NaN for one that failed, if such are skipped."""
+        if call.values is not None:
+            return
+        name = self.rewards.names[call.function]
+        try:
+            call.values, call.notes = call.future.result()
+        except NonDifferentiableRewardError:
+            raise
+        except Exception as error:
+            if self.on_error == "raise":
+                raise _explain(error, name, call) from error
+            self.rewards.count_failure(name, call.count, error)
+            call.failed = True
+            # 0 * images: with a graph, if the others have one
+            call.values = torch.nan + 0.0 * call.images.float().flatten(1).sum(1)
+
+    def finish(self) -> list[RewardResult]:
+        """Waits for all calls; the results of the batches, in the order in which they were added.
+
+        Raises:
+            RewardError: the first call that failed, in the order of adding; or a group that is not complete.
+        """
+        if self._waiting:
+            raise RewardError(
+                f"a group-wise reward needs whole groups of num_images_per_prompt={self.rewards.group_size} pictures of one prompt; "
+                f"{len(self._waiting[0][1])} are left over"
+            )
+        for call in self._calls:
+            self._read(call)
+        rows = []
+        for number in range(len(self.rewards.functions)):
+            calls = [call for call in self._calls if call.function == number]  # in the order of the samples
+            rows.append(torch.cat([call.values for call in calls if call.values is not None]))
+        values = torch.stack(rows)
+        failed = torch.zeros(values.shape[1], dtype=torch.bool, device=values.device)
+        for call in self._calls:
+            if call.failed:
+                failed[call.first : call.end] = True
+        results, first = [], 0
+        for size in self._sizes:
+            results.append(self._result(values[:, first : first + size], failed[first : first + size], first))
+            first += size
+        self._calls, self._sizes = [], []
+        return results
+
+    def _result(self, values: Tensor, failed: Tensor, first: int) -> RewardResult:
+        """Of one batch. What a call of several batches (a group's) returned beside its values counts to the batch where it ends."""
+        rewards = self.rewards
+        ended = [call for call in self._calls if first < call.end <= first + values.shape[1]]
         notes: dict[str, Any] = {}
-        with torch.set_grad_enabled(differentiable):
-            for name, function in zip(self.names, self.functions, strict=True):
-                returned = function(images, prompts, metadata)
-                values, notes[name] = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
-                parts[name] = _check_values(name, values, len(prompts), images.device)
-                if differentiable and not parts[name].requires_grad:
-                    raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}")
-            weighted = torch.stack([w * parts[name] for w, name in zip(self.weights, self.names, strict=True)])
-            applies = ~torch.isnan(weighted)
-            total = torch.where(applies, weighted, 0.0).sum(0)
-            total = torch.where(applies.any(0), total, torch.nan)
-        self.queries += len(prompts)
+        for number, name in enumerate(rewards.names):
+            calls = [call for call in ended if call.function == number]
+            notes[name] = merge_notes([call.notes for call in calls], [call.count for call in calls]) if calls else {}
         return RewardResult(
-            total=total,
-            parts={name: part.detach() for name, part in parts.items()},
-            metadata=notes[self.names[0]] if len(self.names) == 1 else notes,
+            total=rewards.combine(values, failed),
+            parts=dict(zip(rewards.names, values.detach(), strict=True)),
+            metadata=notes[rewards.names[0]] if len(rewards.names) == 1 else notes,
+            values=values,
+            errors=sum(call.failed for call in ended),
         )
+
+    def close(self) -> None:
+        """Drops calls that have not begun; those that have, end by themselves."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
+
+
+def _explain(error: Exception, name: str, call: _Call) -> RewardError:
+    """The error with the place where it happened."""
+    place = f"{f'in {call.where}, ' if call.where else ''}on {call.count} prompts: {_shown(call.prompts)}"
+    if isinstance(error, RewardError) and str(error).startswith(f"reward {name!r}"):
+        return RewardError(f"{error} ({place})")
+    return RewardError(f"reward {name!r} raised {type(error).__name__}: {error} ({place})")
+
+
+def _shown(prompts: Sequence[str]) -> str:
+    """The first few prompts, and how many more."""
+    shown = ", ".join(f"{prompt!r:.80}" for prompt in prompts[:SHOWN_PROMPTS])
+    return f"{shown} and {len(prompts) - SHOWN_PROMPTS} more" if len(prompts) > SHOWN_PROMPTS else shown
 
 
 def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
@@ -106,44 +384,3 @@ def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
         taken = sum(other == name or other.startswith(f"{name}_") for other in names)
         names.append(f"{name}_{taken + 1}" if taken else name)
     return names
-
-
-def _check_values(name: str, values: Any, count: int, device: torch.device) -> Tensor:
-    """One float32 number per sample, [B], on the pictures' device; None becomes NaN."""
-    if isinstance(values, list | tuple):
-        values = _from_list(name, values)
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RewardError(
-            f"reward {name!r} returned {type(values).__name__} ({values!r:.80}): must be a tensor, array or list of {count} numbers, "
-            "or a pair (rewards, reward_metadata)"
-        ) from error
-    if tensor.is_complex():
-        raise RewardError(f"reward {name!r} returned complex numbers ({tensor.dtype}): return real ones")
-    if tensor.shape != (count,):
-        raise RewardError(
-            f"reward {name!r} returned shape {tuple(tensor.shape)} for a batch of {count}: must be ({count},), one number per sample "
-            "in the order of the pictures (a batch mean, or an extra dimension, has to go)"
-        )
-    tensor = tensor.to(device=device, dtype=torch.float32)
-    if torch.isinf(tensor).any():
-        raise RewardError(f"reward {name!r} returned an infinite value; return NaN or None for a sample that it does not apply to")
-    return tensor
-
-
-def _from_list(name: str, values: Sequence[Any]) -> Tensor:
-    if any(isinstance(value, Tensor) for value in values):
-        scalars = [torch.as_tensor(torch.nan if value is None else value) for value in values]
-        wrong = next((tuple(s.shape) for s in scalars if s.numel() != 1), None)
-        if wrong is not None:
-            raise RewardError(f"reward {name!r} returned a list with a tensor of shape {wrong}: each entry must be one number")
-        return torch.stack([scalar.reshape(()).float() for scalar in scalars])
-    wrong_type = next(
-        (v for v in values if v is not None and not isinstance(v, numbers.Real) and not hasattr(v, "__float__")), None
-    )
-    if wrong_type is not None or not values:
-        raise RewardError(
-            f"reward {name!r} returned a list with {wrong_type!r:.80} ({type(wrong_type).__name__}): each entry must be a number or None"
-        )
-    return torch.tensor([torch.nan if value is None else float(value) for value in values])

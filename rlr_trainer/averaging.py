@@ -1,0 +1,58 @@
+"""Exponential moving average of the trained weights, for evaluation, pictures and the saved result."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+from transformers import TrainerCallback
+
+
+class WeightAverage(TrainerCallback):
+    """Follows the trained weights: after each update, average = decay * average + (1 - decay) * weights.
+
+    Early decay is smaller, (1 + n) / (10 + n) after n updates, so that the start is soon forgotten (diffusers' `EMAModel`).
+
+    Args:
+        parameters: the trained weights by name; float32.
+        decay: above 0 and below 1.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._parameters = list(parameters.values())
+        self._average = EMAModel(self._parameters, decay=decay)
+        self._in_use = False
+
+    @property
+    def updates(self) -> int:
+        """Updates followed so far."""
+        return self._average.optimization_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._average.step(self._parameters)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The trained weights hold their average inside, and come back after; may be nested."""
+        if self._in_use:
+            yield
+            return
+        kept = [parameter.detach().clone() for parameter in self._parameters]
+        self._average.copy_to(self._parameters)
+        self._in_use = True
+        try:
+            yield
+        finally:
+            self._in_use = False
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, kept, strict=True):
+                    parameter.copy_(value)
+
+    def take_present_weights(self, updates: int) -> None:
+        """Makes the present weights the average after `updates` updates: resuming loads them there first."""
+        self._average.shadow_params = [parameter.detach().clone() for parameter in self._parameters]
+        self._average.optimization_step = updates

@@ -1,0 +1,79 @@
+"""`rlr-trainer serve-reward`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+GRACE_SECONDS = 30
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    serve = commands.add_parser(
+        "serve-reward",
+        parents=[common],
+        help="serve a reward function over HTTP, for RemoteReward",
+        description="Serves one reward function over HTTP, for rlr_trainer.rewards.RemoteReward in another process or on another machine "
+        "(docs/remote_rewards.md). Ctrl-C or SIGTERM finishes the requests in progress and leaves with code 0.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("reward", help="package.module:function, or the name of a built-in reward, as for train --reward")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for any free one (default: 8000)")
+    serve.add_argument(
+        "--token",
+        default=None,
+        help="secret that clients must send; better given in the environment variable RLR_REWARD_TOKEN, because other users of the machine "
+        "can read command lines (default: that variable, else none)",
+    )
+    serve.add_argument("--max_request_mb", type=float, default=64, help="largest request, in 10^6 bytes (default: 64)")
+    serve.add_argument("--max_megapixels", type=float, default=100, help="pixels of one request's pictures, in 10^6 (default: 100)")
+    serve.add_argument(
+        "--workers", type=int, default=1, help="calls of the function at the same time (default: 1; models on a GPU need that)"
+    )
+    serve.add_argument("--receive_timeout", type=float, default=30, help="seconds that a request may take to arrive (default: 30)")
+    serve.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    import os
+    import signal
+    import sys
+    import threading
+
+    from rlr_trainer.rewards.server import RewardServer
+    from rlr_trainer.rewards.wire import TOKEN_VARIABLE
+    from rlr_trainer.run_config import load_reward
+
+    server = RewardServer(
+        load_reward(options.reward),
+        host=options.host,
+        port=options.port,
+        token=options.token or os.environ.get(TOKEN_VARIABLE) or None,
+        max_request_mb=options.max_request_mb,
+        max_megapixels=options.max_megapixels,
+        workers=options.workers,
+        receive_timeout=options.receive_timeout,
+    )
+    asked_to_stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if asked_to_stop.is_set():
+            raise KeyboardInterrupt  # the second time: at once
+        asked_to_stop.set()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    server.start()
+    print(f"serving reward {server.name!r} on {server.url} (Ctrl-C stops)", flush=True)
+    try:
+        while not asked_to_stop.wait(1):  # waiting for ever would keep Windows from seeing Ctrl-C
+            continue
+        finished = server.stop(GRACE_SECONDS)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if finished:
+        print("stopped", flush=True)
+        return 0
+    print(f"stopped, leaving requests that took more than {GRACE_SECONDS} s", file=sys.stderr, flush=True)
+    os._exit(1)  # the thread of a hanging reward would keep the process alive

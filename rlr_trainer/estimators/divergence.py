@@ -1,0 +1,64 @@
+"""Divergence from a reference policy: a penalty whose gradient is that of E[R] - w KL(p_theta || p_ref) over whole chains.
+
+The divergence of two chains of Gaussian steps from the same noise is E[sum_t k_t(x_t)], k_t the divergence of step t's two
+Gaussians at the latent where it stands. Its gradient has two parts: the gradient of each k_t at its latent, and the change of the
+latents that later steps see. The sweep takes the first directly, on every step, and the second as it takes the reward's:
+along the adjoint on pathwise steps, and in the advantage on scored ones, where `divergence_to_go` stands for what comes later.
+(Penalties that take the first part alone, as Flow-GRPO's, arXiv:2505.05470, are not the gradient of any objective.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlr_trainer.chain import Rollout, sum_over_latent
+
+# (step, x) -> mean and standard deviation of the next latent under the reference policy
+ReferenceStep = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalty:
+    """What the sweep needs to know of it.
+
+    Attributes:
+        reference: the reference policy's transitions.
+        weight: [N], w of each sample, 1/N folded in.
+        to_go: [N, T], the divergence of the steps after each one, centred without the sample's own (see `leave_one_out_to_go`).
+    """
+
+    reference: ReferenceStep
+    weight: Tensor
+    to_go: Tensor
+
+
+def gaussian_divergence(mean: Tensor, std: Tensor, reference_mean: Tensor, reference_std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(reference_mean, reference_std^2)) in nats, summed over the latent: [N]. 0, exactly, for equal ones."""
+    std, reference_std = std.expand_as(mean), reference_std.expand_as(mean)
+    spread = torch.log(reference_std / std) + (std**2 - reference_std**2) / (2 * reference_std**2)
+    return sum_over_latent(spread + (mean - reference_mean) ** 2 / (2 * reference_std**2))
+
+
+@torch.no_grad()
+def step_divergences(rollout: Rollout, reference: ReferenceStep) -> Tensor:
+    """k_t at every stored latent, by the policy that sampled: [N, T], not below 0 but for rounding."""
+    columns = []
+    for step in range(rollout.num_steps):
+        columns.append(gaussian_divergence(rollout.means[step], rollout.stds[step], *reference(step, rollout.latents[step])))
+    return torch.stack(columns, dim=1)
+
+
+def leave_one_out_to_go(divergences: Tensor) -> Tensor:
+    """Sum over the steps after each one, minus the mean of the other samples': [N, T] -> [N, T].
+
+    The difference is no less unbiased, as of any baseline that does not see the sample's own noise, and has less variance.
+    """
+    to_go = divergences.flip(1).cumsum(1).flip(1) - divergences
+    count = len(to_go)
+    if count == 1:
+        return to_go
+    return (to_go - to_go.mean(0)) * (count / (count - 1))

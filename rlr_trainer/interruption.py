@@ -1,0 +1,65 @@
+"""SIGTERM: a checkpoint, then out. Schedulers and cloud machines send it before they take a machine away."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+EXIT_TERMINATED = 128 + signal.SIGTERM  # what a shell reports for a process that ended by this signal
+
+
+class StopOnTermination(TrainerCallback):
+    """On SIGTERM, saves a checkpoint at the end of the update and stops the training; on a second one the process ends at once.
+
+    It takes the signal only where nothing else has (a handler of the user's, or of a launcher, stays) and gives it back after
+    training. All processes of a run agree, at the end of each update, on whether to stop.
+
+    Args:
+        accelerator: of the trainer.
+
+    Attributes:
+        stopped: whether the training was stopped by the signal.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.stopped = False
+        self._received = False
+        self._installed = False
+
+    def install(self) -> None:
+        """Takes the signal."""
+        self.stopped = self._received = False
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._receive)
+            self._installed = True
+
+    def remove(self) -> None:
+        """Gives the signal back."""
+        if self._installed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._installed = False
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self._received = True
+        self.remove()
+        logger.warning("SIGTERM: saving a checkpoint at the end of this update, then leaving (once more: leaving at once)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        received = self._received
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(received), device=self.accelerator.device)
+            received = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+        if received:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+        return control

@@ -1,0 +1,160 @@
+"""Signs of reward hacking: warnings when the reward rises at the cost of what it stands for. On by default."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+# Diversity: the mean of the last lines is compared with that of the first ones.
+DIVERSITY_LINES = 5
+DIVERSITY_FRACTION = 0.4
+# KL: two windows that follow each other are compared, once the policy has left the reference: a KL that grows with the square of the
+# number of updates, as in an undisturbed start, no longer doubles from window to window by then.
+KL_WINDOW = 10
+KL_FIRST_LINE = 50
+KL_FACTOR = 2.0
+KL_STANDARD_ERRORS = 2.0  # by which the reward must have risen to justify it
+# Evaluation: consecutive evaluations below the best, and by how much: in standard deviations of single rewards. The training reward must
+# have risen as clearly. An evaluation of a single picture has no standard deviation and is not judged.
+EVAL_PATIENCE = 2
+EVAL_DROP = 0.25
+
+_EVAL_REWARD = re.compile(r"eval_(?:.+_)?reward")
+
+WAYS_OUT = (
+    "Look at the pictures in samples/. What helps: stop at an earlier checkpoint, raise kl_coef, lower learning_rate, add a second reward "
+    "for what is lost, evaluate with a reward that is not trained on (eval_reward_function)"
+)
+
+
+class RewardHackingMonitor(TrainerCallback):
+    """Warns, each once, when the numbers of the log look like reward hacking; docs/evaluation.md explains the rules.
+
+    - diversity: pictures of one prompt differ less than `DIVERSITY_FRACTION` of what they did at first, while the reward rose;
+    - kl: it doubled from one window of `KL_WINDOW` log lines to the next, while the reward did not rise;
+    - evaluation: the evaluation reward fell `EVAL_PATIENCE` times below its best, while the training reward rose.
+
+    It reads the log, and on resuming the log of the run so far. `trainer.remove_callback(RewardHackingMonitor)` removes it.
+
+    Attributes:
+        warnings: rule -> text of the warnings so far.
+    """
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.warnings: dict[str, str] = {}
+        self._diversity: list[tuple[float, float]] = []  # (diversity, reward) per log line
+        self._kl: list[tuple[float, float]] = []  # (kl, reward)
+        self._since_evaluation: list[float] = []  # training rewards
+        self._first_reward: float | None = None
+        self._reward_std = 0.0
+        self._evaluations: dict[str, list[tuple[float, float, float | None]]] = {}  # (reward, its std, training reward)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._reset()
+        if state.global_step > 0:
+            for row in state.log_history:
+                self._take(row)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        self._take(logs or {})
+        for rule, text in (
+            ("diversity", self._check_diversity()),
+            ("kl", self._check_kl()),
+            ("evaluation", self._check_evaluations()),
+        ):
+            if text is not None and rule not in self.warnings:
+                self.warnings[rule] = text
+                if state.is_world_process_zero:
+                    logger.warning("after %d updates: %s. %s", state.global_step, text, WAYS_OUT)
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        reward = _finite(row.get("reward"))
+        if reward is not None:
+            self._first_reward = reward if self._first_reward is None else self._first_reward
+            self._since_evaluation.append(reward)
+            self._reward_std = _finite(row.get("reward_std")) or self._reward_std
+            for name, kept in (("diversity", self._diversity), ("kl", self._kl)):
+                value = _finite(row.get(name))
+                if value is not None:
+                    kept.append((value, reward))
+        found = [(name, _finite(value)) for name, value in row.items() if _EVAL_REWARD.fullmatch(name)]
+        for name, value in found:
+            if value is not None:
+                trained = _mean(self._since_evaluation) if self._since_evaluation else self._first_reward
+                self._evaluations.setdefault(name, []).append((value, _finite(row.get(f"{name}_std")) or 0.0, trained))
+        if found and "reward" not in row:
+            self._since_evaluation = self._since_evaluation[-1:]  # several datasets are evaluated one after the other
+
+    def _check_diversity(self) -> str | None:
+        if len(self._diversity) < 2 * DIVERSITY_LINES:
+            return None
+        (first, reward_before), (last, reward_after) = (
+            (_mean([d for d, _ in part]), _mean([r for _, r in part]))
+            for part in (self._diversity[:DIVERSITY_LINES], self._diversity[-DIVERSITY_LINES:])
+        )
+        if last < DIVERSITY_FRACTION * first and reward_after > reward_before:
+            return (
+                f"loss of diversity: pictures of one prompt differ by {last:.3g} now and by {first:.3g} at first (metric diversity), while the "
+                f"reward went from {reward_before:.4g} to {reward_after:.4g}"
+            )
+        return None
+
+    def _check_kl(self) -> str | None:
+        if len(self._kl) < KL_FIRST_LINE:
+            return None
+        before, after = self._kl[-2 * KL_WINDOW : -KL_WINDOW], self._kl[-KL_WINDOW:]
+        kl_before, kl_after = (_mean([kl for kl, _ in part]) for part in (before, after))
+        rewards_before, rewards_after = ([reward for _, reward in part] for part in (before, after))
+        rise = _mean(rewards_after) - _mean(rewards_before)
+        error = math.sqrt((_variance(rewards_before) + _variance(rewards_after)) / KL_WINDOW)
+        if kl_after > KL_FACTOR * max(kl_before, 0.0) and rise <= KL_STANDARD_ERRORS * error:
+            return (
+                f"the model moves away from the reference without gain: kl went from {kl_before:.3g} to {kl_after:.3g} within "
+                f"{KL_WINDOW} log lines, the reward from {_mean(rewards_before):.4g} to {_mean(rewards_after):.4g}"
+            )
+        return None
+
+    def _check_evaluations(self) -> str | None:
+        for name, history in self._evaluations.items():
+            if len(history) <= EVAL_PATIENCE:
+                continue
+            best, spread, trained_then = max(history[:-EVAL_PATIENCE], key=lambda entry: entry[0])
+            recent = history[-EVAL_PATIENCE:]
+            trained_now = recent[-1][2]
+            below = all(value < best - EVAL_DROP * spread for value, _, _ in recent)
+            then = self._first_reward if trained_then is None else trained_then
+            if (
+                below
+                and spread > 0
+                and trained_now is not None
+                and then is not None
+                and trained_now > then + EVAL_DROP * self._reward_std
+            ):
+                return (
+                    f"the training reward rises while the evaluation reward falls: {name} was {best:.4g} and is {recent[-1][0]:.4g}, the "
+                    f"training reward went from {then:.4g} to {trained_now:.4g}"
+                )
+        return None
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = _mean(values)
+    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)

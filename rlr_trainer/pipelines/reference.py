@@ -1,0 +1,66 @@
+"""The reference policy: the model as it was before training."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from rlr_trainer.pipelines.base import PipelineChain, Policy, cast_frozen
+
+
+class ReferencePolicy:
+    """The model without its LoRA weights, or a frozen copy of a network that is trained as a whole.
+
+    A pipeline that brought LoRA weights has its base model as the reference, not those weights.
+
+    Args:
+        policy: the trained policy, before any training.
+        use_lora: whether LoRA weights alone are trained.
+        dtype: of the frozen copy.
+        autocast: precision of the run's forward passes.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        use_lora: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> None:
+        self.policy, self.autocast = policy, autocast
+        self.copy: Policy | None = None
+        if not use_lora:
+            self.copy = Policy(copy.deepcopy(policy.denoiser).requires_grad_(False).eval())
+            cast_frozen(self.copy, device, dtype)
+
+    @contextlib.contextmanager
+    def _without_lora(self) -> Iterator[None]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        # not through disable_adapters(): it also turns requires_grad off, under a graph that still needs it
+        layers = [module for module in self.policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, value in zip(layers, before, strict=True):
+                layer._disable_adapters = value
+
+    def steps_of(self, chain: PipelineChain) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
+        """(step, x) -> mean and standard deviation of the reference policy's next latent, on the prompts of `chain`."""
+        if self.copy is not None:
+            chain = chain.under(self.copy)
+
+        def transition(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            with self.autocast(), contextlib.nullcontext() if self.copy is not None else self._without_lora():
+                return chain.transition(step, x, chain.parameters())
+
+        return transition

@@ -1,0 +1,126 @@
+"""Program for tests/test_resume.py: trains in forked children that it kills. Usage: kill_worker.py dataset|function|full-disk
+
+Forked, because a fresh interpreter needs seconds to import its libraries. Works in the current folder.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+torch.set_num_threads(1)
+
+from rlr_trainer import RLRConfig, RLRTrainer, digits  # noqa: E402
+from rlr_trainer.checkpoints import list_checkpoints  # noqa: E402
+from rlr_trainer.demo import digit_reward  # noqa: E402
+
+UPDATES, KILLS = 60, 24
+PIPELINE = digits.load_pipeline()
+REWARD = digit_reward(7)
+
+
+def prompt():
+    return digits.class_prompt((random.randrange(10) + np.random.randint(10) + int(torch.randint(10, ()))) % 10), {}
+
+
+def make(folder, kind, **options):
+    settings = {
+        "estimator": "rlr", "num_inner_epochs": 2, "sample_num_steps": 4, "sample_guidance_scale": 1.0, "per_device_train_batch_size": 4,
+        "max_steps": UPDATES, "lora_r": 2, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2,
+        "ema_decay": 0.9, "use_cpu": True, "disable_tqdm": True, "output_dir": folder,
+    } | options  # fmt: skip
+    rows = [{"prompt": digits.class_prompt(d)} for d in range(6)] if kind == "dataset" else None
+    return RLRTrainer(RLRConfig(**settings), REWARD, None if rows else prompt, PIPELINE, train_dataset=rows)
+
+
+def train(folder, kind):
+    trainer = make(folder, kind)
+    trainer.train(resume_from_checkpoint=bool(list_checkpoints(Path(folder))) or None)
+    final = Path(folder, "final")
+    final.mkdir()
+    torch.save({name: p.detach() for name, p in trainer.policy.trainable_parameters().items()}, final / "weights.pt")
+    torch.save(trainer.optimizer.state_dict(), final / "optimizer.pt")
+
+
+def in_child(folder, kind, log):
+    """The process number of a child that trains."""
+    child = os.fork()
+    if child:
+        return child
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    code = 1
+    try:
+        train(folder, kind)
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def kill_and_resume(kind):
+    with open("whole.log", "w") as log:
+        _, status = os.waitpid(in_child("whole", kind, log), 0)
+    assert status == 0, Path("whole.log").read_text()[-3000:]
+    delays, kills, half_written = random.Random(), 0, 0
+    # a kill may find a run that has overwritten nothing yet: `overwrite` is not set, so a folder without a checkpoint is cleaned
+    while True:
+        folder = Path("killed")
+        if folder.is_dir() and not list_checkpoints(folder):
+            for path in sorted(folder.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+        with open("killed.log", "w") as log:
+            child = in_child("killed", kind, log)
+            if kills < KILLS:
+                time.sleep(delays.uniform(0.2, 2.0))
+                if kills % 2:  # every other one waits for a checkpoint that is being written
+                    waited = time.monotonic() + 5
+                    while time.monotonic() < waited and not list(folder.glob(".incomplete-checkpoint-[0-9]*")):
+                        if os.waitpid(child, os.WNOHANG)[0]:
+                            raise SystemExit(f"ended before it could be killed:\n{Path('killed.log').read_text()[-3000:]}")
+                os.kill(child, signal.SIGKILL)
+                kills += 1
+            _, status = os.waitpid(child, 0)
+        half_written += bool(list(folder.glob(".incomplete-checkpoint-[0-9]*")))
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0, Path("killed.log").read_text()[-3000:]
+            break
+    print(json.dumps({"kills": kills, "with_a_half_written_checkpoint": half_written}))
+
+
+def fill_the_disk():
+    trainer = make("run", "dataset", max_steps=2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(state):
+        if state.global_step == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    from transformers import TrainerCallback
+
+    class Limit(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            limit(state)
+
+    trainer.add_callback(Limit())
+    try:
+        trainer.train()
+    except OSError as error:
+        print(error)
+    else:
+        raise SystemExit("it was written")
+
+
+if __name__ == "__main__":
+    fill_the_disk() if sys.argv[1] == "full-disk" else kill_and_resume(sys.argv[1])

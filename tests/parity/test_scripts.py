@@ -1,0 +1,79 @@
+"""TRL 0.23.1's example scripts, with the trainer's class name changed and nothing else, run to the end and save what they say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trl
+from safetensors.torch import load_file
+
+if not hasattr(trl, "DDPOTrainer"):
+    pytest.skip("this TRL has no DDPOTrainer: 0.23.1 was the last", allow_module_level=True)
+
+from rlr_trainer import digits
+
+SCRIPTS = Path(__file__).parent / "scripts"
+ROOT = Path(__file__).parents[2]
+ARGUMENTS = {
+    "pretrained_model": digits.WEIGHTS / "pipeline", "num_epochs": 3, "sample_num_steps": 3, "sample_guidance_scale": 2.0,
+    "mixed_precision": "no",
+    "train_batch_size": 2, "seed": 4, "save_freq": 2,
+    "train_learning_rate": 0.01,
+}  # fmt: skip
+
+
+def with_our_trainer(name, class_name):
+    """The script, importing RLRTrainer in place of TRL's trainer."""
+    text = (SCRIPTS / name).read_text()
+    assert text.count(f"{class_name}(") == 1 and text.count(f" {class_name},") == 1
+    text = text.replace(f" {class_name},", "").replace(f"{class_name}(", "RLRTrainer(")
+    return text.replace("\nfrom trl import", "\nfrom rlr_trainer import RLRTrainer\nfrom trl import", 1)
+
+
+def run_script(folder, text, arguments):
+    (folder / "script.py").write_text(text)
+    command = [sys.executable, "script.py", *(f"--{name}={value}" for name, value in arguments.items())]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def check_what_is_left(folder, updates, checkpoints):
+    lines = [json.loads(line) for line in (folder / "save/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, updates + 1))
+    assert {line["learning_rate"] for line in lines} == {0.01}
+    assert sorted(path.name for path in (folder / "save").glob("checkpoint-*")) == checkpoints
+    weights = load_file(folder / "save/pytorch_lora_weights.safetensors")
+    assert {min(tensor.shape) for tensor in weights.values()} == {4}  # TRL's rank
+    assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name or "lora.up" in name)
+    fresh = digits.load_pipeline()
+    fresh.load_lora_weights(str(folder / "save"), weight_name="pytorch_lora_weights.safetensors")
+    return lines
+
+
+def test_ddpo(tmp_path):
+    arguments = ARGUMENTS | {
+        "log_with": "tensorboard",
+        "sample_batch_size": 4,
+        "sample_num_batches_per_epoch": 2,
+        "train_gradient_accumulation_steps": 2,
+    }
+    done = run_script(tmp_path, with_our_trainer("trl_ddpo.py", "DDPOTrainer"), arguments)
+    lines = check_what_is_left(tmp_path, updates=6, checkpoints=["checkpoint-4", "checkpoint-6"])  # two updates an epoch
+    assert lines[-1]["reward_queries"] == 3 * 8 + 4  # and one batch to try the reward
+    config = json.loads((tmp_path / "save/rlr_config.json").read_text())
+    assert config["estimator"] == "ddpo"
+    assert config["sample_guidance_scale"] == 2.0
+    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
+    assert "no LoRA weights found" in done.stderr  # TRL's own warning, which raised before
+
+
+def test_alignprop(tmp_path):
+    arguments = ARGUMENTS | {"log_image_freq": 2, "mixed_precision": "none"}
+    run_script(tmp_path, with_our_trainer("trl_alignprop.py", "AlignPropTrainer"), arguments)
+    check_what_is_left(tmp_path, updates=3, checkpoints=["checkpoint-2", "checkpoint-3"])

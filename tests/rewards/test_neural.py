@@ -1,0 +1,235 @@
+"""What every neural reward must do: a gradient, each picture against its own prompt, micro-batches that change nothing."""
+
+import copy
+import logging
+
+import pytest
+import tiny_rewards
+import torch
+
+from rlr_trainer.rewards import AestheticScore, ClassifierScore, CLIPScore, HPSv2, ImageReward, PickScore, Rewards
+from rlr_trainer.rewards.neural import NeuralReward, PromptCache
+from rlr_trainer.rewards.preprocessing import ImageRangeError
+
+METADATA = ({}, {}, {})
+LOADERS = {
+    "aesthetic": lambda folder, **options: AestheticScore.from_pretrained(tiny_rewards.aesthetic_folder(folder), **options),
+    "classifier": lambda folder, **options: ClassifierScore.from_pretrained(
+        tiny_rewards.classifier_folder(folder), "owl", output="log_probability", **options
+    ),
+    "clip_score": lambda folder, **options: CLIPScore.from_pretrained(tiny_rewards.clip_folder(folder), **options),
+    "hpsv2.1": lambda folder, **options: HPSv2.from_pretrained(tiny_rewards.hpsv2_folder(folder), **options),
+    "image_reward": lambda folder, **options: ImageReward.from_pretrained(tiny_rewards.image_reward_folder(folder), **options),
+    "pickscore": lambda folder, **options: PickScore.from_pretrained(tiny_rewards.clip_folder(folder), **options),
+}
+READ_PROMPTS = ("clip_score", "hpsv2.1", "image_reward", "pickscore")
+
+
+@pytest.fixture(scope="module", params=LOADERS)
+def loaded(request, tmp_path_factory):
+    """(name, folder, reward); the reward must not be changed."""
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    return request.param, folder, LOADERS[request.param](folder)
+
+
+@pytest.fixture
+def reward(loaded):
+    return copy.deepcopy(loaded[2])
+
+
+@pytest.fixture
+def pictures():
+    return tiny_rewards.squares()
+
+
+def test_its_name_is_the_metrics(loaded):
+    name, _, reward = loaded
+    assert Rewards([reward, reward]).names == [name, f"{name}_2"]
+    assert repr(reward) == f"<{type(reward).__name__} {name!r}>"
+
+
+def test_the_gradient_is_the_functions(reward, pictures):
+    """In float64, along random directions in the pictures, against central differences."""
+    reward(pictures, tiny_rewards.PROMPTS, METADATA)  # keeps the prompts' features: transformers 4 cannot read them in float64
+    reward.model.double()
+    pictures = pictures.double().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((reward(pictures, tiny_rewards.PROMPTS, METADATA) * weight).sum(), pictures)
+    assert (gradient.abs().amax((1, 2, 3)) > 0).all()
+    for _ in range(3):
+        direction = torch.randn(pictures.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            up, down = (
+                (reward(pictures + sign * 1e-5 * direction, tiny_rewards.PROMPTS, METADATA) * weight).sum() for sign in (1, -1)
+            )
+        assert (gradient * direction).sum().item() == pytest.approx(((up - down) / 2e-5).item(), rel=1e-5, abs=1e-9)
+
+
+def test_no_parameter_gets_a_gradient(reward, pictures):
+    reward(pictures.requires_grad_(), tiny_rewards.PROMPTS, METADATA).sum().backward()
+    assert pictures.grad is not None
+    assert all(not parameter.requires_grad and parameter.grad is None for parameter in reward.model.parameters())
+    assert not any(module.training for module in reward.model.modules())  # dropout would be noise
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_micro_batches_change_nothing(reward, pictures, batch_size, recompute):
+    pictures.requires_grad_()
+    whole = reward(pictures, tiny_rewards.PROMPTS, METADATA)
+    (expected,) = torch.autograd.grad(whole.square().sum(), pictures)
+    reward.batch_size, reward.recompute = batch_size, recompute
+    parts = reward(pictures, tiny_rewards.PROMPTS, METADATA)
+    (gradient,) = torch.autograd.grad(parts.square().sum(), pictures)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_each_pass_has_at_most_batch_size_pictures_and_recomputes_on_demand(reward, pictures):
+    seen = []
+    score = reward.score
+    reward.score = lambda pixels, conditions: seen.append(len(pixels)) or score(pixels, conditions)
+    reward.batch_size = 2
+    reward(pictures, tiny_rewards.PROMPTS, METADATA)
+    assert seen == [2, 1]
+    reward.recompute = True
+    reward(pictures.requires_grad_(), tiny_rewards.PROMPTS, METADATA).sum().backward()
+    assert sorted(seen[2:]) == [1, 1, 2, 2]
+
+
+def test_each_picture_is_scored_against_its_own_prompt(loaded, pictures):
+    """Alone, in another order, and with other prompts beside it, a pair has the same score."""
+    name, _, reward = loaded
+    scores = reward(pictures, tiny_rewards.PROMPTS, METADATA)
+    alone = torch.cat([reward(pictures[i : i + 1], tiny_rewards.PROMPTS[i : i + 1], ({},)) for i in range(3)])
+    torch.testing.assert_close(alone, scores, rtol=1e-5, atol=1e-6)
+    order = [2, 0, 1]
+    other = reward(pictures[order], tuple(tiny_rewards.PROMPTS[i] for i in order), METADATA)
+    torch.testing.assert_close(other, scores[order], rtol=1e-5, atol=1e-6)
+    moved = reward(pictures, tuple(tiny_rewards.PROMPTS[i] for i in order), METADATA)
+    assert ((moved - scores).abs() > 1e-3 * scores.abs()).all() == (name in READ_PROMPTS)
+
+
+def test_under_the_trainers_interface(reward, pictures):
+    """With a graph where one is asked for, without one otherwise, under autocast too."""
+    rewards = Rewards(reward)
+    expected = reward(pictures, tiny_rewards.PROMPTS, METADATA)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = rewards(pictures.requires_grad_(), tiny_rewards.PROMPTS, METADATA, differentiable=True)
+    assert result.total.requires_grad and result.total.dtype == torch.float32
+    torch.testing.assert_close(result.total.detach(), expected)
+    assert not rewards(pictures, tiny_rewards.PROMPTS, METADATA, differentiable=False).total.requires_grad
+
+
+def test_half_precision_weights_score_alike(loaded, pictures):
+    """bfloat16 has 3 digits: scores to 5 % of their size, and no picture out of order by more."""
+    name, folder, reward = loaded
+    half = LOADERS[name](folder, dtype=torch.bfloat16)
+    assert half.parameter.dtype == torch.bfloat16
+    scores = half(pictures, tiny_rewards.PROMPTS, METADATA)
+    expected = reward(pictures, tiny_rewards.PROMPTS, METADATA)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+def test_wrong_batches_are_refused(loaded, pictures):
+    name, _, reward = loaded
+    with pytest.raises(ImageRangeError, match=f"reward '{name}': images has values from"):
+        reward(2 * pictures, tiny_rewards.PROMPTS, METADATA)
+    with pytest.raises(ValueError, match="2 prompts for 3 images"):
+        reward(pictures, ("a", "b"), METADATA)
+    if name in READ_PROMPTS:
+        with pytest.raises(ValueError, match="prompts=None"):
+            reward(pictures, None, None)
+    else:
+        assert reward(pictures, None, None).shape == (3,)
+
+
+def test_impossible_options_are_refused():
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        NeuralReward(model, torch.nn.Identity(), name="mine", batch_size=0)
+    with pytest.raises(ValueError, match="no parameters"):
+        NeuralReward(torch.nn.Identity(), torch.nn.Identity(), name="mine")
+    with pytest.raises(TypeError, match="batchsize"):
+        NeuralReward(model, torch.nn.Identity(), name="mine", batchsize=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_it_follows_the_pictures_to_their_device(tmp_path, pictures):
+    reward = CLIPScore.from_pretrained(tiny_rewards.clip_folder(tmp_path))
+    expected = reward(pictures, tiny_rewards.PROMPTS, METADATA)
+    scores = reward(pictures.cuda(), tiny_rewards.PROMPTS, METADATA)
+    assert scores.is_cuda and reward.parameter.is_cuda
+    torch.testing.assert_close(scores.cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+# ---- prompts ----
+
+
+def test_a_prompt_is_read_once(tmp_path, pictures):
+    reward = CLIPScore.from_pretrained(tiny_rewards.clip_folder(tmp_path))
+    passes = []
+    reward.model.text_model.register_forward_hook(lambda module, arguments, output: passes.append(torch.is_grad_enabled()))
+    first = reward(pictures.requires_grad_(), ("seven", "a nine", "seven"), METADATA)
+    second = reward(pictures, ("a nine", "a nine", "seven"), METADATA)
+    assert passes == [False]  # one pass, of both prompts, without a graph
+    assert reward.prompt_cache.computed == 2
+    assert second[2].item() == first[2].item()
+    reward(pictures, ("seven", "eight", "seven"), METADATA)
+    assert reward.prompt_cache.computed == 3
+
+
+def test_features_from_inference_mode_can_enter_a_graph(tmp_path, pictures):
+    reward = CLIPScore.from_pretrained(tiny_rewards.clip_folder(tmp_path))
+    with torch.inference_mode():
+        before = reward(pictures, tiny_rewards.PROMPTS, METADATA).clone()
+    scores = reward(pictures.requires_grad_(), tiny_rewards.PROMPTS, METADATA)
+    scores.sum().backward()
+    assert pictures.grad.abs().max() > 0
+    torch.testing.assert_close(scores.detach(), before)
+
+
+def test_the_cache_keeps_the_last_used():
+    read = []
+
+    def encode(prompts):
+        read.extend(prompts)
+        return torch.tensor([[float(len(prompt))] for prompt in prompts])
+
+    cache = PromptCache(encode, size=2)
+    assert cache(["a", "bb", "a"]).tolist() == [[1], [2], [1]]
+    assert cache(["a", "ccc"]).tolist() == [[1], [3]]  # "bb" is the least recently used
+    assert cache(["a"]).tolist() == [[1]]
+    assert read == ["a", "bb", "ccc"]
+    assert cache(["bb", "ccc", "dddd"]).tolist() == [[2], [3], [4]]  # a batch larger than the cache
+    assert read == ["a", "bb", "ccc", "bb", "dddd"]
+    cache.clear()
+    cache(["dddd"])
+    assert cache.computed == 6
+
+
+@pytest.mark.parametrize("name", READ_PROMPTS)
+def test_a_prompt_that_is_cut_is_named(name, tmp_path, pictures, caplog):
+    reward = LOADERS[name](tmp_path / "model")
+    long = "a handwritten digit, " * 40
+    with caplog.at_level(logging.WARNING, "rlr_trainer"):
+        scores = reward(pictures, (long, long + "seven", "seven"), METADATA)
+        reward(pictures, (long, "seven", "seven"), METADATA)
+    assert scores.isfinite().all()
+    warnings = [record.message[:28] for record in caplog.records if record.name.startswith("rlr_trainer")]
+    assert warnings == ["prompt 'a handwritten digit,"] * 2  # once a prompt, and none for the short one
+
+
+# ---- in a training ----
+
+
+def test_a_run_ascends_a_neural_reward(make_trainer, tmp_path):
+    """RLR on the bundled model with a tiny CLIP: two updates, with the gradient of the reward."""
+    reward = CLIPScore.from_pretrained(tiny_rewards.clip_folder(tmp_path / "clip"), batch_size=2, recompute=True)
+    trainer = make_trainer(reward_function=reward)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "rewards/clip_score/mean" in row]
+    assert len(rows) == 2
+    assert all(row["estimator/fo_grad_norm"] > 0 for row in rows)

@@ -1,0 +1,314 @@
+"""Weights that are missing, damaged, or those of another model: one error, that says which file and what to do. And loading by name."""
+
+import json
+
+import huggingface_hub.constants
+import pytest
+import tiny_rewards
+import torch
+from safetensors.torch import save_file
+
+from rlr_trainer.rewards import AestheticScore, ClassifierScore, CLIPScore, HPSv2, ImageReward, PickScore, WeightsError, named
+from rlr_trainer.rewards.weights import companion, find_file, is_local, load_strictly, read_state_dict
+from rlr_trainer.run_config import load_reward
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No connection to the hub, and nothing of it on this machine."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def change(path, edit):
+    state = torch.load(path, weights_only=True)
+    inner = state.get("state_dict", state)
+    edit(inner)
+    torch.save(state, path)
+
+
+# ---- what is not there ----
+
+
+@pytest.mark.parametrize(
+    ("load", "named"),
+    [
+        (AestheticScore.from_pretrained, "'aesthetic': cannot get 'aesthetic-model.pth' of the hub repository 'trl-lib/ddpo"),
+        (HPSv2.from_pretrained, r"'hpsv2.1': cannot get 'HPS_v2.1_compressed.pt' of the hub repository 'xswu/HPSv2'"),
+        (ImageReward.from_pretrained, "'image_reward': cannot get 'ImageReward.pt' of the hub repository 'THUDM/ImageReward'"),
+        (PickScore.from_pretrained, "'pickscore': cannot load CLIPModel from 'yuvalkirstain/PickScore_v1'"),
+        (CLIPScore.from_pretrained, "'clip_score': cannot load CLIPModel from 'openai/clip-vit-large-patch14'"),
+    ],
+    ids=["aesthetic", "hpsv2.1", "image_reward", "pickscore", "clip_score"],
+)
+def test_without_a_connection_the_error_says_what_to_download(offline, load, named):
+    with pytest.raises(WeightsError, match=f"reward {named}") as error:
+        load()
+    assert "`hf download" in str(error.value)
+    assert "pass the folder" in str(error.value)
+
+
+@pytest.mark.parametrize("load", [AestheticScore, HPSv2, ImageReward, PickScore, CLIPScore, ClassifierScore])
+def test_a_folder_that_does_not_exist(load, tmp_path):
+    options = {"target": 0} if load is ClassifierScore else {}
+    with pytest.raises(WeightsError, match="no folder .*nowhere"):
+        load.from_pretrained(tmp_path / "nowhere", **options)
+
+
+@pytest.mark.parametrize("load", [AestheticScore, HPSv2, ImageReward])
+def test_a_folder_without_the_file_is_listed(load, tmp_path):
+    (tmp_path / "README.md").write_text("nothing here")
+    with pytest.raises(WeightsError, match=r"has no .*\.p.*; it holds README\.md"):
+        load.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("config.json", "cannot load CLIPModel"),
+        ("model.safetensors", "cannot load CLIPModel"),
+        ("preprocessor_config.json", "cannot load ImagePreprocessor"),
+    ],
+)
+def test_a_part_that_is_missing(tmp_path, file, named):
+    (tiny_rewards.clip_folder(tmp_path) / file).unlink()
+    with pytest.raises(WeightsError, match=named):
+        CLIPScore.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_that_is_missing(tmp_path):
+    for path in tiny_rewards.clip_folder(tmp_path).glob("*"):
+        if path.name not in ("config.json", "model.safetensors", "preprocessor_config.json"):
+            path.unlink()
+    with pytest.raises(WeightsError, match="cannot load AutoTokenizer|knows . tokens and the model 578"):
+        CLIPScore.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="knows 11 tokens and the model 578"):
+        PickScore.from_pretrained(tmp_path, processor=bert(tmp_path / "bert"))
+
+
+def bert(folder):
+    from transformers import BertTokenizer
+
+    tiny_rewards.image_reward_folder(folder)
+    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
+# ---- what is damaged ----
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "load"),
+    [
+        (tiny_rewards.aesthetic_folder, "sac+logos+ava1-l14-linearMSE.pth", AestheticScore.from_pretrained),
+        (tiny_rewards.hpsv2_folder, "HPS_v2.1_compressed.pt", HPSv2.from_pretrained),
+        (tiny_rewards.image_reward_folder, "ImageReward.pt", ImageReward.from_pretrained),
+        (tiny_rewards.clip_folder, "model.safetensors", PickScore.from_pretrained),
+    ],
+    ids=["aesthetic", "hpsv2", "image_reward", "pickscore"],
+)
+@pytest.mark.parametrize("keep", [0, 100, 0.5])
+def test_a_file_that_is_cut_short(tmp_path, folder, file, load, keep):
+    path = folder(tmp_path) / file
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
+    with pytest.raises(WeightsError) as error:
+        load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_file_that_would_run_code_is_not_loaded(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('this code must not run')",))
+
+    path = tmp_path / "HPS_v2.1_compressed.pt"
+    torch.save({"state_dict": Code()}, path)
+    with pytest.raises(WeightsError, match="never loaded"):
+        HPSv2.from_pretrained(tmp_path, tokenizer=tiny_rewards.TOKENIZER)
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [torch.zeros(1)], {"state_dict": {}}])
+def test_a_file_without_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(WeightsError, match="no tensors by name"):
+        read_state_dict(tmp_path / "file.pt", "mine")
+
+
+def test_other_containers_of_the_same_tensors(tmp_path):
+    """safetensors, a `state_dict` entry, and the prefix of DistributedDataParallel."""
+    tensors = {"a.weight": torch.rand(2), "b": torch.rand(1)}
+    save_file(tensors, tmp_path / "file.safetensors")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in tensors.items()}}, tmp_path / "file.pt")
+    for name in ("file.safetensors", "file.pt"):
+        read = read_state_dict(tmp_path / name, "mine")
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[key], tensors[key]) for key in tensors)
+
+
+# ---- what is another model's ----
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda s: s.pop("ln_final.bias"), r"1 missing: text_model\.final_layer_norm\.bias"),
+        (lambda s: s.update(score_predictor=torch.zeros(1)), "1 unexpected: score_predictor"),
+        (lambda s: s.update({"visual.ln_pre.bias": torch.zeros(3)}), r"pre_layrnorm\.bias \(3,\) instead of \(160,\)"),
+        (lambda s: s.pop("visual.transformer.resblocks.0.attn.in_proj_bias"), r"3 missing: .*q_proj\.bias"),
+        (lambda s: s.pop("visual.conv1.weight"), r"no checkpoint in OpenCLIP's layout: it has no 'visual.conv1.weight'"),
+        (lambda s: s.update({"visual.positional_embedding": torch.zeros(18, 160)}), "18 positions.*not a ViT-H-14"),
+    ],
+)
+def test_hpsv2_with_other_keys(tmp_path, edit, named):
+    change(tiny_rewards.hpsv2_folder(tmp_path) / "HPS_v2.1_compressed.pt", edit)
+    with pytest.raises(WeightsError, match=named):
+        HPSv2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda s: s.pop("blip.visual_encoder.norm.bias"), r"1 missing: vision\.post_layernorm\.bias"),
+        (lambda s: s.pop("blip.text_encoder.encoder.layer.1.crossattention.self.key.bias"), "1 missing: text.*crossattention"),
+        (lambda s: s.update({"mlp.layers.9.bias": torch.zeros(1)}), r"1 unexpected: head\.layers\.9\.bias"),
+        (lambda s: s.pop("blip.visual_encoder.pos_embed"), "not ImageReward's checkpoint"),
+    ],
+)
+def test_image_reward_with_other_keys(tmp_path, edit, named):
+    change(tiny_rewards.image_reward_folder(tmp_path) / "ImageReward.pt", edit)
+    with pytest.raises(WeightsError, match=named):
+        ImageReward.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", '{"hidden_size": 48}', "\x00"])
+def test_image_reward_with_another_text_configuration(tmp_path, content):
+    (tiny_rewards.image_reward_folder(tmp_path) / "med_config.json").write_text(content)
+    with pytest.raises(WeightsError, match=r"med_config\.json"):
+        ImageReward.from_pretrained(tmp_path)
+
+
+def test_a_head_for_another_embedding(tmp_path):
+    tiny_rewards.aesthetic_folder(tmp_path)
+    change(tmp_path / "sac+logos+ava1-l14-linearMSE.pth", lambda s: s.update({"layers.0.weight": torch.zeros(1024, 768)}))
+    with pytest.raises(WeightsError, match=r"layers\.0\.weight \(1024, 768\) instead of \(1024, 24\)"):
+        AestheticScore.from_pretrained(tmp_path)
+
+
+def test_a_model_with_a_part_left_random(tmp_path):
+    """transformers would fill it with noise and go on."""
+    from safetensors.torch import load_file
+
+    path = tiny_rewards.clip_folder(tmp_path) / "model.safetensors"
+    state = load_file(path)
+    del state["visual_projection.weight"]
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"leave 1 parts of CLIPModel without values: visual_projection\.weight"):
+        PickScore.from_pretrained(tmp_path)
+
+
+def test_a_classifier_whose_processor_has_a_foreign_step(tmp_path):
+    path = tiny_rewards.classifier_folder(tmp_path) / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 1}))
+    with pytest.raises(WeightsError, match="resample=1.*pass preprocess="):
+        ClassifierScore.from_pretrained(tmp_path, 0)
+    assert ClassifierScore.from_pretrained(tmp_path, 0, preprocess=torch.nn.Identity()).target == 0
+
+
+def test_left_over_keys_may_be_named():
+    module = torch.nn.Linear(1, 1)
+    state = {**module.state_dict(), "attn_mask": torch.zeros(1)}
+    load_strictly(module, state, "file.pt", "mine", unused=("attn_.*",))
+    with pytest.raises(WeightsError, match="1 unexpected: attn_mask"):
+        load_strictly(module, state, "file.pt", "mine", unused=("attn",))
+
+
+# ---- where the parts come from ----
+
+
+def test_parts_are_looked_for_beside_the_weights(tmp_path):
+    default, markers = "org/name", ("vocab.json",)
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"")
+    assert companion(tmp_path, None, default, markers) == default
+    assert companion("other/hub", None, default, markers) == default
+    (tmp_path / "vocab.json").write_text("{}")
+    assert companion(tmp_path, None, default, markers) == str(tmp_path)
+    assert companion(file, None, default, markers) == str(tmp_path)
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "vocab.json").write_text("{}")
+    assert companion(tmp_path, None, default, markers, "clip") == str(tmp_path / "clip")
+    assert companion(tmp_path, "asked/for", default, markers) == "asked/for"
+
+
+def test_hub_ids_and_paths_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    assert [is_local(name) for name in ("there", "/nowhere", "./nowhere", "~/nowhere", "a/b/c", tmp_path)] == [True] * 6
+    assert [is_local(name) for name in ("gpt2", "org/name-v1.0", "nowhere/else")] == [False] * 3
+
+
+def test_the_file_itself_can_be_named(tmp_path):
+    path = tiny_rewards.hpsv2_folder(tmp_path) / "HPS_v2.1_compressed.pt"
+    other = path.rename(tmp_path / "mine.pt")
+    assert find_file(other, "HPS_v2.1_compressed.pt", "hpsv2") == other
+    assert HPSv2.from_pretrained(other).__name__ == "hpsv2.1"
+
+
+def test_parts_can_be_elsewhere(tmp_path):
+    """PickScore's repository has the model alone; its processor is another's."""
+    tiny_rewards.clip_folder(tmp_path / "model", parts=False)
+    (tmp_path / "processor").mkdir()
+    reward = PickScore.from_pretrained(tmp_path / "model", processor=tiny_rewards.clip_parts(tmp_path / "processor"))
+    assert reward(tiny_rewards.squares(), tiny_rewards.PROMPTS, ({},) * 3).isfinite().all()
+
+
+def test_an_unknown_version_of_hpsv2():
+    with pytest.raises(ValueError, match=r"version='v3': must be v2\.0 or v2\.1"):
+        HPSv2.from_pretrained(version="v3")
+
+
+# ---- by name ----
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "kind"),
+    [
+        ("aesthetic", tiny_rewards.aesthetic_folder, AestheticScore),
+        ("clip_score", tiny_rewards.clip_folder, CLIPScore),
+        ("hpsv2", lambda folder: tiny_rewards.hpsv2_folder(folder, "HPS_v2_compressed.pt"), HPSv2),
+        ("hpsv2.1", tiny_rewards.hpsv2_folder, HPSv2),
+        ("image_reward", tiny_rewards.image_reward_folder, ImageReward),
+        ("pickscore", tiny_rewards.clip_folder, PickScore),
+    ],
+)
+def test_rewards_are_loaded_by_name(tmp_path, name, folder, kind):
+    reward = load_reward(f"{name}:{folder(tmp_path / 'weights')}")
+    assert type(reward) is kind
+    assert reward.__name__ == name
+    assert name in named.NAMES
+
+
+def test_every_name_is_tried_above():
+    tried = {mark.args[1][row][0] for mark in test_rewards_are_loaded_by_name.pytestmark for row in range(len(mark.args[1]))}
+    assert tried == named.NEURAL.keys()
+
+
+def test_a_classifier_by_name(tmp_path):
+    folder = tiny_rewards.classifier_folder(tmp_path)
+    assert load_reward(f"classifier:{folder}:owl").target == 2
+    assert load_reward(f"classifier:{folder}:1").target == 1
+    for name in ("classifier", "classifier:owl"):
+        with pytest.raises(ValueError, match="classifier:SOURCE:CLASS"):
+            load_reward(name)
+
+
+def test_a_name_without_a_source_takes_the_published_weights(offline):
+    with pytest.raises(WeightsError, match="yuvalkirstain/PickScore_v1"):
+        load_reward("pickscore")
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(
+        ValueError, match=r"reward='pick': must be ink, .*hpsv2\.1.*classifier:SOURCE:CLASS, .*or package\.module:function"
+    ):
+        load_reward("pick")
