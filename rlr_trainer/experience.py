@@ -265,9 +265,9 @@ class Collector:
     def zeroth_order_advantages(self, batches: Sequence[Experience]) -> list[Tensor]:
         """Advantages of perturbed samples, one tensor [B] per batch: baselines leave out all that share a direction.
 
-        Where every reward is normalized by itself they are those of the other steps: only they know each reward's factor.
+        Where every reward is normalized by itself, or every prompt's are, they are those of the other steps: only they know the factors.
         """
-        if self.config.normalizes_each_reward:
+        if self.config.normalizes_each_reward or self.statistics is not None:
             return [b.advantage.cpu() for b in batches if b.advantage is not None]
         groups = self.plan.zo_num_perturbations
         number = [b.index // (len(b) * self.accelerator.num_processes) for b in batches]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from rlr_trainer.chain import sample_chain, seeded_generator
@@ -237,7 +238,7 @@ class SamplingTrainer(SavingTrainer):
             first = copy.copy(source)
             first.taken = 0
             return first.peek(min(count, len(first)))
-        return self._fixed_function_prompts(source, count)
+        return self._same_everywhere(self._fixed_function_prompts(source, count))
 
     def _fixed_function_prompts(self, source: FunctionPrompts, count: int) -> list[PromptRow]:
         """The first prompts of a function, which a resumed run reads from a file: the function has gone on since.
@@ -255,6 +256,13 @@ class SamplingTrainer(SavingTrainer):
             with contextlib.suppress(TypeError):  # metadata that JSON cannot hold: a resumed run then takes the next prompts
                 path.write_text(json.dumps(records), encoding="utf-8")
         return rows
+
+    def _same_everywhere(self, value: Any) -> Any:
+        """The main process's value; collective."""
+        holder = [value]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(holder)
+        return holder[0]
 
     def _rollout_prompts(self) -> int:
         raise NotImplementedError

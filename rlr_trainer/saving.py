@@ -8,7 +8,6 @@ import json
 import logging
 import random
 import shutil
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,13 @@ from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.prediction import ControlVariateScale
 from rlr_trainer.estimators.zeroth_order import Perturbations
 from rlr_trainer.experience import Experience
+from rlr_trainer.microbatches import MicroBatches
 from rlr_trainer.model_card import write_model_card
 from rlr_trainer.pipelines import Conditioning, PipelineAdapter, Policy, ScaledConditioning
 from rlr_trainer.plan import EstimatorPlan, PlanDraw, StartDistribution
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rewards.interface import Rewards
+from rlr_trainer.sharding import spread_when_loaded, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class SavingTrainer(compat.BaseTrainer):
     average: WeightAverage | None
     _metrics: dict[str, list[float]]
     eval_queries: int  # pictures scored outside training, over all processes
-    _queue: deque[Experience]
+    _queue: MicroBatches
     _rollouts_done: int
     _valid_fraction: float
     _chosen: dict[str, int]
@@ -78,7 +79,19 @@ class SavingTrainer(compat.BaseTrainer):
 
     # ---- weights and model card ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the trained weights, from the main process; every process must call it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        with whole_weights(self.adapter.denoiser):
+            self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:  # newer versions of transformers call this on every process
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if folder.name.startswith("checkpoint-"):  # what training goes on with
@@ -104,7 +117,8 @@ class SavingTrainer(compat.BaseTrainer):
     def _load_weights(self, folder: Path) -> None:
         load = self.adapter.load_lora if self.use_lora else self.adapter.load_denoiser
         if self.average is None:
-            load(folder)
+            with spread_when_loaded(self.adapter.denoiser):
+                load(folder)
             return
         has_average = (folder / AVERAGE_FOLDER).is_dir()  # not if it is a checkpoint of a run without averaging
         load(folder / AVERAGE_FOLDER if has_average else folder)
@@ -207,8 +221,7 @@ class SavingTrainer(compat.BaseTrainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._writing_to is not None:  # a push reads the folder while training goes on: it must have its name by then
             return
-        if self.args.should_save:
-            self._save(self.args.output_dir)
+        self.save_model(self.args.output_dir, _internal_call=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -244,18 +257,22 @@ class SavingTrainer(compat.BaseTrainer):
         )
         return None
 
-    def _pending(self) -> list[Experience]:
+    def _pending(self) -> dict[str, Any]:
         """The micro-batches left of the rollout. Metadata goes with them only where the sweep calls the reward again."""
-        if self.plan.uses_prediction:
-            unsafe = next((m for e in self._queue for m in e.metadata if not _is_plain(m)), None)
-            if unsafe is None:
-                return list(self._queue)
-            logger.warning(
-                "metadata %r... is not made of numbers, strings and containers, so this checkpoint, inside a rollout, cannot hold it and "
-                "cannot be resumed; save at multiples of %d updates (save_steps)", str(unsafe)[:60], self.args.updates_per_rollout
-            )  # fmt: skip
-            return []
-        return [dataclasses.replace(e, metadata=({},) * len(e)) for e in self._queue]
+        state = self._queue.state()
+        if not self.plan.uses_prediction:
+            state["parts"] = [part and dataclasses.replace(part, metadata=({},) * len(part)) for part in state["parts"]]
+            return state
+        unsafe = next((m for part in state["parts"] if part for m in part.metadata if not _is_plain(m)), None)
+        if unsafe is None:
+            return state
+        logger.warning(
+            "metadata %s... is not made of numbers, strings and containers, so this checkpoint, inside a rollout, cannot hold it and "
+            "cannot be resumed; save at multiples of %d updates (save_steps)",
+            str(unsafe)[:60],
+            self.args.updates_per_rollout,
+        )
+        return {"parts": [], "rows": [], "sizes": []}
 
     # ---- reading it back ----
 
@@ -319,9 +336,9 @@ class SavingTrainer(compat.BaseTrainer):
             self.average.take_present_weights(state["averaged_updates"] or 0)
         self._queue.clear()
         if state["pending"]:
-            self._queue.extend(self._load_pending(folder, state))
+            self._queue.fill(**self._load_pending(folder, state))
 
-    def _load_pending(self, folder: Path, state: dict[str, Any]) -> list[Experience]:
+    def _load_pending(self, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         processes, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
         if state["processes"] != processes:
             raise CheckpointError(
@@ -329,15 +346,15 @@ class SavingTrainer(compat.BaseTrainer):
                 f"{processes}; resume with as many, or from a checkpoint at a multiple of {self.args.updates_per_rollout} updates"
             )
         pending = _load_safely(folder / ROLLOUT_FILE.format(self.args.process_index))
-        if len(pending) != state["pending"]:
+        if len(pending["rows"]) != state["pending"]:
             raise CheckpointError(
                 f"cannot resume from {folder}: it was saved in the middle of a rollout whose metadata could not be stored; resume from a "
                 f"checkpoint at a multiple of {self.args.updates_per_rollout} updates"
             )
-        if any(len(experience) != size for experience in pending):
+        if any(len(rows) != size for rows in pending["rows"]):
             raise CheckpointError(
                 f"cannot resume from {folder}: it was saved in the middle of a rollout with per_device_train_batch_size="
-                f"{len(pending[0])}, and this run has {size}; resume with the same, or from a checkpoint at the end of a rollout"
+                f"{len(pending['rows'][0])}, and this run has {size}; resume with the same, or from a checkpoint at the end of a rollout"
             )
         return pending
 

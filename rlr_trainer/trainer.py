@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from rlr_trainer.chain import seeded_generator
 from rlr_trainer.config import AUTO, RLRConfig
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.prediction import ControlVariateScale
-from rlr_trainer.experience import SHUFFLE, Collector, Experience, RolloutSummary, check_batches
+from rlr_trainer.experience import SHUFFLE, Collector, RolloutSummary, check_batches
 from rlr_trainer.image_log import SampleLog
 from rlr_trainer.interruption import EXIT_TERMINATED, StopOnTermination
 from rlr_trainer.meters import GradientMeter
+from rlr_trainer.microbatches import MicroBatches
 from rlr_trainer.monitor import RewardHackingMonitor
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
 from rlr_trainer.pipelines.reference import ReferencePolicy
@@ -35,6 +36,7 @@ from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, open_dataset
 from rlr_trainer.rewards.interface import RewardFunction, Rewards
 from rlr_trainer.sampling import eval_source
 from rlr_trainer.scoring import check_rewards
+from rlr_trainer.sharding import check_sharding
 from rlr_trainer.updating import UpdatingTrainer
 
 logger = logging.getLogger(__name__)
@@ -144,6 +146,7 @@ class RLRTrainer(UpdatingTrainer):
             callbacks=[self.run_files, RewardHackingMonitor(), *(callbacks or [])],
             optimizers=optimizers,
         )
+        check_sharding(config, self.plan, self.accelerator)
         check_batches(config, self.plan, self.accelerator.num_processes)
         self._place_frozen_modules()
         if self.accelerator.device.type == "cpu":
@@ -161,11 +164,11 @@ class RLRTrainer(UpdatingTrainer):
             self.callback_handler.callbacks.insert(0, log)
         self.average = self._make_average()
         self.reference = self._make_reference()
-        self.termination = StopOnTermination(self.accelerator)
+        self.termination: StopOnTermination = StopOnTermination(self.accelerator)
         self.add_callback(self.termination)
         self._meter = GradientMeter(self.policy.trainable_parameters())
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._queue: deque[Experience] = deque()
+        self._queue = MicroBatches()
         self._zeroth_order_gradient: dict[str, Tensor] = {}
         self._valid_fraction = 1.0
         self._rollouts_done = 0
@@ -331,7 +334,7 @@ class RLRTrainer(UpdatingTrainer):
         model.eval()  # dropout would make the policy that is trained another one than that which sampled
         if not self._queue:
             self._start_rollout(model)
-        experience = self._queue.popleft()
+        experience = self._queue.pop()
         if self.args.offload_rollouts:
             experience = experience.to(self.accelerator.device)
         started = time.perf_counter()
@@ -374,24 +377,21 @@ class RLRTrainer(UpdatingTrainer):
             self._metrics["diversity"].append(diversity)
         self._run_hook(summary)
         self.control = call_rollout_end(self.callback_handler, args, self.state, self.control, rollout=summary, plan=self.plan)
-        for epoch in range(args.num_inner_epochs):
-            self._queue.extend(self._micro_batches(batches, epoch))
+        sizes = [len(batch) for batch in batches]
+        rows = [rows for epoch in range(args.num_inner_epochs) for rows in self._micro_batch_rows(sum(sizes), epoch)]
+        self._queue.fill(batches, rows, sizes)
         self._rollouts_done += 1
 
     def _rollout_prompts(self) -> int:
         samples = self.args.rollout_size * self.accelerator.num_processes
         return samples // self._collector(self.model).samples_per_prompt
 
-    def _micro_batches(self, batches: list[Experience], epoch: int) -> list[Experience]:
-        """The rollout in batches of `per_device_train_batch_size`; later passes shuffle it."""
-        size = self.args.per_device_train_batch_size
-        if epoch == 0 and size == self.args.sample_batch_size:
-            return batches
-        whole = Experience.concatenate(batches)
-        order = torch.arange(len(whole))
+    def _micro_batch_rows(self, count: int, epoch: int) -> Sequence[Tensor]:
+        """Sample numbers in batches of `per_device_train_batch_size`; later passes shuffle them."""
+        order = torch.arange(count)
         if epoch:
-            order = torch.randperm(len(whole), generator=seeded_generator(self.args.seed, SHUFFLE, self._rollouts_done, epoch))
-        return [whole.select(rows) for rows in order.split(size)]
+            order = torch.randperm(count, generator=seeded_generator(self.args.seed, SHUFFLE, self._rollouts_done, epoch))
+        return order.split(self.args.per_device_train_batch_size)
 
     def diagnose(self, **options: Any) -> Any:
         """Measures plans on this trainer's model and reward and proposes one; see `rlr_trainer.diagnostics.diagnose`."""

@@ -121,16 +121,21 @@ class UpdatingTrainer(SamplingTrainer):
         if start >= 0:
             self._metrics["estimator/subchain_start"].append(float(start))
         if self.starts is not None:
-            norm = sum(n**2 for s, n in self._meter.step_norms().items() if start <= s < start + self.plan.ho_length) ** 0.5
-            self.starts.update(start, norm)
+            square = sum(n**2 for s, n in self._meter.step_norms().items() if start <= s < start + self.plan.ho_length)
+            # each process measures its own samples' gradient; all must draw the next start from the same distribution
+            square = self.accelerator.reduce(torch.tensor(square, device=self.accelerator.device), reduction="mean")
+            self.starts.update(start, float(square) ** 0.5)
         self._meter.reset()
 
     def _record_sweep(self, experience: Experience, result: SweepResult) -> Tensor:
         """Takes down ratios, fits the control variate, and returns the loss: minus the surrogate objective."""
         assert experience.advantage is not None
-        if self.control_scale is not None:
-            for step, values in result.critic_values.items():
-                self.control_scale.update(step, experience.rewards, values)
+        if self.control_scale is not None and result.critic_values:
+            steps, values = zip(*result.critic_values.items(), strict=True)  # the same steps in every process
+            rewards = experience.rewards.to(values[0])
+            rewards, *gathered = self.accelerator.gather(torch.stack([rewards, *values], 1)).unbind(1)
+            for step, value in zip(steps, gathered, strict=True):
+                self.control_scale.update(step, rewards, value)
         objective = torch.zeros((), device=self.accelerator.device)
         rewards = experience.rewards[~torch.isnan(experience.rewards)]
         if self.plan.fo_range[1] > 0 and len(rewards):

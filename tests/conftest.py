@@ -22,6 +22,13 @@ torch.set_num_threads(1)
 torch.set_flush_denormal(True)
 
 
+@pytest.fixture(autouse=True)
+def _precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4 leaves a run's precision in the environment, where the next run of the process would find it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+
+
 @pytest.fixture(scope="session")
 def digits_pipeline_master() -> Any:
     """The bundled pipeline; copy it before training."""

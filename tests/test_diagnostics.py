@@ -774,7 +774,7 @@ def test_the_command_line_writes_and_prints(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "found/diagnosis.png").is_file()
     assert main(["diagnose", "--config", "run.yaml", "--time_limit", "-1"]) == 1
     assert "time_limit=-1.0" in capsys.readouterr().err
-    assert main([*arguments, "--fo_step", "1"]) == 1
+    assert main([*arguments, "--fo_step", "1"]) == 2
     assert "did you mean 'fo_steps'" in capsys.readouterr().err
 
 

@@ -398,13 +398,19 @@ def test_T19_a_rollout_is_held_once_and_may_wait_outside_the_gpu(from_trl, monke
     monkeypatch.setattr(Experience, "to", lambda self, device: moves.append(str(device)) or move(self, device))
 
     def run(folder, **options):
-        config = ddpo_config(num_epochs=1, sample_batch_size=2, sample_num_batches_per_epoch=2, logdir=folder, **SMALL)
+        config = ddpo_config(
+            num_epochs=1, sample_batch_size=2, sample_num_batches_per_epoch=2, logdir=folder, train_num_inner_epochs=2, **SMALL
+        )
         trainer = from_trl(RLRConfig.from_ddpo(config, use_cpu=True, **options))
         start, held = trainer._start_rollout, []
 
         def count(model):
             start(model)
-            tensors = [t for batch in trainer._queue for t in (*batch.rollout.latents, *batch.rollout.noises, *batch.rollout.means)]
+            tensors = [
+                t
+                for batch in trainer._queue.state()["parts"]
+                for t in (*batch.rollout.latents, *batch.rollout.noises, *batch.rollout.means)
+            ]
             held.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
 
         trainer._start_rollout = count
@@ -417,7 +423,7 @@ def test_T19_a_rollout_is_held_once_and_may_wait_outside_the_gpu(from_trl, monke
     assert held == [4 * latent * (steps + 1 + steps + steps)]  # latents once, noises, means: nothing permuted, no pairs of latents
     offloaded, _ = run("offloaded", offload_rollouts=True)
     assert (
-        moves == ["cpu"] * 2 + ["cpu"] * 4
+        moves == ["cpu"] * 2 + ["cpu"] * 8
     )  # sampled batches leave the device, and every micro-batch comes back to it, here the CPU
     assert all(torch.equal(weights[name], offloaded[name]) for name in weights)
 

@@ -56,8 +56,8 @@ class ReferencePolicy:
 
     def steps_of(self, chain: PipelineChain) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
         """(step, x) -> mean and standard deviation of the reference policy's next latent, on the prompts of `chain`."""
-        if self.copy is not None:
-            chain = chain.under(self.copy)
+        # not through the wrapper: DDP takes one forward pass per backward pass (FSDP2 shards the policy in place and sees this one too)
+        chain = chain.under(self.policy if self.copy is None else self.copy)
 
         def transition(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
             with self.autocast(), contextlib.nullcontext() if self.copy is not None else self._without_lora():

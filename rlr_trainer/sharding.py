@@ -1,0 +1,92 @@
+"""Weights that FSDP2 spreads over the processes: what can be trained with them, and how they are written and read."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rlr_trainer.config import RLRConfig
+from rlr_trainer.plan import EstimatorPlan
+
+logger = logging.getLogger(__name__)
+
+
+def check_sharding(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> None:
+    """Refuses what is not computed with FSDP or DeepSpeed, and switches off the norms of the parts, which are not seen there.
+
+    Raises:
+        ValueError: names the option and the way out.
+    """
+    state = accelerator.state
+    if getattr(state, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            "DeepSpeed: its engine takes an optimizer step in the backward pass that ends an update, and an update here has one backward "
+            "pass per denoising step; use plain data parallelism, or FSDP2 (fsdp_version: 2) where the weights do not fit"
+        )
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version={plugin.fsdp_version}: FSDP 1 flattens weights that are trained and weights that are not into one; set "
+            "fsdp_version: 2"
+        )
+    reason = "calls the network with other weights than its own, which are spread over the processes"
+    refused = [
+        (plan.uses_zeroth_order, f"rest_estimator={plan.rest_estimator!r}", reason, "set rest_estimator to 'lr' or 'none'"),
+        (plan.uses_prediction, "the one-step prediction", reason, "set control_variate=False and rest_estimator to 'lr' or 'none'"),
+        (plan.ho_start == "grad_norm", "ho_start='grad_norm'", "needs norms of single steps", "set ho_start='uniform'"),
+        (config.log_step_norms, "log_step_norms=True", "needs norms of single steps", "leave it out"),
+        (config.kl_coef is not None, f"kl_coef={config.kl_coef}", "runs the network twice in one backward pass", "leave it out"),
+    ]
+    for applies, what, why, remedy in refused:
+        if applies:
+            raise ValueError(f"{what} with FSDP: it {why}; {remedy}, or use plain data parallelism")
+    if config.log_estimator_norms:
+        logger.warning("log_estimator_norms: the gradient norms of the parts are not measured with FSDP, and not logged")
+        config.log_estimator_norms = False
+
+
+@contextlib.contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Inside, `module.state_dict()` has the trained weights put together, on the CPU. All processes must enter.
+
+    Nothing is exchanged between processes inside, so one of them may write a file there.
+    """
+    found = {name: p for name, p in module.named_parameters() if p.requires_grad and isinstance(p, DTensor)}
+    whole = {name: parameter.full_tensor().detach().cpu() for name, parameter in found.items()}
+
+    def replace(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state.update({prefix + name: tensor for name, tensor in whole.items()})
+
+    handle = module.register_state_dict_post_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def spread_when_loaded(module: nn.Module) -> Iterator[None]:
+    """Inside, `module.load_state_dict` takes whole tensors for weights that are spread over the processes. All must enter and load."""
+    parameters = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+
+    def spread(owner: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, parameter in parameters.items():
+            value: Tensor | None = state.get(prefix + name)
+            if value is not None and not isinstance(value, DTensor):
+                value = value.to(device=parameter.device, dtype=parameter.dtype)
+                state[prefix + name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+    handle = module.register_load_state_dict_pre_hook(spread)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        handle.remove()
