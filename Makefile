@@ -6,6 +6,7 @@
 # make lint      ruff and mypy
 
 PYTHON ?= python3.11
+WORKERS ?= 2
 VENV := .venv
 VENV_OLD := .venv-trl023
 STAMP := $(VENV)/.installed
@@ -32,13 +33,13 @@ demo: $(STAMP)
 	$(VENV)/bin/rlr-trainer demo --output_dir runs/demo $(ARGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
 
 test-all: $(STAMP)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-old: $(STAMP_OLD)
-	$(VENV_OLD)/bin/python -m pytest $(ARGS)
+	$(VENV_OLD)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -205,6 +205,27 @@ class EstimatorPlan:
                     f"it by first order with fo_steps >= {self.num_steps - step}"
                 )
 
+    def __str__(self) -> str:
+        """In words, for reports and logs."""
+        low, high = self.fo_range
+        parts = []
+        if high:
+            parts.append(f"first order on the last {low if low == high else f'{low} to {high}'} of {self.num_steps} steps")
+        if self.ho_length:
+            parts.append(f"half-order sub-chains of {self.ho_length} (start: {self.ho_start})")
+        if low + self.ho_length < self.num_steps:
+            names = {
+                "lr": "likelihood ratio",
+                "zo": f"zeroth order ({self.zo_num_perturbations} perturbations of {self.zo_scale:g})",
+                "prediction": "one-step prediction",
+                "none": "no estimate",
+            }
+            count = "" if self.rest_num_steps is None else f"{self.rest_num_steps} of "
+            parts.append(f"{names[self.rest_estimator]} on {count}the rest")
+        if self.uses_control_variate:
+            parts.append("with a control variate")
+        return ", ".join(parts)
+
     def biases(self) -> list[str]:
         """Why the expected estimate differs from the gradient of the reward; empty for an unbiased plan."""
         reasons = []

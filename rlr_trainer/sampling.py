@@ -141,7 +141,9 @@ class SamplingTrainer(SavingTrainer):
         if source is None:
             raise ValueError("evaluate() needs prompts: pass eval_dataset to it or to the trainer")
         if self.eval_rewards.needs_groups:
-            raise ValueError("a group-wise reward cannot score an eval_dataset, picture by picture: pass another eval_reward_function")
+            raise ValueError(
+                "a group-wise reward cannot score an eval_dataset, picture by picture: pass another eval_reward_function"
+            )
         if isinstance(source, dict):
             parts = [self.evaluate(prompts, ignore_keys, f"{metric_key_prefix}_{name}") for name, prompts in source.items()]
             return {name: value for part in parts for name, value in part.items()}

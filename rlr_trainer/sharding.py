@@ -25,10 +25,7 @@ def check_sharding(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> 
     """
     state = accelerator.state
     if getattr(state, "deepspeed_plugin", None) is not None:
-        raise ValueError(
-            "DeepSpeed: its engine takes an optimizer step in the backward pass that ends an update, and an update here has one backward "
-            "pass per denoising step; use plain data parallelism, or FSDP2 (fsdp_version: 2) where the weights do not fit"
-        )
+        _check_deepspeed(config, plan, state.deepspeed_plugin)
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is None:
         return
@@ -36,6 +33,11 @@ def check_sharding(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> 
         raise ValueError(
             f"fsdp_version={plugin.fsdp_version}: FSDP 1 flattens weights that are trained and weights that are not into one; set "
             "fsdp_version: 2"
+        )
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"fsdp_state_dict_type={getattr(plugin.state_dict_type, 'name', plugin.state_dict_type)}: resuming from it loses the optimizer's "
+            "state in some versions of accelerate; set fsdp_state_dict_type: FULL_STATE_DICT"
         )
     reason = "calls the network with other weights than its own, which are spread over the processes"
     refused = [
@@ -51,6 +53,24 @@ def check_sharding(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> 
     if config.log_estimator_norms:
         logger.warning("log_estimator_norms: the gradient norms of the parts are not measured with FSDP, and not logged")
         config.log_estimator_norms = False
+
+
+def _check_deepspeed(config: RLRConfig, plan: EstimatorPlan, plugin: Any) -> None:
+    stage = plugin.zero_stage
+    if stage != 2:
+        raise ValueError(
+            f"zero_stage={stage}: DeepSpeed is used with stage 2 alone; set zero_stage: 2, or use FSDP2 to spread the weights"
+        )
+    if plan.uses_zeroth_order:
+        raise ValueError(
+            f"rest_estimator={plan.rest_estimator!r} with DeepSpeed: its engine takes no gradient beside those of its own backward passes; set "
+            "rest_estimator to 'lr' or 'none', or use plain data parallelism"
+        )
+    if config.fp16 or config.bf16:
+        raise ValueError(
+            "fp16 and bf16 with DeepSpeed: its engine would also keep the trained weights in them; leave both unset, or use plain data "
+            "parallelism or FSDP2"
+        )
 
 
 @contextlib.contextmanager

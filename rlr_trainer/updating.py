@@ -25,6 +25,7 @@ class UpdatingTrainer(SamplingTrainer):
     reference: ReferencePolicy | None
     _meter: GradientMeter
     _zeroth_order_gradient: dict[str, Tensor]
+    _ends_update = True  # whether the present backward pass is the last of its update
 
     def _share(self) -> float:
         """Weight of one sample in an update: 1 / samples with a reward. DDP averages over processes, Trainer sums micro-batches."""
@@ -56,8 +57,9 @@ class UpdatingTrainer(SamplingTrainer):
 
         @contextlib.contextmanager
         def scope(steps: list[int], is_last: bool) -> Iterator[None]:
+            self._ends_update = is_last and synchronizes
             with contextlib.ExitStack() as stack:
-                if not (is_last and synchronizes):
+                if not self._ends_update:
                     stack.enter_context(self.accelerator.no_sync(model))
                 if self.args.log_estimator_norms:
                     part = "fo" if bool(is_first_order[:, steps[-1]].any()) else "ho"
@@ -82,7 +84,11 @@ class UpdatingTrainer(SamplingTrainer):
 
     def _backward(self, surrogate: Tensor) -> float:
         """Surrogates ascend the reward and optimizers descend: the sign is turned here, once."""
-        self.accelerator.backward(-surrogate)
+        if self.is_deepspeed_enabled:  # its engine takes the optimizer step itself, in the backward pass that ends the update
+            engine = self.accelerator.deepspeed_engine_wrapped
+            engine.backward(-surrogate, sync_gradients=self._ends_update, scale_wrt_gas=False)
+        else:
+            self.accelerator.backward(-surrogate)
         return self._backward_factor()
 
     def _backward_factor(self) -> float:

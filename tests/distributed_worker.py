@@ -3,6 +3,7 @@
 Starting two interpreters takes longer than any job, so many jobs share a start. Usage: distributed_worker.py FOLDER
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -12,6 +13,8 @@ import traceback
 from pathlib import Path
 
 import torch
+from accelerate import state as accelerate_state
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits
@@ -49,8 +52,8 @@ class Recorder(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if self.fault == "callback" and RANK == 1 and state.global_step == 1:
             raise ZeroDivisionError("a callback of process 1, broken on purpose")
-        if self.fault == "wait":
-            Path(args.output_dir, f"at-{RANK}").write_text(str(state.global_step))
+        if self.fault == "signal":
+            Path(args.output_dir, f"process-{RANK}").write_text(str(os.getpid()))
 
 
 def whole(tensor):
@@ -90,12 +93,36 @@ def make(folder, job, pipeline, recorder, hook):
     return trainer
 
 
+@contextlib.contextmanager
+def as_if_sharded(kind):
+    """Inside, accelerate takes up the FSDP2 that it was launched with on CPUs too, where it leaves it out by itself."""
+    if kind is None:
+        yield
+        return
+    plain = accelerate_state.PartialState.__init__
+
+    def initialize(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    before = os.environ["FSDP_STATE_DICT_TYPE"]
+    os.environ["FSDP_STATE_DICT_TYPE"] = kind
+    accelerate_state.PartialState.__init__ = initialize
+    try:
+        yield
+    finally:
+        accelerate_state.PartialState.__init__ = plain
+        os.environ["FSDP_STATE_DICT_TYPE"] = before
+
+
 def train(folder, job, pipeline):
     recorder, hooked = Recorder(job.get("fault")), []
     trainer = make(folder, job, pipeline, recorder, lambda batches, step, tracker: hooked.append((step, len(batches))))
     if job.get("fault") == "disk" and RANK == 0:
         trainer.adapter.save_lora = lambda directory: Path("/dev/full").write_text("x" * 10_000)
     trainer.train(resume_from_checkpoint=job.get("resume"))
+    sharded = any(hasattr(p, "full_tensor") for p in trainer.policy.parameters())
+    assert sharded == bool(job.get("fsdp")), "not trained as the job says"
     if job.get("save"):
         trainer.save_model(str(folder / "saved"))
     with trainer.averaged_weights():
@@ -107,7 +134,8 @@ def train(folder, job, pipeline):
         "prompts": recorder.prompts,
         "hooked": hooked,
         "history": [row for row in trainer.state.log_history if "loss" in row],
-        "everything": trainer.state.log_history,
+        "evaluation": trainer.evaluate() if job.get("evaluate") else None,
+        "pictures": [row.prompt for row, _ in trainer._fixed()] if trainer.args.num_log_images else None,
         "updates": trainer.state.global_step,
     }
 
@@ -120,7 +148,8 @@ def main():
         place = folder / job["name"]
         place.mkdir(exist_ok=True)
         try:
-            result = train(place, job, copy.deepcopy(pipeline))
+            with as_if_sharded(job.get("fsdp")):
+                result = train(place, job, copy.deepcopy(pipeline))
         except ValueError as error:  # refused, by every process alike
             result = {"refused": f"{type(error).__name__}: {error}"}
         except Exception:

@@ -1,5 +1,7 @@
 """The documentation: its code runs, its links lead somewhere, its commands and options exist."""
 
+import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)")
 
 
 def blocks(language):
@@ -41,10 +44,51 @@ def test_readme_names_the_commands_that_ci_runs():
     assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
 
 
+@pytest.mark.parametrize("code", blocks("py"))
+def test_blocks_that_need_a_gpu_or_weights_parse(code):
+    """And name options that exist: of RLRConfig in its calls."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "RLRConfig":
+            assert {keyword.arg for keyword in node.keywords} <= fields()
+
+
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_commands_of_the_program_exist(code):
+    from rlr_trainer.cli import build_parser
+
+    (commands,) = (action.choices for action in build_parser()._actions if action.dest == "command")
+    for line in re.findall(r"(?:^|-m )rlr[-_]trainer(?:\.cli)? (.*)", code, re.MULTILINE):
+        command, *words = line.split("#")[0].split()
+        if command == "--version":
+            continue
+        flags = {flag for action in commands[command]._actions for flag in action.option_strings}
+        if commands[command].get_default("takes_overrides"):
+            flags |= {f"--{name}" for name in fields() | {"model", "reward", "prompts", "eval_prompts"}}
+        assert {word.split("=")[0] for word in words if word.startswith("--")} <= flags, line
+
+
+def anchors(page):
+    """The anchors that a page's headings have on GitHub."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+def test_links_lead_to_files_and_headings(page):
+    for target, anchor in LINK.findall(page.read_text()):
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        if anchor and there.suffix == ".md":
+            assert anchor in anchors(there), f"{target}#{anchor}"
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs/README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        if page.name != "README.md":
+            assert f"]({page.name})" in index, page.name
+            assert f"](docs/{page.name})" in readme, page.name
 
 
 def test_every_option_is_in_the_table():
@@ -58,6 +102,52 @@ def test_every_option_is_in_the_table():
 
     if int(__version__.split(".")[0]) >= 5:  # the table is made with the newest versions
         assert written == table(), "run python docs/options.py"
+
+
+def fields():
+    from rlr_trainer import RLRConfig
+
+    return {field.name for field in dataclasses.fields(RLRConfig)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_exist(page):
+    """A word with an underscore in backticks is an option, or stands in the package's or the tests' source."""
+    text = BLOCK.sub("", page.read_text())
+    names = set(re.findall(r"`(?:\w+\.)*([a-z][a-z0-9]*(?:_[a-z0-9]+)+)(?:=[^`]*|\([^`]*\))?`", text))
+    if page.name == "migrating.md":  # TRL's names, which tests/test_compat.py compares with TRL's own
+        return
+    unknown = {name for name in names - fields() - OF_OTHERS if not re.search(rf"\b{name}\b", source())}
+    assert not unknown
+
+
+# Names in the documentation that belong to libraries below, and that nothing here uses.
+OF_OTHERS = {"rename_column", "get_active_adapters", "set_alpha_to_one"}
+
+
+def source():
+    files = [*(ROOT / "rlr_trainer").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    return "\n".join(path.read_text() for path in files if path != Path(__file__))
+
+
+def test_every_public_name_is_documented():
+    import rlr_trainer
+    from rlr_trainer import rewards
+
+    text = "\n".join(page.read_text() for page in PAGES)
+    documented = set(re.findall(r"`(?:\w+\.)*(\w+)[^`]*`", BLOCK.sub("", text)))
+    assert not {*rlr_trainer.__all__, *rewards.__all__} - documented - {"__version__"}
+
+
+@pytest.mark.slow
+def test_network_calls_are_those_of_the_table():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import network_calls
+    finally:
+        sys.path.pop(0)
+    page = (ROOT / "docs/memory_and_speed.md").read_text()
+    assert network_calls.table() in page, "run python benchmarks/network_calls.py"
 
 
 def test_every_metric_is_explained():

@@ -243,7 +243,7 @@ class PipelineAdapter(abc.ABC):
         if conditioning.negative is None:
             return policy(sees, torch.tensor(timestep, device=x.device), **conditioning.positive)
         both = policy(torch.cat([sees, sees]), torch.tensor(timestep, device=x.device), **conditioning.guided())
-        unconditional, conditional = both.chunk(2)
+        unconditional, conditional = both.float().chunk(2)  # FSDP2 casts the policy's output to the precision of the run
         return unconditional + conditioning.guidance_scale * (conditional - unconditional)
 
 
