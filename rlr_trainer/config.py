@@ -171,7 +171,9 @@ class RLRConfig(TrainingArguments):
     num_log_images: int = _option(
         8, "Pictures of fixed prompts and noise, scored, before and after training, for samples/ and the trackers; 0 for none."
     )
-    log_images_steps: int | None = _option(None, "Updates between two such sets of pictures. Default: only before and after training.")
+    log_images_steps: int | None = _option(
+        None, "Updates between two such sets of pictures. Default: only before and after training."
+    )
     eval_images_per_prompt: int = _option(1, "Pictures per prompt of eval_dataset; their noise is the same in every evaluation.")
     overwrite: bool = _option(False, "Allow an output_dir that holds another run; without it such a folder is refused.")
 
@@ -313,7 +315,9 @@ class RLRConfig(TrainingArguments):
         if isinstance(self.num_log_images, bool) or not isinstance(self.num_log_images, int) or self.num_log_images < 0:
             raise ValueError(f"num_log_images={self.num_log_images!r}: must be a whole number, 0 for no pictures")
         if self.log_step_norms and not self.log_estimator_norms:
-            raise ValueError("log_step_norms=True with log_estimator_norms=False: both need the same measurement; set the latter to True")
+            raise ValueError(
+                "log_step_norms=True with log_estimator_norms=False: both need the same measurement; set the latter to True"
+            )
         scales = self.prompt_scales
         if scales is not None and not (scales and all(0 < a < b for a, b in pairwise([*scales, self.sample_num_steps]))):
             raise ValueError(
@@ -325,7 +329,9 @@ class RLRConfig(TrainingArguments):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value}: must be a positive number, or None for no clipping")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: must lie between 0 and 1, for instance 0.99, or be None for no averaging")
+            raise ValueError(
+                f"ema_decay={self.ema_decay}: must lie between 0 and 1, for instance 0.99, or be None for no averaging"
+            )
         if self.kl_coef is not None and not 0 <= self.kl_coef < math.inf:
             raise ValueError(f"kl_coef={self.kl_coef}: must be 0 (log only), a positive number, or None for no reference policy")
         if not 0 <= self.sample_eta <= 1:

@@ -11,17 +11,19 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 _LORA_USE = """```python
-from diffusers import {pipeline}
+from diffusers import DDIMScheduler, {pipeline}
 
 pipe = {pipeline}.from_pretrained("{base}")
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # what it was trained with
 pipe.load_lora_weights("{repository}")
 image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={guidance}, eta={eta}).images[0]
 ```"""
 
 _FULL_USE = """```python
-from diffusers import {pipeline}
+from diffusers import DDIMScheduler, {pipeline}
 
 pipe = {pipeline}.from_pretrained("{repository}")
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # what it was trained with
 image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={guidance}, eta={eta}).images[0]
 ```"""
 

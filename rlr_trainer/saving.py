@@ -42,6 +42,12 @@ CONFIG_FILE = "rlr_config.json"
 RUN_MARKS = ("checkpoint-*", "metrics.jsonl", "*.safetensors", "model_index.json")  # files that say that a run lives here
 # Classes of this package that torch's safe loader may make; everything else in a file is tensors and plain containers.
 ROLLOUT_CLASSES: list[Any] = [Experience, Rollout, PlanDraw, Conditioning, ScaledConditioning, Perturbations]
+# Options of TrainingArguments that say what is computed.
+COMPARED_ARGUMENTS = (
+    *("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "max_steps", "num_train_epochs"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("bf16", "fp16"),
+)
 STATEFUL = ("starts", "control_scale", "statistics")
 # Options that say where and when, not what is computed: a resumed run may change them without a word.
 FREE_OPTIONS = {"overwrite", "log_estimator_norms", "log_images_steps", "num_log_images", "check_reward", "offload_rollouts"}
@@ -241,11 +247,14 @@ class SavingTrainer(compat.BaseTrainer):
             "metrics": {name: list(values) for name, values in self._metrics.items()},
             "prompts": self._prompt_state(),
             "chosen": dict(self._chosen),  # in place of "auto"
-            "options": json.dumps(self.args.rlr_options(), default=str),
+            "options": json.dumps(self._compared_options(), default=str),
             "averaged_updates": self.average.updates if self.average is not None else None,
         }
         state |= {name: getattr(self, name).state_dict() for name in STATEFUL if getattr(self, name) is not None}
         torch.save(state, folder / STATE_FILE)
+
+    def _compared_options(self) -> dict[str, Any]:
+        return self.args.rlr_options() | {name: getattr(self.args, name) for name in COMPARED_ARGUMENTS}
 
     def _prompt_state(self) -> dict[str, Any] | None:
         state = self.prompts.state_dict()
@@ -307,7 +316,7 @@ class SavingTrainer(compat.BaseTrainer):
         """
         state = _load_safely(folder / STATE_FILE)
         options = json.loads(state["options"])
-        present = json.loads(json.dumps(self.args.rlr_options(), default=str))
+        present = json.loads(json.dumps(self._compared_options(), default=str))
         changed = [
             f"{name}={options.get(name)!r} -> {value!r}"
             for name, value in present.items()

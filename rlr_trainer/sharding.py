@@ -45,7 +45,6 @@ def check_sharding(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> 
         (plan.uses_prediction, "the one-step prediction", reason, "set control_variate=False and rest_estimator to 'lr' or 'none'"),
         (plan.ho_start == "grad_norm", "ho_start='grad_norm'", "needs norms of single steps", "set ho_start='uniform'"),
         (config.log_step_norms, "log_step_norms=True", "needs norms of single steps", "leave it out"),
-        (config.kl_coef is not None, f"kl_coef={config.kl_coef}", "runs the network twice in one backward pass", "leave it out"),
     ]
     for applies, what, why, remedy in refused:
         if applies:

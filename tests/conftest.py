@@ -62,7 +62,15 @@ def make_trainer(pipeline: Any, seven: Callable[..., torch.Tensor], tmp_path: Pa
             "prompt_function": options.pop("prompt_function", lambda: (digits.PROMPT, {})),
             "sd_pipeline": options.pop("sd_pipeline", pipeline),
         }
-        for name in ("image_samples_hook", "train_dataset", "eval_dataset", "peft_config", "callbacks", "optimizers", "eval_reward_function"):
+        for name in (
+            "image_samples_hook",
+            "train_dataset",
+            "eval_dataset",
+            "peft_config",
+            "callbacks",
+            "optimizers",
+            "eval_reward_function",
+        ):
             if name in options:
                 arguments[name] = options.pop(name)
         if "train_dataset" in arguments:

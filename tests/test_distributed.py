@@ -286,9 +286,11 @@ def sharded(tmp_path_factory):
         {"name": "ddpo", "options": {"estimator": "ddpo"}},
         {"name": "full_bp", "options": {"estimator": "full_bp", "recompute": "graph"}},
         {"name": "accumulation", "options": CASES["accumulation"]["options"]},
+        {"name": "kl", "options": CASES["kl"]["options"]},
+        {"name": "whole_network", "options": CASES["whole_network"]["options"]},
     ]
     refused = [("es", {"estimator": "es", "zo_num_perturbations": 2}), ("sqdf", {"estimator": "sqdf"}), ("ema", {"ema_decay": 0.9}),
-               ("start", {"ho_start": "grad_norm"}), ("norms", {"log_step_norms": True}), ("kl", {"kl_coef": 0.1})]  # fmt: skip
+               ("start", {"ho_start": "grad_norm"}), ("norms", {"log_step_norms": True})]  # fmt: skip
     jobs += [{"name": name, "options": options} for name, options in refused]
     jobs = [job | {"fsdp": "FULL_STATE_DICT"} for job in jobs]
     jobs.append({"name": "files", "options": {"estimator": "rlr"}, "fsdp": "SHARDED_STATE_DICT"})
@@ -296,7 +298,15 @@ def sharded(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "plain"), [("lora", "rlr"), ("ddpo", "ddpo"), ("full_bp", "full_bp"), ("accumulation", "accumulation")]
+    ("name", "plain"),
+    [
+        ("lora", "rlr"),
+        ("ddpo", "ddpo"),
+        ("full_bp", "full_bp"),
+        ("accumulation", "accumulation"),
+        ("kl", "kl"),
+        ("whole_network", "whole_network"),
+    ],
 )
 def test_fsdp_gives_the_gradients_of_ddp(two, sharded, name, plain):
     expected, found = results(two, plain)[0], results(sharded, name)[0]
@@ -337,7 +347,6 @@ def test_fsdp_writes_whole_weights(sharded):
         ("ema", "ema_decay=0.9 with FSDP or DeepSpeed"),
         ("start", "ho_start='grad_norm' with FSDP"),
         ("norms", "log_step_norms=True with FSDP"),
-        ("kl", "kl_coef=0.1 with FSDP"),
         ("files", "fsdp_state_dict_type=SHARDED_STATE_DICT"),
     ],
 )
