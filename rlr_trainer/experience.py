@@ -6,6 +6,8 @@ All randomness is a function of (run seed, rollout number, sample number), never
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +28,8 @@ from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, PromptRow
 from rlr_trainer.rewards.aggregation import normalize_in_groups, normalize_then_sum
 from rlr_trainer.rewards.interface import RewardError, Rewards
 from rlr_trainer.scoring import RolloutScorer, check_some_reward, raise_everywhere, reward_metrics
+
+logger = logging.getLogger(__name__)
 
 _LARGE = ("rollout", "conditioning", "reward_gradient", "advantage", "scale", "divergence_to_go")
 # What a stream of randomness is for; part of its seed.
@@ -107,6 +111,8 @@ def condition_rows(adapter: PipelineAdapter, config: RLRConfig, batch: Sequence[
         ValueError: a row brings another number of prompts than there are scales.
     """
     negatives = [config.negative_prompt if row.negative_prompt is None else row.negative_prompt for row in batch]
+    if config.sample_guidance_scale <= 1 and any(negatives):
+        _warn_of_unused_negative_prompts()
     first_steps = tuple(config.prompt_scales or ())
     for row in batch:
         if row.scale_prompts is not None and len(row.scale_prompts) != len(first_steps) + 1:
@@ -121,6 +127,11 @@ def condition_rows(adapter: PipelineAdapter, config: RLRConfig, batch: Sequence[
         tuple(adapter.condition(scale, negatives, config.sample_guidance_scale) for scale in zip(*texts, strict=True)),
         first_steps,
     )
+
+
+@functools.cache  # once per process
+def _warn_of_unused_negative_prompts() -> None:
+    logger.warning("negative prompts act through guidance alone: with sample_guidance_scale of 1 or less they are not used")
 
 
 def check_batches(config: RLRConfig, plan: EstimatorPlan, processes: int) -> None:

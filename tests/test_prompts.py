@@ -292,3 +292,13 @@ def test_a_state_that_only_one_side_has_is_warned_of(caplog):
     assert "prompt_function has a state of its own for the prompts and the checkpoint has none" in caplog.text
     FunctionPrompts(lambda: ("a", {})).load_state_dict({"function": {"count": 1}})
     assert "the checkpoint has a state of its own for the prompts and prompt_function has none" in caplog.text
+
+
+def test_negative_prompts_without_guidance_are_said_to_be_unused(make_trainer, caplog):
+    from rlr_trainer import experience
+
+    experience._warn_of_unused_negative_prompts.cache_clear()
+    make_trainer(max_steps=1).train()
+    assert "negative prompts" not in caplog.text
+    make_trainer(max_steps=1, overwrite=True, negative_prompt="blurry").train()
+    assert "with sample_guidance_scale of 1 or less they are not used" in caplog.text

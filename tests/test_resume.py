@@ -95,7 +95,9 @@ def test_every_preset(make_trainer, pipeline, preset):
     check_resume(make_trainer, pipeline, options_of(preset), train_dataset=ROWS)
 
 
-@pytest.mark.parametrize("preset", ["rlr", "ddpo", "rlr_paper"])
+@pytest.mark.parametrize(
+    "preset", [preset if preset in ("rlr", "rlr_paper") else pytest.param(preset, marks=pytest.mark.slow) for preset in PRESETS]
+)
 def test_whole_network(make_trainer, pipeline, preset):
     check_resume(make_trainer, pipeline, options_of(preset) | {"use_lora": False}, train_dataset=ROWS)
 
