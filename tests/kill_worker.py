@@ -21,7 +21,7 @@ from rlr_trainer import RLRConfig, RLRTrainer, digits  # noqa: E402
 from rlr_trainer.checkpoints import list_checkpoints  # noqa: E402
 from rlr_trainer.demo import digit_reward  # noqa: E402
 
-UPDATES, KILLS = 60, 24
+UPDATES, KILLS = 160, 24  # no life makes more than 6 updates or so, and the last one has some left
 PIPELINE = digits.load_pipeline()
 REWARD = digit_reward(7)
 
@@ -69,6 +69,27 @@ def in_child(folder, kind, log):
         os._exit(code)
 
 
+def newest(folder):
+    return max((int(path.name.rpartition("-")[2]) for path in list_checkpoints(folder)), default=0)
+
+
+def check_alive(child):
+    if os.waitpid(child, os.WNOHANG)[0]:
+        raise SystemExit(f"ended before it could be killed:\n{Path('killed.log').read_text()[-3000:]}")
+
+
+def wait_for(child, update, folder):
+    """Until the checkpoint of an update is there."""
+    while newest(folder) < update:
+        check_alive(child)
+        time.sleep(0.002)
+
+
+def wait_for_writing(child, folder):
+    while not list(folder.glob(".incomplete-checkpoint-[0-9]*")):
+        check_alive(child)
+
+
 def kill_and_resume(kind):
     with open("whole.log", "w") as log:
         _, status = os.waitpid(in_child("whole", kind, log), 0)
@@ -83,12 +104,10 @@ def kill_and_resume(kind):
         with open("killed.log", "w") as log:
             child = in_child("killed", kind, log)
             if kills < KILLS:
-                time.sleep(delays.uniform(0.2, 2.0))
+                wait_for(child, newest(folder) + delays.randrange(3), folder)
+                time.sleep(delays.uniform(0, 0.2))
                 if kills % 2:  # every other one waits for a checkpoint that is being written
-                    waited = time.monotonic() + 5
-                    while time.monotonic() < waited and not list(folder.glob(".incomplete-checkpoint-[0-9]*")):
-                        if os.waitpid(child, os.WNOHANG)[0]:
-                            raise SystemExit(f"ended before it could be killed:\n{Path('killed.log').read_text()[-3000:]}")
+                    wait_for_writing(child, folder)
                 os.kill(child, signal.SIGKILL)
                 kills += 1
             _, status = os.waitpid(child, 0)

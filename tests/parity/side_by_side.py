@@ -118,16 +118,16 @@ def run_ours(config, pipeline, reward, folder, prompts=10) -> Run:
     draw_weights(parameters)
     order, ratios, losses = [], [], []
 
-    micro_batches, record, step = trainer._micro_batches, trainer._record_sweep, trainer.training_step
+    fill, record, step = trainer._queue.fill, trainer._record_sweep, trainer.training_step
 
-    def keep_rollout(batches, epoch, *rest):
-        if epoch == 0:
-            whole = type(batches[0]).concatenate(batches)
+    def keep_rollout(parts, rows, sizes):
+        if parts:
+            whole = type(parts[0]).concatenate(parts)
             run.latents.append(whole.rollout.latents)
             run.noises.append(whole.rollout.noises)
             run.rewards.append(whole.rewards)
             run.drawn_steps.append(whole.draw.score != 0)
-        return micro_batches(batches, epoch, *rest)
+        fill(parts, rows, sizes)
 
     def keep_sweep(experience, result, *rest):
         values = torch.full((len(experience), config.sample_num_steps), torch.nan)
@@ -142,7 +142,7 @@ def run_ours(config, pipeline, reward, folder, prompts=10) -> Run:
         losses.append(float(loss))
         return loss
 
-    trainer._micro_batches, trainer._record_sweep, trainer.training_step = keep_rollout, keep_sweep, keep_loss
+    trainer._queue.fill, trainer._record_sweep, trainer.training_step = keep_rollout, keep_sweep, keep_loss
     trainer.train()
     batches = config.gradient_accumulation_steps
     run.losses = [sum(losses[i : i + batches]) for i in range(0, len(losses), batches)]
