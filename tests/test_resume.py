@@ -121,7 +121,7 @@ def test_state_beside_weights(make_trainer, pipeline, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"estimator": "ddpo", "num_inner_epochs": 3},
+        {"estimator": "ddpo", "num_inner_epochs": 3, "kl_coef": 0.1},
         {"estimator": "rlr", "sample_num_batches_per_epoch": 3, "per_device_train_batch_size": 2, "sample_batch_size": 4},
         {"estimator": "rlr", "control_variate": True, "num_inner_epochs": 3, "offload_rollouts": True},
     ],
