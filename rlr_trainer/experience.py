@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rlr_trainer.chain import DenoisingChain, Rollout, mix_seed, sample_chain, seeded_generator
@@ -24,6 +23,7 @@ from rlr_trainer.estimators.divergence import ReferenceStep, leave_one_out_to_go
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps
 from rlr_trainer.pipelines import Conditioning, PipelineAdapter, ScaledConditioning
 from rlr_trainer.plan import EstimatorPlan, PlanDraw, StartDistribution
+from rlr_trainer.processes import of_main_process
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, PromptRow
 from rlr_trainer.rewards.aggregation import normalize_in_groups, normalize_then_sum
 from rlr_trainer.rewards.interface import RewardError, Rewards
@@ -294,7 +294,7 @@ class Collector:
         Raises:
             RewardError, NonDifferentiableRewardError: as a rollout would.
         """
-        rows, size = self.prompts.peek(self._prompts_per_rollout()), self.config.sample_batch_size
+        rows, size = self.prompts.peek(self.prompts_per_rollout), self.config.sample_batch_size
         if self.rewards.needs_groups:  # in whole groups
             group = self.config.num_images_per_prompt
             rows, size = [row for row in rows for _ in range(group)], -(-size // group) * group
@@ -359,7 +359,9 @@ class Collector:
             divergences=divergences,
         )
 
-    def _prompts_per_rollout(self) -> int:
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts that a rollout takes, over all processes."""
         config = self.config
         samples = config.rollout_size * self.accelerator.num_processes
         return samples // self.samples_per_prompt
@@ -371,10 +373,10 @@ class Collector:
 
     def _take_prompts(self) -> list[PromptRow]:
         """One row per sample of the rollout, over all processes."""
-        rows = self.prompts.take(self._prompts_per_rollout())
-        if self.accelerator.num_processes > 1 and isinstance(self.prompts, FunctionPrompts):
+        rows = self.prompts.take(self.prompts_per_rollout)
+        if isinstance(self.prompts, FunctionPrompts):
             # Every process called the function; should it not be the same everywhere (a generator of its own, say), the first one's count.
-            broadcast_object_list(rows)
+            rows = of_main_process(rows, self.accelerator)
         return [row for row in rows for _ in range(self.samples_per_prompt)]
 
     def _local_rows(self, rows: Sequence[PromptRow], number: int, size: int) -> list[PromptRow]:

@@ -8,24 +8,24 @@ import json
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from rlr_trainer.chain import sample_chain, seeded_generator
 from rlr_trainer.chains.ddim import DDIMSchedule
-from rlr_trainer.experience import EVALUATION, RolloutSummary, condition_rows
+from rlr_trainer.experience import EVALUATION, Collector, RolloutSummary, condition_rows
 from rlr_trainer.image_log import SAMPLES_FOLDER, FixedSamples, HookTracker, thumbnails, vector_diversity
 from rlr_trainer.pipelines import Conditioning, PipelineChain, ScaledConditioning
+from rlr_trainer.processes import of_main_process
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, PromptRow
 from rlr_trainer.rewards.interface import RewardError, Rewards
 from rlr_trainer.saving import SavingTrainer
-from rlr_trainer.scoring import raise_everywhere
+from rlr_trainer.scoring import raise_everywhere, reward_metrics
 
 PROMPTS_FILE = "prompts.json"
 Stream = tuple[int, ...]  # numbers that, with a seed, name the noise of one picture
@@ -40,6 +40,9 @@ class SamplingTrainer(SavingTrainer):
     latent_shape: tuple[int, ...]
     _apart_encoded: OrderedDict[str, Any]
     _fixed_rows: list[tuple[PromptRow, Stream]] | None
+
+    def _collector(self, model: nn.Module, on_step: Callable[[int], None] | None = None) -> Collector:
+        raise NotImplementedError
 
     def _make_chain(self, model: nn.Module, conditioning: Conditioning | ScaledConditioning) -> PipelineChain:
         """The chain of a batch under `model`, the policy as Trainer wrapped it."""
@@ -164,21 +167,12 @@ class SamplingTrainer(SavingTrainer):
     def _eval_metrics(self, values: Tensor, prefix: str) -> dict[str, float]:
         """Metrics of rewards [N, 1 + K]: the total, and each function's."""
         total = values[:, 0]
-        valid = total[~torch.isnan(total)]
-        if not len(valid):
+        if torch.isnan(total).all():
             raise RewardError(
                 f"evaluation: all {len(total)} rewards are NaN or None; check the evaluation reward {', '.join(self.eval_rewards.names)}"
             )
-        metrics = {
-            f"{prefix}_reward": float(valid.mean()),
-            f"{prefix}_reward_std": float(valid.std(correction=0)),
-            f"{prefix}_samples_dropped": float(len(total) - len(valid)),
-        }
-        for name, part in zip(self.eval_rewards.names, values[:, 1:].unbind(1), strict=True):
-            found = part[~torch.isnan(part)]
-            metrics[f"{prefix}_rewards/{name}/mean"] = float(found.mean()) if len(found) else float("nan")
-            metrics[f"{prefix}_rewards/{name}/std"] = float(found.std(correction=0)) if len(found) else float("nan")
-        return metrics
+        metrics = reward_metrics(self.eval_rewards.names, total, values[:, 1:])
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def _sample_and_score(
         self, rows: Sequence[PromptRow], streams: Sequence[Stream], seed: int, where: str, keep: bool = False
@@ -240,7 +234,7 @@ class SamplingTrainer(SavingTrainer):
             first = copy.copy(source)
             first.taken = 0
             return first.peek(min(count, len(first)))
-        return self._same_everywhere(self._fixed_function_prompts(source, count))
+        return of_main_process(self._fixed_function_prompts(source, count), self.accelerator)
 
     def _fixed_function_prompts(self, source: FunctionPrompts, count: int) -> list[PromptRow]:
         """The first prompts of a function, which a resumed run reads from a file: the function has gone on since.
@@ -251,23 +245,13 @@ class SamplingTrainer(SavingTrainer):
         if self.state.global_step > 0 and path.is_file():
             records = json.loads(path.read_text(encoding="utf-8"))
             return [PromptRow(p, m, n, None if s is None else tuple(s)) for p, m, n, s in records]
-        rows = source.peek(min(count, self._rollout_prompts()))
+        rows = source.peek(min(count, self._collector(self.model).prompts_per_rollout))
         if self.is_world_process_zero():
             path.parent.mkdir(parents=True, exist_ok=True)
             records = [(row.prompt, row.metadata, row.negative_prompt, row.scale_prompts) for row in rows]
             with contextlib.suppress(TypeError):  # metadata that JSON cannot hold: a resumed run then takes the next prompts
                 path.write_text(json.dumps(records), encoding="utf-8")
         return rows
-
-    def _same_everywhere(self, value: Any) -> Any:
-        """The main process's value; collective."""
-        holder = [value]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(holder)
-        return holder[0]
-
-    def _rollout_prompts(self) -> int:
-        raise NotImplementedError
 
     # ---- what callbacks and trackers need ----
 

@@ -29,6 +29,7 @@ from rlr_trainer.microbatches import MicroBatches
 from rlr_trainer.model_card import write_model_card
 from rlr_trainer.pipelines import Conditioning, PipelineAdapter, Policy, ScaledConditioning
 from rlr_trainer.plan import EstimatorPlan, PlanDraw, StartDistribution
+from rlr_trainer.processes import of_main_process
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rewards.interface import Rewards
 from rlr_trainer.sharding import spread_when_loaded, whole_weights
@@ -291,22 +292,19 @@ class SavingTrainer(compat.BaseTrainer):
         Raises:
             CheckpointError: there is none, or it is incomplete or damaged; names the file.
         """
-        answer: list[Any] = [None]
+        answer: str | CheckpointError | None = None
         if self.is_world_process_zero():
             try:
                 folder = checkpoints.last_complete(Path(self.args.output_dir)) if isinstance(asked, bool) else Path(asked)
                 if not isinstance(asked, bool):
                     checkpoints.check(folder)
-                answer = [str(folder)]
+                answer = str(folder)
             except CheckpointError as error:
-                answer = [error]
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(answer)
-        if isinstance(answer[0], CheckpointError):
-            raise answer[0]
-        return Path(answer[0])
+                answer = error
+        answer = of_main_process(answer, self.accelerator)
+        if isinstance(answer, CheckpointError):
+            raise answer
+        return Path(str(answer))
 
     def _load_run_state(self, folder: Path) -> None:
         """Takes up everything but weights, optimizer and the global random number generators, which Trainer restores.

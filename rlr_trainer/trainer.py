@@ -382,10 +382,6 @@ class RLRTrainer(UpdatingTrainer):
         self._queue.fill(batches, rows, sizes)
         self._rollouts_done += 1
 
-    def _rollout_prompts(self) -> int:
-        samples = self.args.rollout_size * self.accelerator.num_processes
-        return samples // self._collector(self.model).samples_per_prompt
-
     def _micro_batch_rows(self, count: int, epoch: int) -> Sequence[Tensor]:
         """Sample numbers in batches of `per_device_train_batch_size`; later passes shuffle them."""
         order = torch.arange(count)
