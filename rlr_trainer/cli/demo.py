@@ -7,6 +7,7 @@ from typing import Any
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Adds the subcommand."""
     demo = commands.add_parser(
         "demo",
         parents=[common],
@@ -30,6 +31,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
     from rlr_trainer.demo import DemoOptions, run_demo
 
     fields = ("target", "reward", "estimator", "max_steps", "output_dir", "seed", "overwrite", "quiet")

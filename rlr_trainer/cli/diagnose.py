@@ -7,6 +7,7 @@ from typing import Any
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Adds the subcommand."""
     diagnose = commands.add_parser(
         "diagnose",
         parents=[common],
@@ -25,6 +26,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
     from pathlib import Path
 
     from rlr_trainer.run_config import build_trainer, load_settings

@@ -7,6 +7,7 @@ from typing import Any
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Adds the subcommand."""
     report = commands.add_parser(
         "report",
         parents=[common],
@@ -21,6 +22,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
     from rlr_trainer.report import write_report
 
     path = write_report(options.folders, options.output)

@@ -20,6 +20,7 @@ SAMPLING = {
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Adds the subcommand."""
     sample = commands.add_parser(
         "sample",
         parents=[common],
@@ -52,6 +53,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
     import torch
 
     from rlr_trainer.image_log import captions, picture_grid, write_pictures

@@ -9,6 +9,7 @@ GRACE_SECONDS = 30
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Adds the subcommand."""
     serve = commands.add_parser(
         "serve-reward",
         parents=[common],
@@ -36,6 +37,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
     import os
     import signal
     import sys

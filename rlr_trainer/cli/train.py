@@ -63,6 +63,7 @@ class _FullHelp(argparse.Action):
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Adds the subcommand."""
     train = commands.add_parser(
         "train", parents=[common], help="train as a YAML file says", description=DESCRIPTION, add_help=False, allow_abbrev=False
     )
@@ -80,6 +81,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Runs it; returns the exit code."""
     from pathlib import Path
 
     from rlr_trainer.run_config import build_trainer, load_settings
