@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,23 +36,27 @@ class StopOnTermination(TrainerCallback):
         self._received = False
         self._installed = False
 
-    def install(self) -> None:
-        """Takes the signal."""
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Takes the signal, and gives it back at the end."""
         self.stopped = self._received = False
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._receive)
             self._installed = True
+        try:
+            yield
+        finally:
+            self._give_back()
 
-    def remove(self) -> None:
-        """Gives the signal back."""
+    def _give_back(self) -> None:
         if self._installed:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._installed = False
 
     def _receive(self, number: int, frame: Any) -> None:
         self._received = True
-        self.remove()
+        self._give_back()
         logger.warning("SIGTERM: saving a checkpoint at the end of this update, then leaving (once more: leaving at once)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

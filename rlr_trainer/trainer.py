@@ -32,6 +32,7 @@ from rlr_trainer.monitor import RewardHackingMonitor
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.plan import StartDistribution
+from rlr_trainer.processes import leaving_cleanly
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, open_dataset
 from rlr_trainer.rewards.interface import RewardFunction, Rewards
 from rlr_trainer.sampling import eval_source
@@ -317,14 +318,11 @@ class RLRTrainer(UpdatingTrainer):
             if self.args.check_reward:
                 self._collector(self.model).probe()
             self._choose_plan()
-        self.termination.install()
-        try:
+        with leaving_cleanly(), self.termination.taken():
             output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
-        finally:
-            self.termination.remove()
-        if self.termination.stopped:
-            logger.warning("stopped after update %d; continue with resume_from_checkpoint=True", self.state.global_step)
-            raise SystemExit(EXIT_TERMINATED)
+            if self.termination.stopped:
+                logger.warning("stopped after update %d; continue with resume_from_checkpoint=True", self.state.global_step)
+                raise SystemExit(EXIT_TERMINATED)
         if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.END:
             self.push_to_hub()
         return output

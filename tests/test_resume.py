@@ -312,9 +312,8 @@ def test_a_handler_of_the_users_stays(make_trainer):
     before = signal.signal(signal.SIGTERM, handler := lambda number, frame: None)
     try:
         trainer = make_trainer(max_steps=1)
-        trainer.termination.install()
-        assert signal.getsignal(signal.SIGTERM) is handler
-        trainer.termination.remove()
+        with trainer.termination.taken():
+            assert signal.getsignal(signal.SIGTERM) is handler
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
