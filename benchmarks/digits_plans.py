@@ -1,6 +1,6 @@
 """Fine-tune the bundled digits model with many plans, and judge each on more than its reward.
 
-    python benchmarks/digits_plans.py --output runs/plans.json --seeds 0 1 2            # all plans, about 40 minutes on one core
+    python benchmarks/digits_plans.py --output runs/plans.json --seeds 0 1 2            # all plans, more than an hour on one core
     python benchmarks/digits_plans.py --output runs/default.json --plans rlr --seeds 0 1 2 3 4
 
 Every run is 40 updates of 32 samples, 10 DDIM steps, eta 1, no guidance, AdamW at 5e-3 unless the plan says otherwise; the prompt

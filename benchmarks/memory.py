@@ -1,6 +1,6 @@
-"""Peak memory of the backward sweep against K and against h, recursive and plain.
+"""Peak memory of the backward sweep against K and against h, with recompute="recursive" and recompute="graph".
 
-    python benchmarks/memory.py                       # a scaled-down UNet on the CPU, about two minutes
+    python benchmarks/memory.py                       # a scaled-down UNet on the CPU, a few minutes
     python benchmarks/memory.py --device cuda --size sd15   # Stable Diffusion 1.5's UNet with random weights, bf16, 64x64 latents
 
 Peak memory is that of tensors allocated while the sweep runs, above what was allocated before it: counted by torch's profiler on the CPU, by the
@@ -118,7 +118,7 @@ def main() -> None:
         name, length = part
         plan = EstimatorPlan(STEPS, fo_steps=length) if name == "K" else EstimatorPlan(STEPS, ho_length=length)
         rows.append((name, length, *(x for mode in ("recursive", "graph") for x in measure(chain, rollout, plan, mode, device))))
-    print("| | recursive, MB | plain, MB | recursive, s | plain, s |\n|---|---|---|---|---|")
+    print("| | recursive, MB | graph, MB | recursive, s | graph, s |\n|---|---|---|---|---|")
     for name, length, recursive, recursive_s, graph, graph_s in rows:
         print(f"| {name} = {length} | {recursive:.0f} | {graph:.0f} | {recursive_s:.2f} | {graph_s:.2f} |")
     for name in ("K", "h"):

@@ -25,7 +25,7 @@ PLANS = {
     "`ddpo`, `num_inner_epochs=2`, per update": {"estimator": "ddpo", "num_inner_epochs": 2},
     "`rlr` (K = 3, LR on 7)": {"estimator": "rlr"},
     "`rlr`, `ho_length=2`": {"estimator": "rlr", "ho_length": 2},
-    "`rlr`, `rest_num_steps=2`": {"estimator": "rlr", "ho_length": 0, "rest_num_steps": 2},
+    "`rlr`, `rest_num_steps=2` (LR on 3 of 7)": {"estimator": "rlr", "rest_num_steps": 2},
     "`rlr`, `control_variate=True`": {"estimator": "rlr", "control_variate": True},
     "`rlr_paper` (K = 1, h = 2, ZO on 7)": {"estimator": "rlr_paper"},
     "`sqdf`": {"estimator": "sqdf"},

@@ -1,7 +1,7 @@
 """A reward that cannot be differentiated, with prompts from a dataset whose columns reach the reward.
 
-The reward asks a judge for the digit that each prompt names, and says only yes or no. It returns None for rows it has no opinion on:
-those samples are dropped and counted (metric `samples_dropped`).
+A classifier reads which digit was drawn; the reward says only whether the row of the dataset wants that digit. For rows that want none in
+particular it is None: those samples are dropped and counted (metric `samples_dropped`).
 
 python examples/black_box_reward.py --max_steps 20
 """
@@ -15,8 +15,8 @@ from rlr_trainer import RLRConfig, RLRTrainer, digits
 
 
 def prompts() -> Dataset:
-    """Prompts that do not name a digit; the column `wanted` does. The reward gets it as metadata."""
-    wanted = [1, 4, 7, None]
+    """Prompts that do not name a digit; the column `wanted` names some. The reward gets it as metadata."""
+    wanted = [[1, 4, 7], [1, 4, 7], [1, 4, 7], None]
     return Dataset.from_dict({"prompt": [digits.PROMPT] * len(wanted), "wanted": wanted})
 
 
@@ -29,8 +29,8 @@ class IsWanted:
     def __call__(self, images, prompts, metadata):
         with torch.no_grad():
             seen = self.judge(images).argmax(-1).tolist()
-        answers = [None if m["wanted"] is None else float(digit in (1, 4, 7)) for digit, m in zip(seen, metadata, strict=True)]
-        return answers, {"digits": seen}
+        answers = [None if m["wanted"] is None else float(digit in m["wanted"]) for digit, m in zip(seen, metadata, strict=True)]
+        return answers, {"digits": seen}  # what is returned beside the rewards reaches the image hook
 
 
 def main() -> None:
@@ -41,16 +41,16 @@ def main() -> None:
     config = RLRConfig(
         output_dir=options.output_dir,
         overwrite=True,
-        estimator="ddpo",
+        estimator="ddpo",  # needs no gradient of the reward
         advantage="leave_one_out",
         sample_num_steps=10,
-        sample_guidance_scale=1.0,
+        sample_guidance_scale=1.0,  # no classifier-free guidance
         per_device_train_batch_size=16,
         learning_rate=5e-3,
         max_steps=options.max_steps,
         lora_r=4,
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=True,  # leave it out to train on a GPU
     )
     trainer = RLRTrainer(config, IsWanted(), None, digits.load_pipeline(), train_dataset=prompts())
     trainer.train()

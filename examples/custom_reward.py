@@ -1,4 +1,4 @@
-"""A reward of one's own on the bundled model: pictures whose ink lies to the left. Differentiable, so RLR's default plan applies.
+"""A reward of your own on the bundled model: pictures whose ink lies to the left. It is differentiable, so RLR's default plan applies.
 
 python examples/custom_reward.py --max_steps 20
 """
@@ -24,14 +24,14 @@ def main() -> None:
         output_dir=options.output_dir,
         overwrite=True,
         sample_num_steps=10,
-        sample_guidance_scale=1.0,
+        sample_guidance_scale=1.0,  # no classifier-free guidance
         per_device_train_batch_size=16,
         learning_rate=5e-3,
         lr_scheduler_type="constant",
         max_steps=options.max_steps,
         lora_r=4,
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=True,  # leave it out to train on a GPU
     )
     trainer = RLRTrainer(config, left_heavy, lambda: (digits.PROMPT, {}), digits.load_pipeline())
     before = left_heavy(trainer.generate([digits.PROMPT] * 64, seed=1), None, None)

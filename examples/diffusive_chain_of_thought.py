@@ -1,9 +1,9 @@
-"""Diffusive Chain-of-Thought: where along the chain is what decided, and how to aim the estimator there.
+"""Diffusive Chain-of-Thought: find out which steps of the chain decide what, and aim the estimator at them.
 
-1. Per-scale prompts. The coarse steps are prompted for a three, the fine ones for an eight; the boundary moves. What the
-   judge reads tells which steps decide the digit.
-2. Aim. The sub-chain of the half-order estimator (h = 1, nothing else) is drawn only among the early steps, or only among
-   the late ones. Only the first learns to write sevens.
+1. Prompts per scale. The coarse (early) steps are prompted for a three, the fine (late) ones for an eight, with the boundary at
+   each step in turn. The digit that a judge reads tells which steps decide it.
+2. Aim. The plan is a half-order sub-chain of length 1 and nothing else; its start is drawn only among the early steps, or only
+   among the late ones. Only the first learns to draw sevens.
 
 python examples/diffusive_chain_of_thought.py --max_steps 40
 """

@@ -1,7 +1,7 @@
-"""A reward from another package: scikit-image counts the holes in what is drawn. A black box, so the estimator is DDPO's.
+"""A reward from another package: scikit-image counts the holes in what is drawn. It is a black box, so the estimator is DDPO's.
 
-A zero, a six and a nine have one hole, an eight has two, and every loose spot counts against the picture. Any function that gives a
-number for a picture becomes a reward in this way: pictures to the package's layout and range, its numbers back in a list.
+A zero, a six and a nine have one hole, an eight has two, and every loose spot counts against the picture. Any function that scores a
+picture becomes a reward in this way: convert the pictures to the package's layout and range, and return its numbers as a list.
 
 pip install scikit-image
 python examples/third_party_reward.py --max_steps 60
@@ -30,16 +30,16 @@ def main() -> None:
     config = RLRConfig(
         output_dir=options.output_dir,
         overwrite=True,
-        estimator="ddpo",
+        estimator="ddpo",  # needs no gradient of the reward
         sample_num_steps=10,
-        sample_guidance_scale=1.0,
+        sample_guidance_scale=1.0,  # no classifier-free guidance
         per_device_train_batch_size=16,
         learning_rate=5e-3,
         lr_scheduler_type="constant",
         max_steps=options.max_steps,
         lora_r=4,
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=True,  # leave it out to train on a GPU
     )
     trainer = RLRTrainer(config, holes, lambda: (digits.PROMPT, {}), digits.load_pipeline())
     judge = digits.load_classifier("judge")

@@ -1,10 +1,12 @@
-"""Callbacks: the event of a rollout, the run's files (`run.json`, `metrics.jsonl`, `rewards.jsonl`), and progress bars."""
+"""Callbacks: the event of a rollout, whole updates, the run's files (`run.json`, `metrics.jsonl`, `rewards.jsonl`), and progress bars."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +16,11 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.utils import is_in_notebook
+
+from rlr_trainer.checkpoints import find_best, supersede
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 REWARDS_FILE = "rewards.jsonl"
@@ -35,7 +42,7 @@ class RLRCallback(TrainerCallback):
             kwargs: `model`, `optimizer`, `lr_scheduler` and the rest of what Trainer passes to every event.
 
         Returns:
-            None, or a changed `control`.
+            None, or a changed `control`; what it asks for is done after the update that this rollout begins with.
         """
 
 
@@ -50,8 +57,36 @@ def call_rollout_end(handler: Any, args: Any, state: Any, control: Any, **about:
     return control
 
 
+class WholeUpdates(TrainerCallback):
+    """A request to stop that comes inside an update, such as one at the end of a rollout, waits for the end of the update.
+
+    Trainer would stop between two micro-batches: their gradient would be lost, and a checkpoint written then would lack them.
+    It belongs behind all other callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._stop_training = self._stop_epoch = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_training = self._stop_epoch = False
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._stop_training |= control.should_training_stop
+        self._stop_epoch |= control.should_epoch_stop
+        control.should_training_stop = control.should_epoch_stop = False
+        return control
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_training_stop |= self._stop_training
+        control.should_epoch_stop |= self._stop_epoch
+        self._stop_training = self._stop_epoch = False
+        return control
+
+
 class RunFiles(RLRCallback):
     """Writes `run.json`, `metrics.jsonl` and `rewards.jsonl` to the output folder; a resumed run drops what lies past its checkpoint.
+
+    Checkpoints past it are renamed.
 
     It starts with the training: an evaluation before must not make the folder look like that of a run.
 
@@ -71,9 +106,10 @@ class RunFiles(RLRCallback):
         return 0.0 if self._started is None else self._seconds_before + time.perf_counter() - self._started
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder, step = Path(args.output_dir), state.global_step
+        find_best(folder, state)
         if not state.is_world_process_zero:
             return
-        folder, step = Path(args.output_dir), state.global_step
         folder.mkdir(parents=True, exist_ok=True)
         kept = _keep_lines(folder / METRICS_FILE, lambda row: step > 0 and row["step"] <= step)
         self._seconds_before = max((row["seconds"] for row in kept if row.get("seconds") is not None), default=0.0)
@@ -81,15 +117,21 @@ class RunFiles(RLRCallback):
         self._rollouts = len(_keep_lines(folder / REWARDS_FILE, lambda row: row["step"] < step))
         self._started = time.perf_counter()
         self._write_run(folder / RUN_FILE, resumed=step > 0)
+        supersede(folder, step)
 
     def _write_run(self, path: Path, resumed: bool) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        run = json.loads(path.read_text(encoding="utf-8")) if resumed and path.is_file() else None
-        if run is None:
+        run = None
+        if resumed and path.is_file():
+            try:
+                run = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                logger.warning("%s is damaged (%s): it is written anew", path, error)
+        if not isinstance(run, dict):
             run = {"format": RUN_FORMAT, "started": now} | self.facts()
         if resumed:
             run["resumed"] = [*run.get("resumed", []), now]
-        path.write_text(json.dumps(run, indent=2, default=str) + "\n", encoding="utf-8")
+        _replace(path, json.dumps(run, indent=2, default=str) + "\n")
 
     def on_rollout_end(self, args: Any, state: Any, control: Any, *, rollout: Any, plan: Any, **kwargs: Any) -> None:
         if self._started is None:
@@ -106,8 +148,27 @@ class RunFiles(RLRCallback):
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise _with_path(error, path) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: a full disk, or a kill, leaves what was there."""
+    aside = path.with_name(f"_{path.name}.new")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise _with_path(error, path) from error
+
+
+def _with_path(error: OSError, path: Path) -> OSError:
+    """The error of a full disk names no file."""
+    return OSError(error.errno, f"cannot write {path}: {error.strerror}")
 
 
 def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
@@ -119,7 +180,7 @@ def _keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[di
         except json.JSONDecodeError:
             break
     kept = [row for row in rows if wanted(row)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
 
 
@@ -139,7 +200,9 @@ class RewardProgress(ProgressCallback):
 
 
 class RolloutBar:
-    """A bar inside Trainer's own while a rollout is sampled and scored; quiet when disabled or when stderr is not a terminal.
+    """A bar inside Trainer's own while a rollout is sampled and scored; quiet when disabled, and where it would fill a file.
+
+    That is, when the standard error is no terminal, unless this is a notebook.
 
     It counts denoising steps, and one more per sampling batch for decoding and reward; its label says which of the two goes on.
 
@@ -151,7 +214,7 @@ class RolloutBar:
 
     def __init__(self, batches: int, num_steps: int, disable: bool) -> None:
         self.num_steps = num_steps
-        quiet = disable or not sys.stderr.isatty()
+        quiet = disable or not (sys.stderr.isatty() or is_in_notebook())
         self.bar = tqdm(total=batches * (num_steps + 1), desc="sampling", leave=False, disable=quiet, position=1)
         self._scoring = False
 

@@ -2,6 +2,8 @@
 
 A folder `checkpoint-<updates>` holds `FILES_LIST`, the size and SHA-256 of every other file in it. A run that is killed while it
 writes leaves a folder `ASIDE-<updates>`, which the next save removes; a file that changed afterwards is found by its digest.
+Checkpoints that lie past the one from which a run is resumed are renamed `SUPERSEDED-checkpoint-<updates>`. Names with "_" in
+front are left out by Trainer when it pushes a folder to the hub.
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 FILES_LIST = "rlr_files.json"
-ASIDE = ".incomplete-checkpoint"
+ASIDE = "_incomplete-checkpoint"
+SUPERSEDED = "_superseded"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -29,7 +33,35 @@ class CheckpointError(ValueError):
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = [path for path in run_folder.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(found, key=_updates)
+
+
+def _updates(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder with all that is in it; of a link the link alone.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
+def supersede(run_folder: Path, updates: int) -> None:
+    """Renames the checkpoints past a number of updates: the run goes on from there, and they belong to a time that is undone."""
+    for folder in list_checkpoints(run_folder):
+        if _updates(folder) <= updates:
+            continue
+        number, name = 1, f"{SUPERSEDED}-{folder.name}"
+        while os.path.lexists(run_folder / name):
+            number, name = number + 1, f"{SUPERSEDED}-{folder.name}-{number + 1}"
+        os.rename(folder, run_folder / name)
+        logger.warning("%s lies past update %d, from which this run goes on: it is now called %s", folder, updates, name)
 
 
 def aside(run_folder: Path, updates: int) -> Path:
@@ -40,7 +72,8 @@ def aside(run_folder: Path, updates: int) -> Path:
 def remove_aside(run_folder: Path) -> None:
     """Removes what killed runs left half written."""
     for path in run_folder.glob(f"{ASIDE}-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(path)
 
 
 def seal(folder: Path) -> None:
@@ -59,12 +92,13 @@ def seal(folder: Path) -> None:
 
 
 def publish(written: Path, final: Path) -> None:
-    """Gives a sealed folder its name; a checkpoint that already has it (of a run resumed from before it) is replaced."""
+    """Gives a sealed folder its name; a checkpoint of the same update that already has it is replaced."""
     if final.exists():
         old = written.with_name(f"{written.name}-old")
         os.rename(final, old)
         os.rename(written, final)
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(old)
     else:
         os.rename(written, final)
     with contextlib.suppress(OSError):  # not every file system lets a folder be synchronized
@@ -81,6 +115,15 @@ def check(folder: Path) -> None:
     Raises:
         CheckpointError: names the first file that is missing or damaged.
     """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: there is no such folder; give that of a checkpoint (checkpoint-*)"
+        )
+    if inside := list_checkpoints(folder):
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint but a folder of them; give one, such as {inside[-1]}, or make it output_dir and set "
+            "resume_from_checkpoint=True"
+        )
     try:
         files = json.loads((folder / FILES_LIST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
@@ -138,4 +181,21 @@ def rotate(run_folder: Path, limit: int | None, best: str | None) -> None:
         if folder.resolve() not in kept:
             doomed = folder.with_name(f"{ASIDE}-deleted-{folder.name}")
             os.rename(folder, doomed)  # so that a kill leaves nothing that looks whole
-            shutil.rmtree(doomed, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the next save tries again
+                remove(doomed)
+
+
+def find_best(run_folder: Path, state: Any) -> None:
+    """Gives a resumed run's best checkpoint the place where it is: the run's folder may have been moved or copied, whole or in part.
+
+    Args:
+        run_folder: the present one.
+        state: Trainer's; `best_model_checkpoint` is set.
+    """
+    known = state.best_model_checkpoint
+    if not state.best_global_step or (known is not None and Path(known).is_dir()):
+        return
+    folder = run_folder / f"checkpoint-{state.best_global_step}"
+    state.best_model_checkpoint = str(folder) if folder.is_dir() else None
+    if not folder.is_dir():
+        logger.warning("the best checkpoint so far, %s, is not there: load_best_model_at_end can load a better one alone", folder)

@@ -1,8 +1,7 @@
-"""Everything that differs between versions of TRL and transformers, and what TRL's trainers of diffusion models had that this has not.
+"""Everything that differs between versions of TRL and transformers, and the configs and hooks of TRL's trainers of diffusion models.
 
 TRL 0.23.1 was the last with `DDPOTrainer` and `AlignPropTrainer`. Their configs are converted here field by field
-(docs/migrating.md has the table), their hooks get the arguments they expect, and what a script overrides or calls that has no
-counterpart is refused by name, with what to use instead.
+(docs/migrating.md has the table), and their hooks get the arguments they expect. `rlr_trainer.replaced` has the names without a counterpart.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers.utils import is_torch_tf32_available
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+
+from rlr_trainer import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -58,50 +59,6 @@ def _restore_on_numbered_cpu(storage: Any, location: str) -> Any:
 if int(transformers.__version__.split(".")[0]) < 5:
     torch.serialization.register_package(11, lambda storage: None, _restore_on_numbered_cpu)
 
-# What DDPOTrainer and AlignPropTrainer had beside the arguments of their constructor -> what takes its place.
-REPLACED = {
-    "compute_rewards": "reward_function: one function or a list, config.reward_weights, config.async_rewards",
-    "step": "train(); a callback's on_step_begin and on_step_end run around every update",
-    "calculate_loss": "config.estimator, clip_range and advantage; a chain of one's own goes through rlr_trainer.estimate_gradient",
-    "loss": "config.estimator, clip_range and advantage; rlr_trainer.estimators.likelihood_ratio is the function",
-    "_generate_samples": "generate(prompts, seed=...)",
-    "_train_batched_samples": "train(); a callback's on_step_begin and on_step_end run around every update",
-    "_setup_optimizer": "optimizers=(optimizer, scheduler), or create_optimizer()",
-    "_config_check": "RLRConfig, which checks itself",
-    "_save_model_hook": "save_model(); PipelineAdapter.save_lora and save_denoiser",
-    "_load_model_hook": "train(resume_from_checkpoint=...); PipelineAdapter.load_lora and load_denoiser",
-    "_save_pretrained": "save_pretrained(folder)",
-    "config": "args, an RLRConfig",
-    "stat_tracker": "statistics",
-    "neg_prompt_embed": "config.negative_prompt",
-    "executor": "config.async_rewards and reward_workers",
-    "first_epoch": "state.epoch",
-    "num_train_timesteps": "args.rest_num_steps (None: all)",
-    "image_samples_callback": "image_samples_hook",
-    "trainable_layers": "policy.trainable_parameters()",
-    "autocast": "accelerator.autocast()",
-}
-# transformers.Trainer's own that this trainer never calls.
-NEVER_CALLED = {
-    "compute_loss": "config.estimator: the loss of an update is made of the surrogates of its plan",
-    "prediction_step": "evaluate()",
-    "evaluation_loop": "evaluate()",
-}
-# Members of TRL's DDPOStableDiffusionPipeline that this trainer never calls.
-PIPELINE_REPLACED = {
-    "__call__": "a PipelineAdapter (CONTRIBUTING.md)",
-    "rgb_with_grad": "a PipelineAdapter (CONTRIBUTING.md)",
-    "scheduler_step": "the pipeline's scheduler, or a PipelineAdapter with a schedule of its own",
-    "get_trainable_layers": "peft_config=LoraConfig(...), or config.lora_r, lora_alpha, lora_target_modules; use_lora=False trains all",
-    "save_pretrained": "trainer.save_pretrained, or PipelineAdapter.save_lora",
-    "save_checkpoint": "PipelineAdapter.save_lora and save_denoiser",
-    "load_checkpoint": "PipelineAdapter.load_lora and load_denoiser",
-    "autocast": "config.fp16, bf16",
-    **dict.fromkeys(
-        ("unet", "vae", "tokenizer", "text_encoder", "scheduler"), "the same part set on the diffusers pipeline itself"
-    ),
-}
-
 
 def rng_globals() -> Any:
     """Context in which torch's safe loader takes the numpy arrays in Trainer's files of generator states."""
@@ -117,6 +74,57 @@ class BaseTrainer(_TRLBaseTrainer):
 
     def _send_telemetry(self) -> None:
         """TRL reports its own trainers' use; this library reports nothing."""
+
+    def push_to_hub(  # type: ignore[override]  # Trainer's first argument is the commit message, DDPOTrainer's the repository
+        self,
+        repo_id: str | None = None,
+        /,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        *,
+        commit_message: str = "End of training",
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Uploads the trained weights and the model card.
+
+        Args:
+            repo_id: "owner/name", as in DDPOTrainer; None takes `config.hub_model_id`, or the name of `output_dir`. A text with spaces is
+                the commit message, as in Trainer.
+            blocking, token, revision, commit_message: as in Trainer.
+            private: make the repository private when it is created.
+            card: `model_name`, `dataset_name`, `tags`, see `create_model_card`.
+
+        Raises:
+            ValueError: one word, which could be either.
+        """
+        if repo_id is not None and re.search(r"\s", repo_id):
+            commit_message, repo_id = repo_id, None
+        if private is not None:
+            self.args.hub_private_repo = private
+        if repo_id is not None:
+            if "/" not in repo_id:
+                raise ValueError(
+                    f"push_to_hub({repo_id!r}): is that the repository, as in DDPOTrainer, or the commit message, as in Trainer? Give "
+                    "'owner/name', or commit_message=..."
+                )
+            if self.is_world_process_zero():
+                self._finish_current_push()
+            self.args.hub_model_id = repo_id
+            self.hub_model_id = None  # type: ignore[assignment]  # Trainer then makes the repository
+        return super().push_to_hub(commit_message, blocking, token, revision, **card)
+
+    def hyperparameter_search(self, *arguments: Any, **keywords: Any) -> Any:
+        """Trainer's; it needs a model that can be made anew for every trial.
+
+        Raises:
+            NotImplementedError: always; says what there is.
+        """
+        raise NotImplementedError(
+            "hyperparameter_search: the trainer changes the pipeline that it is given; let the study's objective build a trainer of its own "
+            "(RLRTrainer(RLRConfig(...), reward, prompts, 'path or hub id')) and return its evaluate()['eval_reward']"
+        )
 
     @property
     def sd_pipeline(self) -> Any:
@@ -136,41 +144,9 @@ class BaseTrainer(_TRLBaseTrainer):
     if not TYPE_CHECKING:  # or a type checker would take every name for granted
 
         def __getattr__(self, name: str) -> Any:
-            way_out = REPLACED.get(name)
+            way_out = replaced.MEMBERS.get(name)
             hint = f": TRL's trainers had it; here it is {way_out}" if way_out else ""
             raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
-
-
-def check_overrides(trainer_class: type, base: type) -> None:
-    """Refuses a subclass of the trainer that overrides what is never called: it would train something else than it says.
-
-    Raises:
-        TypeError: names the methods and what to use.
-    """
-    own = trainer_class.__mro__[: trainer_class.__mro__.index(base)]
-    dead = {name: way for name, way in (REPLACED | NEVER_CALLED).items() if any(name in vars(cls) for cls in own)}
-    if dead:
-        raise TypeError(
-            f"{trainer_class.__name__} overrides {', '.join(dead)}, which {base.__name__} never calls; use instead: "
-            + "; ".join(f"{name} -> {way}" for name, way in dead.items())
-        )
-
-
-def check_pipeline(pipeline: Any) -> None:
-    """Refuses a subclass of TRL's DDPOStableDiffusionPipeline that overrides what is never called.
-
-    Raises:
-        TypeError: names the members and what to use.
-    """
-    classes = type(pipeline).__mro__
-    known = ("DefaultDDPOStableDiffusionPipeline", "DDPOStableDiffusionPipeline")
-    first = next((number for number, cls in enumerate(classes) if cls.__name__ in known), 0)
-    dead = {name: way for name, way in PIPELINE_REPLACED.items() if any(name in vars(cls) for cls in classes[:first])}
-    if dead:
-        raise TypeError(
-            f"sd_pipeline is a {type(pipeline).__name__}, which overrides {', '.join(dead)}: the trainer never calls them, it samples and "
-            "saves through a PipelineAdapter. Use instead: " + "; ".join(f"{name} -> {way}" for name, way in dead.items())
-        )
 
 
 def adapt_hook(config: Any, hook: Callable[[Any, int, Any], Any] | None) -> Callable[[Any, int, Any], Any] | None:
@@ -260,10 +236,12 @@ _CONVERTED = {
 }
 
 
+_KINDS = {"DDPOConfig": "ddpo", "AlignPropConfig": "alignprop"}
+
+
 def trl_config_kind(config: Any) -> str | None:
     """ "ddpo" or "alignprop" for TRL's configs of those trainers, by class name (TRL 0.24 and later have none)."""
-    names = {cls.__name__ for cls in type(config).__mro__}
-    return "ddpo" if "DDPOConfig" in names else "alignprop" if "AlignPropConfig" in names else None
+    return next((_KINDS[cls.__name__] for cls in type(config).__mro__ if cls.__name__ in _KINDS), None)
 
 
 def options_of_trl_config(config: Any) -> dict[str, Any]:
@@ -274,7 +252,12 @@ def options_of_trl_config(config: Any) -> dict[str, Any]:
             a checkpoint of TRL's, an unknown precision or key of project_kwargs.
     """
     kind = trl_config_kind(config)
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    trl_class = next((cls for cls in type(config).__mro__ if cls.__name__ in _KINDS), type(config))
+    fields = {f.name: given[f.name] for f in dataclasses.fields(trl_class)}
+    own = sorted(given.keys() - fields.keys())
+    if own:  # a script reads them; TRL's trainer never did
+        logger.info("%s has fields of its own, which the trainer does not read: %s", type(config).__name__, ", ".join(own))
     unknown = sorted(fields.keys() - SAME_MEANING.keys() - _CONVERTED)
     if kind is None or unknown:
         raise ValueError(f"{type(config).__name__} has fields that are not known here ({', '.join(unknown)}): write an RLRConfig")
@@ -340,7 +323,9 @@ def _checkpoint(resume_from: str | None) -> str | None:
 
 def _trackers(fields: dict[str, Any]) -> dict[str, Any]:
     tracker, project = fields["log_with"], fields["tracker_project_name"]
-    if tracker == "wandb":  # transformers' callback has no option for it
+    if tracker in ("wandb", "all") or (
+        isinstance(tracker, list) and "wandb" in tracker
+    ):  # transformers' callback has no option for it
         logger.info("WANDB_PROJECT=%s", os.environ.setdefault("WANDB_PROJECT", project))
     if fields["tracker_kwargs"]:
         logger.warning(
@@ -363,6 +348,8 @@ def _machine(fields: dict[str, Any]) -> dict[str, Any]:
             "accelerator_kwargs=%r has no counterpart: use RLRConfig's accelerator_config, or accelerate launch", accelerator
         )
     on_gpu = torch.cuda.is_available() and not use_cpu
+    if precision == "bf16" and not on_gpu and not is_torch_bf16_gpu_available():
+        use_cpu = True  # transformers' way to allow it there; accelerate needs no word
     if precision == "fp16" and not on_gpu:
         logger.warning("mixed_precision='fp16' needs a GPU: training in float32")
     return {

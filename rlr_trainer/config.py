@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -10,8 +11,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from rlr_trainer import compat
+from rlr_trainer import compat, replaced
 from rlr_trainer.plan import NAMED_STARTS, EstimatorPlan, PlanError
+
+logger = logging.getLogger(__name__)
 
 ADVANTAGE_NAMES = ("none", "leave_one_out", "normalize", "per_prompt")
 RECOMPUTE_NAMES = ("recursive", "graph")
@@ -59,13 +62,15 @@ class RLRConfig(TrainingArguments):
         ValueError: an option outside its range, or a combination that cannot be; names field, value, rule and way out.
     """
 
+    # Of a union of three types and more, transformers.HfArgumentParser and trl.TrlParser take the second: it must be str.
+
     # ---- estimator ----
     estimator: str = _option(
         "rlr", "Preset plan: rlr, rlr_paper, ddpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md)."
     )
-    fo_steps: str | int | list[int] | tuple[int, int] | None = _option(
+    fo_steps: int | str | list[int] | tuple[int, int] | None = _option(
         None,
-        "K: first-order steps at the end of the chain: an integer, [low, high] to draw it per trajectory, or 'auto' to pick the K of least "
+        "K: first-order steps at the end of the chain: an integer, [low, high] to draw it per sampling batch, or 'auto' to pick the K of least "
         "measured variance before the first update. Default: preset.",
     )
     ho_length: str | int | None = _option(
@@ -184,11 +189,17 @@ class RLRConfig(TrainingArguments):
     num_train_epochs: float = _option(100, "Epochs: rollouts without a dataset, passes over the prompts with one.")
     logging_steps: float = _option(1, "Updates between two log lines.")
     save_steps: float = _option(100, "Updates between two checkpoints.")
-    report_to: str | list[str] | None = _option("none", "Trackers: tensorboard, wandb, trackio, mlflow, ..., all or none.")
+    report_to: list[str] | str | None = _option("none", "Trackers: tensorboard, wandb, trackio, mlflow, ..., all or none.")
 
     def __post_init__(self) -> None:
         self._changed = tuple(f.name for f in dataclasses.fields(self) if f.init and getattr(self, f.name) != _default(f))
+        for line in replaced.check_options({name: getattr(self, name) for name in self._changed}):
+            logger.warning(line)
         self._check_own_options()
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0  # how transformers 5 writes "no limit"
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_reward"  # Trainer's default is a loss, which no evaluation here has
         super().__post_init__()
         if self.sample_batch_size is None:
             self.sample_batch_size = self.per_device_train_batch_size
@@ -291,6 +302,8 @@ class RLRConfig(TrainingArguments):
         if self.advantage is not None:
             _check_choice("advantage", self.advantage, ADVANTAGE_NAMES)
         for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
             "sample_num_steps",
             "num_inner_epochs",
             "num_images_per_prompt",
@@ -312,11 +325,18 @@ class RLRConfig(TrainingArguments):
         ):
             if getattr(self, name) is not None:
                 _check_positive_integer(name, getattr(self, name))
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0: must be a number of updates, or -1 to train for num_train_epochs")
         if isinstance(self.num_log_images, bool) or not isinstance(self.num_log_images, int) or self.num_log_images < 0:
             raise ValueError(f"num_log_images={self.num_log_images!r}: must be a whole number, 0 for no pictures")
         if self.log_step_norms and not self.log_estimator_norms:
             raise ValueError(
                 "log_step_norms=True with log_estimator_norms=False: both need the same measurement; set the latter to True"
+            )
+        if isinstance(self.ho_start, str) and self.ho_start == "grad_norm" and not self.log_estimator_norms:
+            raise ValueError(
+                "ho_start='grad_norm' with log_estimator_norms=False: the starts are drawn by these norms; set the latter to True, or "
+                "ho_start='uniform'"
             )
         scales = self.prompt_scales
         if scales is not None and not (scales and all(0 < a < b for a, b in pairwise([*scales, self.sample_num_steps]))):

@@ -429,6 +429,5 @@ class Collector:
         if self.statistics is not None and rows is not None:
             advantages = self.statistics.update([row.prompt for row in rows], rewards)
         else:
-            name = "leave_one_out" if self.statistics is not None else config.advantage_name
-            advantages = ADVANTAGES[name](rewards, groups, blocks)
+            advantages = ADVANTAGES[config.advantage_name](rewards, groups, blocks)
         return advantages if config.advantage_limit is None else advantages.clip(config.advantage_limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -229,6 +230,8 @@ def vector_diversity(vectors: Tensor, prompts: Sequence[str]) -> float:
 
 # ---- trackers ----
 
+_MLFLOW_REFUSES = re.compile(r"[^\w\-. :/]")  # in the name of a metric; Trainer replaces it in its own
+
 
 class HookTracker:
     """The run's trackers behind one face: TensorBoard, Weights & Biases, Trackio and MLflow, as Trainer's callbacks set them up.
@@ -238,14 +241,15 @@ class HookTracker:
     Args:
         callbacks: Trainer's callbacks, among them its integrations.
         folder: the run's output folder.
+        step: updates so far, for calls that name no step.
     """
 
-    def __init__(self, callbacks: Sequence[Any], folder: Path) -> None:
+    def __init__(self, callbacks: Sequence[Any], folder: Path, step: int = 0) -> None:
         self._writers = [c.tb_writer for c in callbacks if getattr(c, "tb_writer", None) is not None]
         self._wandb = _ready(callbacks, "_wandb", lambda wandb, callback: wandb.run is not None)
         self._trackio = _ready(callbacks, "_trackio", lambda trackio, callback: callback._initialized)
         self._mlflow = _ready(callbacks, "_ml_flow", lambda mlflow, callback: mlflow.active_run() is not None)
-        self.folder = folder
+        self.folder, self.step = folder, step
 
     @property
     def tracker(self) -> Any:
@@ -253,25 +257,37 @@ class HookTracker:
         others = [module for module in (self._wandb, self._trackio, self._mlflow) if module is not None]
         return next(iter([*self._writers, *others]), None)
 
+    @property
+    def name(self) -> str | None:
+        """What accelerate calls the first tracker ("tensorboard", "wandb", "trackio" or "mlflow"), or None."""
+        named = {"tensorboard": self._writers, "wandb": self._wandb, "trackio": self._trackio, "mlflow": self._mlflow}
+        return next((name for name, tracker in named.items() if tracker), None)
+
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Logs numbers and texts by name."""
+        """Logs numbers and texts by name; several numbers, such as a batch's rewards, as a histogram, and dicts of them as "name/key"."""
+        step = self.step if step is None else step
+        values = _flat(values)
         for writer in self._writers:
             for name, value in values.items():
                 if isinstance(value, str):
                     writer.add_text(name, value, global_step=step)
+                elif np.size(value) == 1:
+                    writer.add_scalar(name, np.asarray(value).item(), global_step=step)
                 else:
-                    writer.add_scalar(name, value, global_step=step)
+                    writer.add_histogram(name, np.asarray(value), global_step=step)
         for module in (self._wandb, self._trackio):
             if module is not None:
                 module.log(dict(values) | _axis(step))
         if self._mlflow is not None:
             texts = {name: value for name, value in values.items() if isinstance(value, str)}
-            self._mlflow.log_metrics({n: float(v) for n, v in values.items() if n not in texts}, step=step)
+            numbers = {_MLFLOW_REFUSES.sub("_", name): float(v) for name, v in values.items() if name not in texts}
+            self._mlflow.log_metrics(numbers, step=step)
             for name, text in texts.items():
-                self._mlflow.log_text(text, f"{_file_name(name)}/step_{step or 0:06d}.txt")
+                self._mlflow.log_text(text, f"{_file_name(name)}/step_{step:06d}.txt")
 
     def log_images(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Logs pictures by name: [3, H, W] or [N, 3, H, W] in [0, 1], or channels last (array, tensor or PIL)."""
+        step = self.step if step is None else step
         pictures = {name: to_pictures(value) for name, value in values.items()}
         for writer in self._writers:
             for name, batch in pictures.items():
@@ -284,14 +300,14 @@ class HookTracker:
             self._trackio.log({name: self._trackio.Image(row) for name, row in rows.items()} | _axis(step))
         if self._mlflow is not None:
             for name, row in rows.items():
-                self._mlflow.log_image(row, artifact_file=f"{_file_name(name)}/step_{step or 0:06d}.png")
+                self._mlflow.log_image(row, artifact_file=f"{_file_name(name)}/step_{step:06d}.png")
         if self.tracker is None:
             self._save(rows, step)
 
-    def _save(self, rows: Mapping[str, np.ndarray], step: int | None) -> None:
+    def _save(self, rows: Mapping[str, np.ndarray], step: int) -> None:
         from PIL import Image
 
-        folder = self.folder / "images" / f"step_{step or 0:06d}"
+        folder = self.folder / "images" / f"step_{step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         for name, row in rows.items():
             Image.fromarray(row).save(folder / f"{_file_name(name)}.png")
@@ -303,9 +319,20 @@ def _ready(callbacks: Sequence[Any], attribute: str, is_ready: Callable[[Any, An
     return next((module for module, callback in found if is_ready(module, callback)), None)
 
 
-def _axis(step: int | None) -> dict[str, int]:
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dicts inside become entries of their own, "name/key"; tensors become arrays."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{key}": inner for key, inner in _flat(value).items()}
+        else:
+            flat[name] = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else value
+    return flat
+
+
+def _axis(step: int) -> dict[str, int]:
     """The step as Trainer logs it: these trackers count their own calls, and refuse numbers behind that count."""
-    return {} if step is None else {"train/global_step": step}
+    return {"train/global_step": step}
 
 
 def _file_name(name: str) -> str:
@@ -313,10 +340,34 @@ def _file_name(name: str) -> str:
 
 
 def to_pictures(value: Any) -> Tensor:
-    """Any usual form of one or several pictures as float [N, 3, H, W] in [0, 1]."""
-    array = torch.as_tensor(np.array(value)) if not isinstance(value, Tensor) else value.detach().cpu()
-    if not array.is_floating_point():
+    """One or several pictures as float [N, 3, H, W] in [0, 1].
+
+    Args:
+        value: a tensor, array, PIL picture or sequence of them; [H, W], [C, H, W] or [H, W, C], or a batch of these; of a video's frames
+            [N, F, C, H, W] each counts. C is 3, 1 (grey) or 4 (RGBA, whose last is left out). Integers are out of 255.
+
+    Raises:
+        ValueError: another shape, or pictures of several sizes.
+    """
+    if isinstance(value, list | tuple):
+        parts = [to_pictures(part) for part in value]
+        if len({part.shape[1:] for part in parts}) != 1:
+            raise ValueError(
+                f"pictures of the shapes {[tuple(part.shape) for part in parts]}: log those of one size under one name"
+            )
+        return torch.cat(parts)
+    if not isinstance(value, Tensor):  # PIL's convert: the numbers of a palette are not colours
+        value = torch.as_tensor(np.array(value.convert("RGB") if hasattr(value, "convert") else value))
+    array = value.detach().cpu()
+    if not array.is_floating_point() and array.dtype != torch.bool:
         array = array.float() / 255
     array = array.float()
-    array = array[None] if array.dim() == 3 else array
-    return array.permute(0, 3, 1, 2) if array.shape[1] != 3 and array.shape[-1] == 3 else array
+    shape = tuple(array.shape)
+    array = array[..., None] if array.dim() == 2 else array
+    array = array[None] if array.dim() == 3 else array.flatten(0, 1) if array.dim() == 5 else array
+    places = [(channels, axis) for channels in (3, 1, 4) for axis in (1, 3) if array.dim() == 4 and array.shape[axis] == channels]
+    if not places:
+        raise ValueError(f"pictures of the shape {shape}: must be [3, H, W], [N, 3, H, W], or the same with the channels last")
+    channels, axis = places[0]
+    array = array.movedim(axis, 1)
+    return array.expand(-1, 3, -1, -1) if channels == 1 else array[:, :3]

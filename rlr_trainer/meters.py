@@ -1,14 +1,17 @@
-"""Gradient norms of the parts of an estimate, measured while it accumulates."""
+"""What is measured while an estimate accumulates: gradient norms of its parts; and what is logged of many measurements."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlr_trainer.chain import Parameters
+
+LARGEST = {"ratio/max_abs_dev"}  # metrics of which the largest value is logged, not the mean
 
 
 class GradientMeter:
@@ -60,3 +63,20 @@ class GradientMeter:
 def _norm(tensors: dict[str, Tensor]) -> float:
     total = sum(float(tensor.square().sum()) for tensor in tensors.values())
     return total**0.5
+
+
+def summarize(taken: Mapping[str, Sequence[float]], accelerator: Any) -> dict[str, float]:
+    """The mean of the values under each name, of those in `LARGEST` the largest, over all processes; NaN where one is. Collective.
+
+    Every process has values under the same names.
+    """
+    names = sorted(taken)
+    if not names:
+        return {}
+    is_largest = torch.tensor([name in LARGEST for name in names])
+    columns = [torch.tensor(taken[name], dtype=torch.float64) for name in names]
+    own = torch.stack([column.max() if name in LARGEST else column.mean() for name, column in zip(names, columns, strict=True)])
+    if accelerator.num_processes > 1:
+        everyone = accelerator.gather(own[None].to(accelerator.device)).cpu()
+        own = torch.where(is_largest, everyone.amax(0), everyone.mean(0))
+    return dict(zip(names, own.tolist(), strict=True))

@@ -79,7 +79,7 @@ def write_model_card(
         estimator=args.estimator,
         use=(_LORA_USE if trainer.use_lora else _FULL_USE).format(**names),
         updates=trainer.state.global_step,
-        queries=trainer.rewards.queries,
+        queries=trainer.rewards.queries * trainer.accelerator.num_processes,
         rewards=", ".join(f"`{name}`" for name in trainer.rewards.names),
         last=f" Mean reward of the first rollout {rewards[0]:.4g}, of the last {rewards[-1]:.4g}." if rewards else "",
         options="\n".join(f"| `{name}` | `{value}` |" for name, value in options.items() if value is not None),

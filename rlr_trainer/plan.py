@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -119,6 +120,7 @@ class EstimatorPlan:
             value = getattr(self, name)
             if isinstance(value, list | Tensor):
                 object.__setattr__(self, name, tuple(value))
+        _check_whole_numbers(self)
         _check_lengths(self)
         _check_start(self)
         _check_rest(self)
@@ -145,7 +147,8 @@ class EstimatorPlan:
             # A preset must fit any chain and any K: its sub-chain shrinks; only an explicit h that is too long is an error.
             longest_fo = chosen.get("fo_steps", 0)
             longest_fo = max(longest_fo) if isinstance(longest_fo, tuple | list) else longest_fo
-            chosen["ho_length"] = max(0, min(chosen.get("ho_length", 0), num_steps - longest_fo))
+            left = num_steps - longest_fo if _is_whole(longest_fo) else 0  # what is no number is refused below
+            chosen["ho_length"] = max(0, min(chosen.get("ho_length", 0), left))
         plan = cls(num_steps=num_steps, **chosen)
         if plan.fo_range[1] == 0 and not plan.ho_length and plan.rest_estimator == "none":
             raise PlanError(f"estimator={name!r} with these options estimates no step: set fo_steps, ho_length or rest_estimator")
@@ -364,11 +367,22 @@ def _inclusion_probabilities(eligible: Tensor, count: int, step_weights: Sequenc
     return probability.clamp_max(1.0)
 
 
+def _check_whole_numbers(plan: EstimatorPlan) -> None:
+    if len(plan.fo_range) != 2 or not all(_is_whole(k) for k in plan.fo_range):
+        raise PlanError(f"fo_steps={plan.fo_steps!r}: K must be a whole number, or a pair (low, high) of whole numbers")
+    for name in ("num_steps", "ho_length", "rest_num_steps", "zo_num_perturbations"):
+        value = getattr(plan, name)
+        if not (_is_whole(value) or (value is None and name == "rest_num_steps")):
+            raise PlanError(f"{name}={value!r}: must be a whole number")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _check_lengths(plan: EstimatorPlan) -> None:
     if plan.num_steps < 1:
         raise PlanError(f"num_steps={plan.num_steps}: a chain has at least one step")
-    if isinstance(plan.fo_steps, str) or len(plan.fo_range) != 2 or any(k != int(k) for k in plan.fo_range):
-        raise PlanError(f"fo_steps={plan.fo_steps!r}: K must be a whole number, or a pair (low, high) of whole numbers")
     low, high = plan.fo_range
     if not 0 <= low <= high <= plan.num_steps:
         raise PlanError(
@@ -456,7 +470,9 @@ class StartDistribution:
         self.counts = torch.zeros(num_starts, dtype=torch.long)
 
     def update(self, start: int, norm: float) -> None:
-        """Takes in the gradient norm of a sub-chain that started at `start`."""
+        """Takes in the gradient norm of a sub-chain that started at `start`; not that of an update that overflowed (fp16 skips it)."""
+        if not math.isfinite(norm):
+            return
         self.norms[start] = norm if self.counts[start] == 0 else self.decay * self.norms[start] + (1 - self.decay) * norm
         self.counts[start] += 1
 

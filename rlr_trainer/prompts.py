@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ class PromptRow:
     negative_prompt: str | None = None
     scale_prompts: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        """numpy's strings (`np.random.choice(prompts)`) become Python's: a checkpoint that holds them could not be read back."""
+        object.__setattr__(self, "prompt", str(self.prompt))
+        if self.negative_prompt is not None:
+            object.__setattr__(self, "negative_prompt", str(self.negative_prompt))
+        if self.scale_prompts is not None:
+            object.__setattr__(self, "scale_prompts", tuple(map(str, self.scale_prompts)))
+
 
 class FunctionPrompts:
     """Prompts from a function `() -> (prompt, metadata)`; the prompt is a string, or one string per scale, coarse to fine.
@@ -70,7 +79,9 @@ class FunctionPrompts:
 
     def _call(self) -> PromptRow:
         returned = self.function()
-        pair = isinstance(returned, tuple) and len(returned) == 2
+        pair = isinstance(returned, tuple | list) and len(returned) == 2
+        if isinstance(returned, list) and pair and isinstance(returned[1], str):  # prompts without metadata rather than a pair
+            pair = False
         if pair and isinstance(returned[0], list | tuple) and returned[0] and all(isinstance(p, str) for p in returned[0]):
             return PromptRow(returned[0][-1], returned[1], scale_prompts=tuple(returned[0]))
         if not pair or not isinstance(returned[0], str):
@@ -202,16 +213,20 @@ def open_dataset(
         source: a text file (.txt) with a prompt per line; a dataset file (.json, .jsonl, .csv, .parquet); a folder that
             `Dataset.save_to_disk` wrote, or of dataset files; or the hub id of a dataset, "owner/name".
         field: how messages call it.
-        split: of a folder or a dataset on the hub.
-        name: of the configuration of a dataset on the hub.
-        column: the one that holds the prompts, if it is not called "prompt".
+        split: of a folder or a dataset on the hub; files have none but "train".
+        name: of the configuration of a folder or a dataset on the hub.
+        column: the one that holds the prompts, if it is not called "prompt"; a text file has none.
 
     Raises:
-        ValueError: nothing there, something that cannot be read, or no such split or column; names the source.
+        ValueError: nothing there, something that cannot be read, or no such split, configuration or column; names the source.
     """
     if not isinstance(source, str | Path):
         return source
     path = Path(source).expanduser()
+    if path.is_file():
+        given = {"split": split != "train", "name": name is not None, "column": path.suffix == ".txt" and column is not None}
+        if none := next((option for option, is_given in given.items() if is_given), None):
+            raise ValueError(f"{field}={str(source)!r}: {none} is given, but such a file has none; leave it out")
     if path.suffix == ".txt" and path.is_file():
         return _text_prompts(path, field)
     is_hub_id = not path.exists() and _HUB_ID.fullmatch(str(source)) is not None and path.suffix not in (".txt", *FILE_LOADERS)
@@ -233,7 +248,7 @@ def open_dataset(
 
 def _text_prompts(path: Path, field: str) -> list[dict[str, str]]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]  # other separators may be in a prompt
     except UnicodeDecodeError as error:
         raise ValueError(f"{field}={str(path)!r}: is not UTF-8 text ({error})") from error
     prompts = [{PROMPT_COLUMN: line} for line in lines if line]
@@ -248,11 +263,15 @@ def _load(path: Path, source: str, field: str, split: str, name: str | None, is_
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
-            return loaded[split] if isinstance(loaded, dict) else loaded
+            splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+            if name is not None or split not in splits:
+                wrong = f"configuration {name!r}" if name is not None else f"split {split!r}"
+                raise ValueError(f"it has no {wrong}" + (f", but {', '.join(splits)}" if name is None else ""))
+            return splits[split]
         if path.suffix == ".csv" and path.is_file():
-            import pandas  # which `datasets` reads them with, too, but without closing the file
-
-            return datasets.Dataset.from_pandas(pandas.read_csv(path), preserve_index=False)
+            return _read_csv(path)
+        if path.is_file() and not path.read_bytes().strip():
+            raise ValueError("the file is empty")
         if path.is_file():
             return datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), split="train")
         return datasets.load_dataset(source if is_hub_id else str(path), name, split=split)
@@ -264,6 +283,21 @@ def _load(path: Path, source: str, field: str, split: str, name: str | None, is_
                 f"{field}={source!r}: no such file, and as a hub id it cannot be loaded: {cause}; {way_out}"
             ) from error
         raise ValueError(f"{field}={source!r}: cannot be read: {cause}") from error
+
+
+def _read_csv(path: Path) -> Any:
+    """With pandas, as `datasets` reads them, too, but closing the file, and without a guess at lines that are longer than the header:
+    pandas takes `a cat, sitting` below `prompt` for an index and the prompt ` sitting`, or cuts the rest off."""
+    import datasets
+    import pandas
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        try:
+            table = pandas.read_csv(path, index_col=False)
+        except pandas.errors.ParserWarning:
+            raise ValueError("lines have more fields than the header; put texts that contain a comma in double quotes") from None
+    return datasets.Dataset.from_pandas(table, preserve_index=False)
 
 
 def _check_kind(dataset: Any, name: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlr_trainer.chain import sample_chain, seeded_generator
 from rlr_trainer.chains.ddim import DDIMSchedule
+from rlr_trainer.config import RLRConfig
 from rlr_trainer.experience import EVALUATION, Collector, RolloutSummary, condition_rows
 from rlr_trainer.image_log import SAMPLES_FOLDER, FixedSamples, HookTracker, thumbnails, vector_diversity
 from rlr_trainer.pipelines import Conditioning, PipelineChain, ScaledConditioning
@@ -164,6 +165,36 @@ class SamplingTrainer(SavingTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; there is no output of the network to return.
+
+        Raises:
+            NotImplementedError: always; names what there is.
+        """
+        raise NotImplementedError(
+            "predict() returns outputs of a model on a dataset: use generate(prompts, seed=...) for pictures, or "
+            "evaluate(dataset, metric_key_prefix='test') for their rewards"
+        )
+
+    def check_best_metric(self, config: RLRConfig) -> None:
+        """Refuses a `metric_for_best_model` that the evaluations of the run will not have; Trainer would find out at the first one.
+
+        Raises:
+            ValueError: names the metrics that they have.
+        """
+        metric = config.metric_for_best_model
+        extended = type(self).evaluate is not SamplingTrainer.evaluate  # by metrics of its own
+        if metric is None or self.eval_prompts is None or config.eval_strategy == "no" or extended:
+            return
+        prefixes = [f"eval_{name}" for name in self.eval_prompts] if isinstance(self.eval_prompts, dict) else ["eval"]
+        nothing = torch.zeros(1, 1 + len(self.eval_rewards.names))
+        known = [name for prefix in prefixes for name in self._eval_metrics(nothing, prefix)]
+        if (metric if metric.startswith("eval_") else f"eval_{metric}") not in known:
+            raise ValueError(
+                f"metric_for_best_model={metric!r} is none of the metrics of an evaluation: {', '.join(known)}; choose one of them, or override "
+                "evaluate() to add it"
+            )
+
     def _eval_metrics(self, values: Tensor, prefix: str) -> dict[str, float]:
         """Metrics of rewards [N, 1 + K]: the total, and each function's."""
         total = values[:, 0]
@@ -257,7 +288,7 @@ class SamplingTrainer(SavingTrainer):
 
     def trackers(self) -> HookTracker:
         """The run's trackers as they are now."""
-        return HookTracker(self.callback_handler.callbacks, Path(self.args.output_dir))
+        return HookTracker(self.callback_handler.callbacks, Path(self.args.output_dir), self.state.global_step)
 
     def rollout_diversity(self, summary: RolloutSummary) -> float:
         """`image_log.diversity` of a rollout, over all processes; collective."""

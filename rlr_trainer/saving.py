@@ -15,22 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
 
-from rlr_trainer import checkpoints, compat
+from rlr_trainer import checkpoints, compat, resuming
 from rlr_trainer.averaging import WeightAverage
-from rlr_trainer.chain import Rollout
 from rlr_trainer.checkpoints import CheckpointError
-from rlr_trainer.config import RLRConfig
+from rlr_trainer.config import AUTO, RLRConfig
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.prediction import ControlVariateScale
-from rlr_trainer.estimators.zeroth_order import Perturbations
-from rlr_trainer.experience import Experience
+from rlr_trainer.interruption import StopOnTermination
 from rlr_trainer.microbatches import MicroBatches
 from rlr_trainer.model_card import write_model_card
-from rlr_trainer.pipelines import Conditioning, PipelineAdapter, Policy, ScaledConditioning
-from rlr_trainer.plan import EstimatorPlan, PlanDraw, StartDistribution
+from rlr_trainer.pipelines import PipelineAdapter, Policy
+from rlr_trainer.plan import EstimatorPlan, StartDistribution
 from rlr_trainer.processes import of_main_process
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts
+from rlr_trainer.pushing import PushingTrainer
+from rlr_trainer.resuming import is_plain, load_safely
 from rlr_trainer.rewards.interface import Rewards
 from rlr_trainer.sharding import spread_when_loaded, whole_weights
 
@@ -41,20 +43,10 @@ ROLLOUT_FILE = "rlr_rollout_{}.pt"  # the micro-batches that a process has not u
 AVERAGE_FOLDER = "average"  # the averaged weights of a checkpoint
 CONFIG_FILE = "rlr_config.json"
 RUN_MARKS = ("checkpoint-*", "metrics.jsonl", "*.safetensors", "model_index.json")  # files that say that a run lives here
-# Classes of this package that torch's safe loader may make; everything else in a file is tensors and plain containers.
-ROLLOUT_CLASSES: list[Any] = [Experience, Rollout, PlanDraw, Conditioning, ScaledConditioning, Perturbations]
-# Options of TrainingArguments that say what is computed.
-COMPARED_ARGUMENTS = (
-    *("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "max_steps", "num_train_epochs"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("bf16", "fp16"),
-)
 STATEFUL = ("starts", "control_scale", "statistics")
-# Options that say where and when, not what is computed: a resumed run may change them without a word.
-FREE_OPTIONS = {"overwrite", "log_estimator_norms", "log_images_steps", "num_log_images", "check_reward", "offload_rollouts"}
 
 
-class SavingTrainer(compat.BaseTrainer):
+class SavingTrainer(PushingTrainer):
     """The part of `RLRTrainer` that saves and loads."""
 
     args: RLRConfig
@@ -69,13 +61,14 @@ class SavingTrainer(compat.BaseTrainer):
     control_scale: ControlVariateScale | None
     statistics: PerPromptStatistics | None
     average: WeightAverage | None
+    termination: StopOnTermination
     _metrics: dict[str, list[float]]
     eval_queries: int  # pictures scored outside training, over all processes
     _queue: MicroBatches
     _rollouts_done: int
     _valid_fraction: float
     _chosen: dict[str, int]
-    _writing_to: Path | None = None
+    _resumed_at = 0  # updates that the checkpoint had which this run goes on from
 
     def _set_plan(self, **chosen: int) -> None:
         raise NotImplementedError
@@ -101,7 +94,7 @@ class SavingTrainer(compat.BaseTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if folder.name.startswith("checkpoint-"):  # what training goes on with
+        if self._writing_to is not None:  # a checkpoint: what training goes on with
             self._save_weights(folder)
             if self.average is not None:
                 (folder / AVERAGE_FOLDER).mkdir(exist_ok=True)
@@ -148,22 +141,39 @@ class SavingTrainer(compat.BaseTrainer):
     # ---- the output folder ----
 
     def check_output_folder(self) -> None:
-        """Refuses an `output_dir` that holds another run, unless `overwrite` is set; `train` calls it first.
+        """Refuses an `output_dir` that holds another run, unless `overwrite` is set; `train` calls it first, on every process.
 
         Raises:
             ValueError: the folder holds a run.
         """
+        problem = None
+        if self.is_world_process_zero() and (found := self._found_in_output_folder()):
+            folder = Path(self.args.output_dir)
+            if self.args.overwrite:
+                self._remove_checkpoints()
+            elif self.state.global_step == 0:
+                problem = (
+                    f"output_dir={str(folder)!r} holds another run ({found}): choose another folder, continue it with "
+                    "train(resume_from_checkpoint=True), or allow overwriting with overwrite=True (--overwrite)"
+                )
+            else:
+                logger.warning(
+                    "training anew with the same trainer: the logs in %s begin anew, and its checkpoints are replaced", folder
+                )
+        problem = of_main_process(problem, self.accelerator)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def _found_in_output_folder(self) -> str:
+        """What says that a run lives in `output_dir`; empty if nothing does."""
         folder = Path(self.args.output_dir)
         found = [path.name for mark in RUN_MARKS for path in sorted(folder.glob(mark))] if folder.is_dir() else []
-        if found and self.args.overwrite:
-            for checkpoint in folder.glob("checkpoint-*"):  # or a later resume would take up the other run
-                logger.warning("overwrite=True: removing %s of an earlier run", checkpoint)
-                shutil.rmtree(checkpoint)
-        elif found and self.state.global_step == 0:
-            raise ValueError(
-                f"output_dir={str(folder)!r} holds another run ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}): choose another "
-                "folder, continue it with train(resume_from_checkpoint=True), or allow overwriting with overwrite=True (--overwrite)"
-            )
+        return ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+
+    def _remove_checkpoints(self) -> None:
+        for folder in checkpoints.list_checkpoints(Path(self.args.output_dir)):  # or a later resume would take up the other run
+            logger.warning("overwrite=True: removing %s of an earlier run", folder)
+            checkpoints.remove(folder)
 
     # ---- writing a checkpoint ----
 
@@ -184,17 +194,18 @@ class SavingTrainer(compat.BaseTrainer):
             checkpoints.remove_aside(run_folder)
         self.accelerator.wait_for_everyone()
         with self._cleaned_up(written, run_folder / name):
-            self._writing_to = written
+            self._writing_to, weights_alone = written, self.args.save_only_model
+            self.args.save_only_model = weights_alone and not self.termination.stopped  # one to leave with can be resumed
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self._writing_to = None
+                self._writing_to, self.args.save_only_model = None, weights_alone
             self.accelerator.wait_for_everyone()
             self._name_best_checkpoint(run_folder, written / name)
             if self.args.should_save:
                 checkpoints.seal(written / name)
                 checkpoints.publish(written / name, run_folder / name)
-                written.rmdir()
+                checkpoints.remove_aside(run_folder)
                 checkpoints.rotate(run_folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -225,11 +236,9 @@ class SavingTrainer(compat.BaseTrainer):
         if self.args.should_save:
             self.state.save_to_json(str(written / "trainer_state.json"))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._writing_to is not None:  # a push reads the folder while training goes on: it must have its name by then
-            return
-        self.save_model(self.args.output_dir, _internal_call=True)
-        super()._push_from_checkpoint(checkpoint_folder)
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """With save_strategy="best" Trainer saves if this is true: a run that leaves saves whatever the evaluation says."""
+        return super()._determine_best_metric(metrics, trial) or self.termination.stopped
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -248,18 +257,15 @@ class SavingTrainer(compat.BaseTrainer):
             "metrics": {name: list(values) for name, values in self._metrics.items()},
             "prompts": self._prompt_state(),
             "chosen": dict(self._chosen),  # in place of "auto"
-            "options": json.dumps(self._compared_options(), default=str),
+            "options": json.dumps(resuming.compared_options(self.args), default=str),
             "averaged_updates": self.average.updates if self.average is not None else None,
         }
         state |= {name: getattr(self, name).state_dict() for name in STATEFUL if getattr(self, name) is not None}
         torch.save(state, folder / STATE_FILE)
 
-    def _compared_options(self) -> dict[str, Any]:
-        return self.args.rlr_options() | {name: getattr(self.args, name) for name in COMPARED_ARGUMENTS}
-
     def _prompt_state(self) -> dict[str, Any] | None:
         state = self.prompts.state_dict()
-        if _is_plain(state):
+        if is_plain(state):
             return state
         logger.warning(
             "this checkpoint cannot be resumed: the prompts' state (metadata of prompts drawn ahead, or the prompt function's state_dict) is "
@@ -273,7 +279,7 @@ class SavingTrainer(compat.BaseTrainer):
         if not self.plan.uses_prediction:
             state["parts"] = [part and dataclasses.replace(part, metadata=({},) * len(part)) for part in state["parts"]]
             return state
-        unsafe = next((m for part in state["parts"] if part for m in part.metadata if not _is_plain(m)), None)
+        unsafe = next((m for part in state["parts"] if part for m in part.metadata if not is_plain(m)), None)
         if unsafe is None:
             return state
         logger.warning(
@@ -298,6 +304,7 @@ class SavingTrainer(compat.BaseTrainer):
                 folder = checkpoints.last_complete(Path(self.args.output_dir)) if isinstance(asked, bool) else Path(asked)
                 if not isinstance(asked, bool):
                     checkpoints.check(folder)
+                    self._check_folder_to_go_on_in(folder)
                 answer = str(folder)
             except CheckpointError as error:
                 answer = error
@@ -306,23 +313,33 @@ class SavingTrainer(compat.BaseTrainer):
             raise answer
         return Path(str(answer))
 
+    def _check_folder_to_go_on_in(self, checkpoint: Path) -> None:
+        """Refuses to go on from another run's checkpoint in a folder that holds a run: its logs would be cut and mixed.
+
+        Raises:
+            CheckpointError: `output_dir` holds a run, the checkpoint is not in it, and `overwrite` is not set.
+        """
+        folder, found = Path(self.args.output_dir), self._found_in_output_folder()
+        if not found or checkpoint.resolve().is_relative_to(folder.resolve()):
+            return
+        if not self.args.overwrite:
+            raise CheckpointError(
+                f"cannot go on from {checkpoint} in output_dir={str(folder)!r}, which holds another run ({found}): choose another folder, "
+                "continue that run with resume_from_checkpoint=True, or allow overwriting with overwrite=True (--overwrite)"
+            )
+        self._remove_checkpoints()
+
     def _load_run_state(self, folder: Path) -> None:
         """Takes up everything but weights, optimizer and the global random number generators, which Trainer restores.
 
         Raises:
             CheckpointError: the state is missing, damaged, or does not fit this run.
         """
-        state = _load_safely(folder / STATE_FILE)
-        options = json.loads(state["options"])
-        present = json.loads(json.dumps(self._compared_options(), default=str))
-        changed = [
-            f"{name}={options.get(name)!r} -> {value!r}"
-            for name, value in present.items()
-            if options.get(name) != value and name not in FREE_OPTIONS
-        ]
-        if changed:
-            logger.warning("resuming %s with other options: %s", folder, "; ".join(changed))
-        self._set_plan(**state["chosen"])  # the run goes on with what was chosen at its start
+        state = load_safely(folder / STATE_FILE)
+        changes = resuming.changed_options(self.args, state["options"])
+        resuming.check_changes(folder, changes, given_optimizer=self.optimizer is not None)
+        # the run goes on with what was chosen at its start
+        self._set_plan(**{name: value for name, value in state["chosen"].items() if getattr(self.args, name) == AUTO})
         processes = self.accelerator.num_processes
         self._rollouts_done = state["rollouts_done"]
         self._valid_fraction = state["valid_fraction"]
@@ -337,22 +354,42 @@ class SavingTrainer(compat.BaseTrainer):
         self._metrics.clear()
         self._metrics.update(state["metrics"])
         for name in STATEFUL:
-            if getattr(self, name) is not None and name in state:
-                getattr(self, name).load_state_dict(state[name])
+            self._take_up(name, state)
         if self.average is not None:
             self.average.take_present_weights(state["averaged_updates"] or 0)
         self._queue.clear()
         if state["pending"]:
-            self._queue.fill(**self._load_pending(folder, state))
+            self._queue.fill(**self._load_pending(folder, state, changes))
+        self._resumed_at = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
 
-    def _load_pending(self, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    def _take_up(self, name: str, state: dict[str, Any]) -> None:
+        part = getattr(self, name)
+        if part is None or name not in state:
+            return
+        if name == "statistics" or resuming.fits(part.state_dict(), state[name]):
+            part.load_state_dict(state[name])
+        else:
+            what = {"starts": "the norms that ho_start='grad_norm' draws by", "control_scale": "the scale of the control variate"}
+            logger.warning("%s: the checkpoint has it for another chain or sub-chain, so it is learned anew", what[name])
+
+    def set_initial_training_values(self, *arguments: Any, **keywords: Any) -> Any:
+        """Trainer's; without an epoch left where a run is resumed that has all its updates: Trainer would do one more."""
+        values: Any = super().set_initial_training_values(*arguments, **keywords)
+        epochs, updates_per_epoch, max_steps = values[0], values[1], values[-1]
+        if self._resumed_at < max_steps:
+            return values
+        logger.warning("nothing is left to train: %d updates are done, and %d were asked for", self._resumed_at, max_steps)
+        return min(epochs, self._resumed_at // updates_per_epoch), *values[1:]
+
+    def _load_pending(self, folder: Path, state: dict[str, Any], changes: resuming.Changes) -> dict[str, Any]:
         processes, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
         if state["processes"] != processes:
             raise CheckpointError(
                 f"cannot resume from {folder}: it was saved in the middle of a rollout by {state['processes']} processes, and this is a run of "
                 f"{processes}; resume with as many, or from a checkpoint at a multiple of {self.args.updates_per_rollout} updates"
             )
-        pending = _load_safely(folder / ROLLOUT_FILE.format(self.args.process_index))
+        device = str(self.accelerator.device)
+        pending = load_safely(folder / ROLLOUT_FILE.format(self.args.process_index), device=device)
         if len(pending["rows"]) != state["pending"]:
             raise CheckpointError(
                 f"cannot resume from {folder}: it was saved in the middle of a rollout whose metadata could not be stored; resume from a "
@@ -363,6 +400,9 @@ class SavingTrainer(compat.BaseTrainer):
                 f"cannot resume from {folder}: it was saved in the middle of a rollout with per_device_train_batch_size="
                 f"{len(pending['rows'][0])}, and this run has {size}; resume with the same, or from a checkpoint at the end of a rollout"
             )
+        resuming.check_changes_within_rollout(folder, changes)
+        if not self.args.offload_rollouts:  # it may have been set when the rollout was saved
+            pending["parts"] = [part and part.to(device) for part in pending["parts"]]
         return pending
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -370,6 +410,17 @@ class SavingTrainer(compat.BaseTrainer):
 
     def _load_best_model(self) -> None:
         self._load_weights(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's; and the first update has the rate of this run's schedule, not the one that a shorter run would have gone on with."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper has it inside
+        if checkpoint is not None and isinstance(schedule, LambdaLR):
+            pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            rates = [rate * factor(schedule.last_epoch) for rate, factor in pairs]
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = rates  # what get_last_lr, and the log, give
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -379,32 +430,7 @@ class SavingTrainer(compat.BaseTrainer):
         own = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
         others = [path for name in ("rng_state.pth", "rng_state_0.pth") if (path := Path(checkpoint) / name).is_file()]
         if not (Path(checkpoint) / own).is_file() and others:
-            state = _load_safely(others[0], compat.rng_globals())
+            state = load_safely(others[0], compat.rng_globals())
             random.setstate(state["python"])
             np.random.set_state(state["numpy"])  # noqa: NPY002  # as Trainer does
             torch.set_rng_state(state["cpu"])
-
-
-def _load_safely(path: Path, allowed: contextlib.AbstractContextManager | None = None) -> Any:
-    """Loads tensors, plain containers and the rollout's own classes, and nothing else.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds something else.
-    """
-    try:
-        with allowed or torch.serialization.safe_globals(ROLLOUT_CLASSES):
-            return torch.load(path, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: the folder is no checkpoint to resume from (save_only_model=True leaves it out)"
-        ) from None
-    except Exception as error:  # torch reports damage in many ways
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(item) for pair in value.items() for item in pair)
-    if isinstance(value, list | tuple):
-        return type(value) in (list, tuple) and all(_is_plain(item) for item in value)
-    return value is None or type(value) in (str, int, float, bool, torch.Tensor)

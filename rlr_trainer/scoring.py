@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlr_trainer.config import RLRConfig
-from rlr_trainer.estimators.first_order import NON_DIFFERENTIABLE, NonDifferentiableRewardError
+from rlr_trainer.estimators.first_order import NonDifferentiableRewardError
 from rlr_trainer.pipelines import PipelineAdapter
 from rlr_trainer.plan import EstimatorPlan
 from rlr_trainer.rewards.interface import RewardCalls, RewardError, RewardResult, Rewards
@@ -167,11 +167,7 @@ class RolloutScorer:
         for number, name in enumerate(names):
             values = result.values[number] if self.separately else result.total
             counts = valid & ~torch.isnan(values.detach())
-            (gradient,) = torch.autograd.grad(
-                torch.where(counts, values, 0.0).sum(), x0, retain_graph=number + 1 < len(names), allow_unused=True
-            )
-            if gradient is None:  # a graph, but not one that reaches the pictures (that of the reward model's own parameters)
-                raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}")
+            (gradient,) = torch.autograd.grad(torch.where(counts, values, 0.0).sum(), x0, retain_graph=number + 1 < len(names))
             gradient = torch.where(counts.reshape(-1, *[1] * (gradient.dim() - 1)), gradient, 0.0)
             finite = torch.isfinite(gradient).flatten(1).all(1)
             if not finite.all():

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
-from rlr_trainer import compat
+from rlr_trainer import compat, replaced
 from rlr_trainer.averaging import WeightAverage
-from rlr_trainer.callbacks import RolloutBar, RunFiles, call_rollout_end
+from rlr_trainer.callbacks import RolloutBar, RunFiles, WholeUpdates, call_rollout_end
 from rlr_trainer.chain import seeded_generator
 from rlr_trainer.config import AUTO, RLRConfig
 from rlr_trainer.estimators.advantages import PerPromptStatistics
@@ -26,7 +26,7 @@ from rlr_trainer.estimators.prediction import ControlVariateScale
 from rlr_trainer.experience import SHUFFLE, Collector, RolloutSummary, check_batches
 from rlr_trainer.image_log import SampleLog
 from rlr_trainer.interruption import EXIT_TERMINATED, StopOnTermination
-from rlr_trainer.meters import GradientMeter
+from rlr_trainer.meters import GradientMeter, summarize
 from rlr_trainer.microbatches import MicroBatches
 from rlr_trainer.monitor import RewardHackingMonitor
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
@@ -38,7 +38,7 @@ from rlr_trainer.rewards.interface import RewardFunction, Rewards
 from rlr_trainer.sampling import eval_source
 from rlr_trainer.scoring import check_rewards
 from rlr_trainer.sharding import check_sharding
-from rlr_trainer.updating import UpdatingTrainer
+from rlr_trainer.updating import UpdatingTrainer, check_optimizer, lower_loss_scale
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class RLRTrainer(UpdatingTrainer):
         "id": "2502.00639",
     }
 
+    @replaced.explains_arguments
     def __init__(
         self,
         config: RLRConfig,
@@ -89,7 +90,7 @@ class RLRTrainer(UpdatingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         eval_reward_function: RewardFunction | Sequence[RewardFunction] | None = None,
     ) -> None:
-        compat.check_overrides(type(self), RLRTrainer)
+        replaced.check_overrides(type(self), RLRTrainer)
         image_samples_hook = compat.adapt_hook(config, image_samples_hook)
         if compat.trl_config_kind(config) is not None:
             given_config, config = config, RLRConfig.from_trl(config)
@@ -127,8 +128,9 @@ class RLRTrainer(UpdatingTrainer):
         self.image_samples_hook = image_samples_hook
         self.plan = config.plan
         check_rewards(self.rewards, config, self.plan, config.world_size, self.eval_prompts is not None and own)
+        self.check_best_metric(config)
         pipeline = load_pipeline(sd_pipeline) if isinstance(sd_pipeline, str | Path) else sd_pipeline
-        compat.check_pipeline(pipeline)
+        replaced.check_pipeline(pipeline)
         self._given = {"sd_pipeline": pipeline, "prompt_function": prompt_function, "reward_function": reward_function}
         self.adapter = adapt(pipeline)
         self.schedule = self.adapter.schedule(config.sample_num_steps, config.sample_eta)
@@ -149,12 +151,14 @@ class RLRTrainer(UpdatingTrainer):
         )
         check_sharding(config, self.plan, self.accelerator)
         check_batches(config, self.plan, self.accelerator.num_processes)
+        check_optimizer(optimizers[0], self.policy.trainable_parameters())
         self._place_frozen_modules()
         if self.accelerator.device.type == "cpu":
             # Saturated rewards give denormal gradients, which slow a CPU's backward pass by 30 times and more.
             torch.set_flush_denormal(True)
         self._chosen: dict[str, int] = {}
         self._set_plan()
+        self._start_loss_scale()
         uses_statistics = config.advantage_name == "per_prompt"
         self.statistics = (
             PerPromptStatistics(config.per_prompt_buffer_size, config.per_prompt_min_count) if uses_statistics else None
@@ -167,6 +171,8 @@ class RLRTrainer(UpdatingTrainer):
         self.reference = self._make_reference()
         self.termination: StopOnTermination = StopOnTermination(self.accelerator)
         self.add_callback(self.termination)
+        self.whole_updates = WholeUpdates()
+        self.add_callback(self.whole_updates)
         self._meter = GradientMeter(self.policy.trainable_parameters())
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._queue = MicroBatches()
@@ -196,6 +202,11 @@ class RLRTrainer(UpdatingTrainer):
             if attach_lora(denoiser, peft_config, config.seed):
                 logger.warning("continuing the LoRA weights that the pipeline already has, with their own rank and targets")
         else:
+            if peft_config is not None:
+                raise ValueError(
+                    "peft_config with use_lora=False (in the config, or in TRL's wrapper of the pipeline): one asks for LoRA weights, the other "
+                    "for the whole network; leave one of them out"
+                )
             denoiser.requires_grad_(True)
             denoiser.to(torch.float32)
         return Policy(denoiser, name_or_path=str(getattr(self.adapter.pipeline.config, "_name_or_path", "") or ""))
@@ -226,7 +237,8 @@ class RLRTrainer(UpdatingTrainer):
                 f"kl_coef={self.args.kl_coef}: step {silent[0]} of {self.plan.num_steps} adds no noise, where the divergence of two policies is "
                 "infinite; set sample_eta above 0, or leave kl_coef unset"
             )
-        return ReferencePolicy(self.policy, self.use_lora, self.accelerator.device, self._frozen_dtype, self.accelerator.autocast)
+        device, checkpointing = self.accelerator.device, bool(self.args.gradient_checkpointing)
+        return ReferencePolicy(self.policy, self.use_lora, device, self._frozen_dtype, self.accelerator.autocast, checkpointing)
 
     @property
     def _frozen_dtype(self) -> torch.dtype:
@@ -244,6 +256,10 @@ class RLRTrainer(UpdatingTrainer):
         if self.use_lora:
             cast_frozen(self.adapter.denoiser, device, dtype)
 
+    def _start_loss_scale(self) -> None:
+        if self.plan.scored_steps():
+            lower_loss_scale(self.accelerator.scaler, math.prod(self.latent_shape))
+
     def _set_plan(self, **chosen: int) -> None:
         """Takes up the configured plan, with the values that were chosen for "auto", and the state that goes with it."""
         self._chosen |= chosen
@@ -256,15 +272,16 @@ class RLRTrainer(UpdatingTrainer):
         """Replaces "auto" in fo_steps and ho_length by what a measurement on this model and reward finds."""
         from rlr_trainer.diagnostics import auto_fo_steps, auto_ho_length
 
-        if self.args.fo_steps == AUTO:
+        if self.args.fo_steps == AUTO and "fo_steps" not in self._chosen:
             self._set_plan(fo_steps=auto_fo_steps(self))
             logger.warning("fo_steps='auto': chose K = %d of %d steps", self._chosen["fo_steps"], self.plan.num_steps)
-        if self.args.ho_length == AUTO:
+        if self.args.ho_length == AUTO and "ho_length" not in self._chosen:
             if self.args.recompute == "recursive":
                 logger.warning(
                     "ho_length='auto': with recompute='recursive' memory is that of one step for any h and does not bind"
                 )
-            self._set_plan(ho_length=auto_ho_length(self, float(self.args.memory_budget_gb or 0)))
+            budget, fo_steps = float(self.args.memory_budget_gb or 0), self.plan.fo_range[1]
+            self._set_plan(ho_length=auto_ho_length(self, budget, fo_steps=fo_steps))
             logger.warning("ho_length='auto': chose h = %d", self._chosen["ho_length"])
         for reason in self.plan.biases():
             logger.warning("the gradient estimate is biased: %s", reason)
@@ -311,19 +328,27 @@ class RLRTrainer(UpdatingTrainer):
         if resume_from_checkpoint:
             folder = self._checkpoint_to_resume(resume_from_checkpoint)
             self._load_run_state(folder)
+            if any(getattr(self.args, name) == AUTO and name not in self._chosen for name in ("fo_steps", "ho_length")):
+                self._choose_plan()  # "auto" is new: the checkpoint's run had no need to choose
             resume_from_checkpoint = str(folder)
         else:
+            self._resumed_at = 0
+            self._chosen.clear()
             self._queue.clear()
+            self._metrics.clear()
+            self._meter.reset()
             self.check_output_folder()
             if self.args.check_reward:
                 self._collector(self.model).probe()
             self._choose_plan()
+        callbacks = self.callback_handler.callbacks
+        callbacks.append(callbacks.pop(callbacks.index(self.whole_updates)))  # behind those added since
         with leaving_cleanly(), self.termination.taken():
             output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
             if self.termination.stopped:
                 logger.warning("stopped after update %d; continue with resume_from_checkpoint=True", self.state.global_step)
                 raise SystemExit(EXIT_TERMINATED)
-        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.END:
+        if self.args.push_to_hub and (self.args.hub_strategy == HubStrategy.END or self._push_is_behind):
             self.push_to_hub()
         return output
 
@@ -332,6 +357,8 @@ class RLRTrainer(UpdatingTrainer):
         model.eval()  # dropout would make the policy that is trained another one than that which sampled
         if not self._queue:
             self._start_rollout(model)
+        later_updates = (self.args.updates_per_rollout - 1) * self.args.gradient_accumulation_steps
+        self._on_policy = len(self._queue) > later_updates
         experience = self._queue.pop()
         if self.args.offload_rollouts:
             experience = experience.to(self.accelerator.device)
@@ -396,13 +423,9 @@ class RLRTrainer(UpdatingTrainer):
     # ---- logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means, since the last log line, of what rollouts and updates took down."""
+        """Adds what rollouts and updates took down since the last log line."""
         if "loss" in logs:
-            names = sorted(self._metrics)
-            means = torch.tensor([sum(self._metrics[name]) / len(self._metrics[name]) for name in names], dtype=torch.float64)
-            if self.accelerator.num_processes > 1:
-                means = self.accelerator.reduce(means.to(self.accelerator.device), reduction="mean")
-            logs |= dict(zip(names, means.tolist(), strict=True))
+            logs |= summarize(self._metrics, self.accelerator)
             logs["reward_queries"] = self.rewards.queries * self.accelerator.num_processes
             self._metrics.clear()
         super().log(logs, start_time)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlr_trainer.estimators.divergence import Penalty
-from rlr_trainer.estimators.prediction import prediction_critic
+from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep, SweepResult
 from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.experience import Experience
@@ -17,6 +19,47 @@ from rlr_trainer.meters import GradientMeter
 from rlr_trainer.pipelines import PipelineChain
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.sampling import SamplingTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def check_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> None:
+    """Refuses an optimizer given to the trainer that would train nothing, and warns of one that leaves parameters out.
+
+    Args:
+        optimizer: or None.
+        params: the trained parameters.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in params.items() if id(parameter) not in held]
+    if len(missing) == len(params):
+        raise ValueError(
+            f"optimizers: the {type(optimizer).__name__} has none of the {len(params)} trained parameters, so nothing would be learnt. LoRA "
+            "weights do not exist before the trainer attaches them: attach them first (pipeline.unet.add_adapter(LoraConfig(...))) and give the "
+            "optimizer those that require a gradient; or set optim and optim_args; or override create_optimizer"
+        )
+    if missing:
+        logger.warning("optimizers: %d of %d trained parameters are in no group, such as %s", len(missing), len(params), missing[0])
+
+
+def lower_loss_scale(scaler: Any, latent_entries: int) -> None:
+    """Divides the first loss scale of fp16 by the D entries of a latent.
+
+    It is meant for losses that are means; a likelihood-ratio surrogate is a sum over D entries. Every halving costs an update that is
+    skipped, with its rollout: without this, about a dozen for Stable Diffusion.
+
+    Args:
+        scaler: torch's GradScaler, or None.
+        latent_entries: D.
+    """
+    if scaler is not None:
+        state = scaler.state_dict()
+        scaler.load_state_dict(state | {"scale": state["scale"] / latent_entries})
 
 
 class UpdatingTrainer(SamplingTrainer):
@@ -26,6 +69,7 @@ class UpdatingTrainer(SamplingTrainer):
     _meter: GradientMeter
     _zeroth_order_gradient: dict[str, Tensor]
     _ends_update = True  # whether the present backward pass is the last of its update
+    _on_policy = True  # whether the weights are those that sampled
 
     def _share(self) -> float:
         """Weight of one sample in an update: 1 / samples with a reward. DDP averages over processes, Trainer sums micro-batches."""
@@ -50,6 +94,14 @@ class UpdatingTrainer(SamplingTrainer):
             advantage=experience.advantage * share, reward_gradient=gradient, scale=scale, blocks=blocks, penalty=penalty
         )
 
+    @property
+    def _clip_range(self) -> float | None:
+        """clip_range where there is something to clip: before the first update a ratio differs from 1 by rounding alone.
+
+        That of another batch size, over a small noise, exceeds DDPO's clip range: clipping would drop terms at random.
+        """
+        return None if self._on_policy else self.args.clip_range
+
     def _sweep(self, model: nn.Module, chain: PipelineChain, experience: Experience) -> Sweep:
         params = chain.parameters()
         synchronizes = self.accelerator.sync_gradients
@@ -70,15 +122,16 @@ class UpdatingTrainer(SamplingTrainer):
             images = self.adapter.decode(latents)
             return self.rewards(images, experience.prompts, experience.metadata, differentiable=True).total.nan_to_num()
 
+        loss_scale = FP16_LOSS_SCALE if self.args.fp16 else 1.0
         return Sweep(
             chain,
             params,
             backward=self._backward,
             scope=scope,
             recompute=self.args.recompute,
-            critic=prediction_critic(chain, params, reward) if self.plan.uses_prediction else None,
+            critic=prediction_critic(chain, params, reward, loss_scale) if self.plan.uses_prediction else None,
             control_scale=self.control_scale,
-            clip_range=self.args.clip_range,
+            clip_range=self._clip_range,
             mean_density=True,
         )
 
@@ -110,6 +163,8 @@ class UpdatingTrainer(SamplingTrainer):
     def _finish_update(self, experience: Experience) -> None:
         """After the last micro-batch of an update: adds the zeroth-order part, and takes down the norms of the parts."""
         params = self.policy.trainable_parameters()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.scale(torch.zeros((), device=self.accelerator.device))  # sets it up, where no backward pass did
         factor = self._backward_factor()
         for name, term in self._zeroth_order_gradient.items():
             gradient = params[name].grad
@@ -142,21 +197,21 @@ class UpdatingTrainer(SamplingTrainer):
             rewards, *gathered = self.accelerator.gather(torch.stack([rewards, *values], 1)).unbind(1)
             for step, value in zip(steps, gathered, strict=True):
                 self.control_scale.update(step, rewards, value)
+        # means over the samples with a reward, of which a micro-batch may have more than its share, or none
         objective = torch.zeros((), device=self.accelerator.device)
-        rewards = experience.rewards[~torch.isnan(experience.rewards)]
-        if self.plan.fo_range[1] > 0 and len(rewards):
-            objective += rewards.mean().to(objective)
+        if self.plan.fo_range[1] > 0:
+            objective += experience.rewards.nansum().to(objective) / (len(experience) * self._valid_fraction)
         if result.log_ratios:
             ratio = torch.stack(list(result.log_ratios.values())).exp()  # [scored steps, B]
             deviation = (ratio - 1).abs()
             self._metrics["ratio/mean"].append(float(ratio.mean()))
             self._metrics["ratio/max_abs_dev"].append(float(deviation.max()))
-            clip_range = self.args.clip_range
+            clip_range = self._clip_range
             self._metrics["clip_ratio"].append(float((deviation > clip_range).float().mean()) if clip_range else 0.0)
             surrogate = experience.advantage * ratio
             if clip_range:
                 surrogate = torch.minimum(surrogate, experience.advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
-            objective += surrogate.mean()
+            objective += surrogate.mean() / self._valid_fraction
         if self.args.kl_coef and experience.divergences is not None:
             objective -= self.args.kl_coef * experience.divergences.sum(1).mean().to(objective)
         self._metrics["loss"].append(-float(objective))

@@ -125,7 +125,7 @@ def train(folder, job, pipeline):
     sharded = any(hasattr(p, "full_tensor") for p in trainer.policy.parameters())
     assert sharded == bool(job.get("fsdp")), "not trained as the job says"
     if job.get("save"):
-        trainer.save_model(str(folder / "saved"))
+        trainer.save_pretrained(str(folder / "saved"))
     with trainer.averaged_weights():
         averaged = {name: whole(p) for name, p in trainer.policy.trainable_parameters().items()}
     return {

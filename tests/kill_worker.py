@@ -86,7 +86,7 @@ def wait_for(child, update, folder):
 
 
 def wait_for_writing(child, folder):
-    while not list(folder.glob(".incomplete-checkpoint-[0-9]*")):
+    while not list(folder.glob("_incomplete-checkpoint-[0-9]*")):
         check_alive(child)
 
 
@@ -111,7 +111,7 @@ def kill_and_resume(kind):
                 os.kill(child, signal.SIGKILL)
                 kills += 1
             _, status = os.waitpid(child, 0)
-        half_written += bool(list(folder.glob(".incomplete-checkpoint-[0-9]*")))
+        half_written += bool(list(folder.glob("_incomplete-checkpoint-[0-9]*")))
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0, Path("killed.log").read_text()[-3000:]
             break

@@ -22,8 +22,9 @@ DIRECTIONS = {
     "pipelines": {"chain", "chains"},
     "digits": set(),
     "rewards": {"estimators", "chain"},
-    "config": {"plan", "compat"},
-    "compat": set(),
+    "config": {"plan", "compat", "replaced"},
+    "compat": {"replaced"},
+    "replaced": set(),
     "prompts": {"chain"},
     "report": set(),
 }

@@ -15,16 +15,13 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rlr_trainer import RLRCallback, digits, monitor
+from rlr_trainer import RLRCallback, callbacks, digits, monitor
 from rlr_trainer.callbacks import RolloutBar
 from rlr_trainer.cli import main
 from rlr_trainer.image_log import diversity, picture_grid, thumbnails
 from rlr_trainer.monitor import RewardHackingMonitor
 
-
-@pytest.fixture(autouse=True)
-def _in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 @pytest.fixture
@@ -102,6 +99,63 @@ def test_a_callback_sees_every_rollout_and_may_stop_the_run(make_trainer):
     assert plan == trainer.plan
     assert model is trainer.model
     assert optimizer is not None
+
+
+class Asks(RLRCallback):
+    """Sets flags of the control at one event, after the first update."""
+
+    def __init__(self, event, *flags):
+        setattr(self, event, self.ask)
+        self.flags, self.asked = flags, False
+
+    def ask(self, args, state, control, **kwargs):
+        if state.global_step == 1 and not self.asked:
+            self.asked = True
+            for flag in self.flags:
+                setattr(control, flag, True)
+        return control
+
+
+def test_a_request_to_stop_inside_an_update_waits_for_its_end(make_trainer, pipeline):
+    """Or the rest of the rollout would be saved with the checkpoint, and every later update would begin in the middle of one."""
+    options = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3, "save_strategy": "epoch", "check_reward": False
+    }  # fmt: skip
+    whole = make_trainer(sd_pipeline=copy.deepcopy(pipeline), output_dir="whole", **options)
+    expected = weights_after(whole)
+    stopped = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
+    stopped.add_callback(Asks("on_rollout_end", "should_training_stop"))
+    stopped.train()
+    assert stopped.state.global_step == 2
+    assert [row["step"] for row in stopped.state.log_history if "reward" in row] == [1, 2]
+    resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
+    resumed.train(resume_from_checkpoint=True)
+    found = resumed.policy.trainable_parameters()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert resumed.rewards.queries == whole.rewards.queries == 3 * 4
+
+
+def test_an_epoch_that_is_stopped_inside_an_update_ends_after_it(make_trainer):
+    """An epoch of two updates: the second one of the first epoch is left out, and its samples feed the next."""
+    trainer = make_trainer(
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, sample_num_batches_per_epoch=4, max_steps=3,
+        callbacks=[Asks("on_substep_end", "should_epoch_stop")],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert len(trainer._queue) == 2  # of the second rollout's four micro-batches, whole updates
+
+
+def test_what_a_rollout_asks_for_is_done_after_its_update(make_trainer):
+    asks = Asks("on_rollout_end", "should_save", "should_evaluate", "should_log")
+    trainer = make_trainer(
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, logging_strategy="no", save_strategy="steps", save_steps=9,
+        eval_dataset=[{"prompt": digits.PROMPT}], callbacks=[asks],
+    )  # fmt: skip
+    trainer.train()
+    history = trainer.state.log_history
+    assert [row["step"] for row in history if "reward" in row] == [row["step"] for row in history if "eval_reward" in row] == [2]
+    assert (Path(trainer.args.output_dir) / "checkpoint-2/rlr_state.pt").is_file()
 
 
 # ---- files ----
@@ -423,6 +477,16 @@ def test_the_bar_counts_steps_and_rewards(monkeypatch):
     assert bar.bar.n == bar.bar.total == 2 * (3 + 1)
     assert "sampling" in terminal.getvalue()
     assert "rewards" in terminal.getvalue()
+
+
+def test_a_notebook_shows_the_bar(monkeypatch):
+    """Its standard error is no terminal."""
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", output)
+    monkeypatch.setattr(callbacks, "is_in_notebook", lambda: True)
+    with RolloutBar(1, 2, disable=False) as bar:
+        bar.step(0)
+    assert "sampling" in output.getvalue()
 
 
 @pytest.mark.parametrize(("terminal", "disable"), [(True, True), (False, False)])

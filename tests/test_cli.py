@@ -62,7 +62,22 @@ def test_train_from_a_file_with_overrides(run_file, capsys):
         (["stray"], 2, "overrides are written"),
         (["--max_steps", "many"], 2, "max_steps='many': must be a number"),
         (["--max_steps", "1.5"], 2, "max_steps=1.5: must be a whole number"),
+        (["--max_steps", "1e-3"], 2, "max_steps=0.001: must be a whole number"),
+        (["--max_steps", "null"], 2, "max_steps has no value"),
+        (["--max_steps", "0"], 1, "max_steps=0: must be a number of updates, or -1"),
+        (["--per_device_train_batch_size", "0"], 1, "per_device_train_batch_size=0: must be a whole number of at least 1"),
+        (["--gradient_accumulation_steps", "0"], 1, "gradient_accumulation_steps=0: must be a whole number of at least 1"),
         (["--learning_rate"], 2, "learning_rate=true: must be a number"),
+        (["--fo_steps", "true"], 2, "fo_steps=true: must be a number"),
+        (["--use_lora", "fasle"], 2, "use_lora='fasle': must be true or false"),
+        (["--bf16", "2"], 2, "bf16=2: must be true or false"),
+        (["--output_dir", ""], 2, "output_dir='': must be a folder"),
+        (["--model", "3"], 2, "model=3: must be digits, a folder or a hub id"),
+        (["--prompts", "[a cat"], 2, "--prompts [a cat: cannot be read as YAML"),
+        (["--reward", "[]"], 2, "reward=[]: must be a name"),
+        (["--reward", "digit:12"], 1, "reward='digit:12': must be ink"),
+        (["--reward", "sub/mine.py:f"], 1, "names a file, but must name a module: write mine:f"),
+        (["--prompts", "sub/mine.py:f"], 1, "names a file, but must name a module: write mine:f"),
         (["--reward", "3"], 2, "reward=3: must be a name"),
         (["--reward", "good"], 1, "reward='good': must be ink"),
         (["--reward", "json:nothing"], 1, "module 'json' has no 'nothing'"),
@@ -161,6 +176,57 @@ def test_resuming(run_file):
     assert steps()[-2:] == [2, 3]
 
 
+@pytest.mark.parametrize(
+    ("save_steps", "message"),
+    [
+        ("2", "interrupted after 3 updates; --resume goes on from checkpoint-2\n"),
+        ("9", "interrupted after 3 updates; no checkpoint was saved before (save_steps=9), so nothing can be resumed\n"),
+    ],
+)
+def test_an_interruption_says_what_is_left(run_file, tmp_path, monkeypatch, capsys, save_steps, message):
+    name = f"interrupting_{save_steps}"
+    (tmp_path / f"{name}.py").write_text(
+        "calls = 0\n"
+        "def reward(images, prompts, metadata):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls == 4:\n"
+        "        raise KeyboardInterrupt\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--check_reward", "false", "--num_log_images", "0", "--max_steps", "5", "--save_steps", save_steps]
+    run = ["train", "--config", str(run_file), "--output_dir", "out", *arguments]
+    assert main([*run, "--reward", f"{name}:reward"]) == 130
+    assert capsys.readouterr().err.endswith(message)
+    assert main([*run, "--reward", "ink", "--resume"]) == (0 if save_steps == "2" else 1)
+
+
+def test_a_reader_that_goes_ends_the_command_without_noise(tmp_path):
+    """`| head`: one line on the standard error, and none of the interpreter's own at its end."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "rlr_trainer.cli", "report", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=environment, timeout=100)
+    os.close(writes)
+    assert done.returncode == 1
+    assert done.stderr.startswith("rlr-trainer report: ended, because what reads its output has ended")
+    assert done.stderr.count("\n") == 1
+
+
+def test_prompts_for_an_evaluation_that_never_comes(run_file, caplog, capsys):
+    arguments = ["train", "--config", str(run_file), "--eval_prompts", "a digit"]
+    assert main([*arguments, "--output_dir", "one"]) == 0
+    assert "nothing is evaluated during training" in caplog.text
+    assert "written to one: the trained weights, README.md, metrics.jsonl\n" in capsys.readouterr().out
+    caplog.clear()
+    assert main([*arguments, "--output_dir", "two", "--eval_strategy", "steps", "--eval_steps", "1"]) == 0
+    assert "nothing is evaluated" not in caplog.text
+    assert "eval_reward" in Path("two/metrics.jsonl").read_text()
+
+
 @pytest.mark.slow
 def test_a_run_that_sigterm_ends_can_be_resumed(run_file, tmp_path):
     """In a process of its own; the reward says when training is under way."""
@@ -255,9 +321,55 @@ def test_values_are_read_as_yaml(run_file):
     }  # fmt: skip
     assert isinstance(settings["max_steps"], int)
     RLRConfig(output_dir="x", use_cpu=True, **settings)
-    Path("list.yaml").write_text("- a")
-    with pytest.raises(SettingsError, match="must hold `key: value` lines"):
-        load_settings("list.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a cat: with a hat", "a cat: b: c", "a cat # 1", "@home", "*star*", '"No" they said', "- a cat", "cat, 2026", "no"],
+)
+def test_a_prompt_on_the_command_line_stays_as_it_is(text):
+    assert load_settings(None, ["--prompts", text, "--negative_prompt", text]) == {"prompts": text, "negative_prompt": text}
+
+
+def test_texts_that_look_like_something_else():
+    overrides = ["--run_name", "2026-01-31", "--output_dir=007", "--hub_model_id", "1e3", "--negative_prompt", ""]
+    assert load_settings(None, [*overrides, "--save_strategy", "no", "--ema_decay", "null", "--resume_from_checkpoint"]) == {
+        "run_name": "2026-01-31", "output_dir": "007", "hub_model_id": "1e3", "negative_prompt": "", "save_strategy": "no",
+        "ema_decay": None, "resume_from_checkpoint": True,
+    }  # fmt: skip
+    assert load_settings(None, ["--prompts", "'[cat]'", "--reward", "[ink, a:b]"]) == {"prompts": "[cat]", "reward": ["ink", "a:b"]}
+
+
+def test_values_of_a_file():
+    Path("some.yaml").write_text(
+        "\ufeffsave_strategy: no\r\nuse_cpu: yes\r\nbf16: off\r\nrun_name: 2026-01-31\r\nreward_weights: [1e-1, 2]\r\n"
+        "max_steps: 1e3\r\nnegative_prompt: häßlich\r\nprompts: [yes, no]\r\n",
+        encoding="utf-8",
+    )
+    settings = load_settings("some.yaml")
+    assert settings == {
+        "save_strategy": "no", "use_cpu": True, "bf16": False, "run_name": "2026-01-31", "reward_weights": [0.1, 2],
+        "max_steps": 1000, "negative_prompt": "häßlich", "prompts": ["yes", "no"],
+    }  # fmt: skip
+    assert load_settings("some.yaml", ["--max_steps", "5"])["max_steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a", "must hold `key: value` lines"),
+        (b"seed: 1\nseed: 2", "the key 'seed' stands twice"),
+        (b"prompts: {path: a.csv, path: b.csv}", "the key 'path' stands twice"),
+        (b"training:\n  max_steps: 1", "unknown key 'training'; keys are not grouped"),
+        (b"run_name: 3", "run_name=3: must be text; write it in quotes"),
+        (b"seed:", "seed has no value"),
+        (b"negative_prompt: h\xe4\xdflich", "cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_files_that_cannot_be(content, message):
+    Path("bad.yaml").write_bytes(content)
+    with pytest.raises(SettingsError, match=message):
+        load_settings("bad.yaml")
 
 
 def test_prompt_sources(tmp_path, monkeypatch):
@@ -271,7 +383,7 @@ def test_prompt_sources(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert load_prompts("own_prompts:draw")() == ("three", {})
     assert load_prompts(["one", "two"]) == [{"prompt": "one"}, {"prompt": "two"}]
-    for prompt in ("a handwritten digit", "A cat. On a mat.", "black/white photo: a cat", "cat"):
+    for prompt in ("a handwritten digit", "A cat. On a mat.", "black/white photo: a cat", "cat", "a long prompt " * 300):
         assert load_prompts(prompt) == [{"prompt": prompt}]
     for nothing in ("", 3, [], [1]):
         with pytest.raises(ValueError, match="must be a prompt, a list of prompts"):
@@ -292,6 +404,19 @@ def test_serve_reward_refuses_what_cannot_be_served(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["serve-reward", "jpeg_compressibility", "--prt", "1"])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output_dir", "run.yaml"], "--output_dir run.yaml: cannot be made (File exists)"),
+        (["--device", "gpu"], "--device gpu: there is no such device"),
+        (["--lora", "no/such/folder"], "--lora no/such/folder: no such folder, and as a hub id it cannot be loaded"),
+    ],
+)
+def test_sample_says_what_cannot_be(run_file, capsys, arguments, message):
+    assert main(["sample", "--model", "digits", "--prompts", "a long prompt " * 100, "--num_steps", "2", *arguments]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_url_is_a_reward():

@@ -3,12 +3,17 @@
 import copy
 import dataclasses
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from trl_configs import FIELDS, alignprop_config, ddpo_config, make, trl_class
 
-from rlr_trainer import RLRConfig, RLRTrainer, compat, digits
+from rlr_trainer import RLRConfig, RLRTrainer, compat, digits, replaced
+from rlr_trainer.prompts import FunctionPrompts
+from rlr_trainer.rewards.interface import RewardError, Rewards
 
 PAGE = Path(__file__).parent.parent / "docs/migrating.md"
 # A value for every field that is not its default.
@@ -119,6 +124,17 @@ def test_precision_follows_the_machine(monkeypatch, caplog):
     assert (options["use_cpu"], options["fp16"], options["tf32"]) == (True, False, None)
 
 
+def test_bf16_without_a_gpu_runs_on_the_cpu_as_in_trl(monkeypatch):
+    config = ddpo_config(mixed_precision="bf16", sample_num_steps=3)
+    for gpu in (False, True):
+        monkeypatch.setattr(compat.torch.cuda, "is_available", lambda answer=gpu: answer)
+        monkeypatch.setattr(compat, "is_torch_bf16_gpu_available", lambda answer=gpu: answer)
+        options = compat.options_of_trl_config(config)
+        assert (options["bf16"], options["use_cpu"]) == (True, not gpu)
+    monkeypatch.undo()
+    assert RLRConfig.from_ddpo(config).bf16
+
+
 def test_trackers_take_the_project(monkeypatch):
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     options = compat.options_of_trl_config(ddpo_config(log_with="wandb", tracker_project_name="ours"))
@@ -126,6 +142,9 @@ def test_trackers_take_the_project(monkeypatch):
     assert compat.os.environ["WANDB_PROJECT"] == "ours"
     compat.options_of_trl_config(ddpo_config(log_with="wandb", tracker_project_name="another"))
     assert compat.os.environ["WANDB_PROJECT"] == "ours"  # what the user set stays
+    monkeypatch.delenv("WANDB_PROJECT")
+    compat.options_of_trl_config(ddpo_config(log_with=["tensorboard", "wandb"], tracker_project_name="several"))
+    assert compat.os.environ["WANDB_PROJECT"] == "several"
     monkeypatch.delenv("WANDB_PROJECT")
 
 
@@ -151,6 +170,18 @@ def test_an_unknown_field_is_refused():
 
     with pytest.raises(ValueError, match=r"DDPOConfig has fields that are not known here \(surprise\)"):
         RLRConfig.from_ddpo(DDPOConfig(mixed_precision="no"))
+
+
+def test_fields_that_a_script_adds_are_its_own(caplog):
+    @dataclasses.dataclass
+    class Mine(type(ddpo_config())):
+        prompt_file: str = "prompts.txt"
+        num_epochs: int = 7
+
+    with caplog.at_level("INFO"):
+        converted = RLRConfig.from_ddpo(Mine(mixed_precision="no"), use_cpu=True)
+    assert (converted.estimator, converted.num_train_epochs) == ("ddpo", 7)
+    assert "Mine has fields of its own, which the trainer does not read: prompt_file" in caplog.text
 
 
 def test_several_negative_prompts_become_one():
@@ -263,7 +294,94 @@ def test_alignprop_hook_gets_the_last_batch_as_a_dict(pipeline, seven):
     assert (data["prompts"], data["prompt_metadata"]) == ((digits.PROMPT,) * 2, ({"n": 1},) * 2)
 
 
-@pytest.mark.parametrize("name", [*compat.REPLACED, *compat.NEVER_CALLED])
+def test_prompts_drawn_by_numpy_do_not_spoil_checkpoints(pipeline, seven):
+    """numpy's strings are strings to Python, but not to torch's safe loader."""
+    config = ddpo_config(num_epochs=2, sample_num_steps=2, sample_guidance_scale=1.0, num_checkpoint_limit=9)
+    options = {"save_steps": 1, "use_cpu": True}  # inside a rollout too
+
+    def draw():
+        return np.random.choice(["seven", "eight"]), {}  # as scripts do
+
+    full = RLRTrainer(RLRConfig.from_ddpo(config, **options), seven, draw, copy.deepcopy(pipeline))
+    full.train()
+    resumed = RLRTrainer(RLRConfig.from_ddpo(config, **options), seven, draw, pipeline)
+    resumed.train(resume_from_checkpoint="logs/checkpoint-1")
+    ends = [trainer.policy.trainable_parameters() for trainer in (full, resumed)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_prompt_function_may_return_a_list(pipeline, seven):
+    """TRL unpacks any pair."""
+    config = ddpo_config(num_epochs=1, sample_num_steps=2, sample_guidance_scale=1.0)
+    seen = []
+    RLRTrainer(config, seven, lambda: [digits.PROMPT, {"n": 1}], pipeline, lambda data, *rest: seen.append(data[0][1:3])).train()
+    assert seen == [[(digits.PROMPT,), ({"n": 1},)]]
+    with pytest.raises(TypeError, match="must return a pair"):  # prompts without metadata
+        FunctionPrompts(lambda: ["coarse", "fine"]).take(1)
+
+
+@pytest.mark.parametrize(
+    ("returned", "rewards", "notes"),
+    [
+        (([1, 2], {"a": 1}), [1, 2], {"a": 1}),
+        ([[1, 2], {"a": 1}], [1, 2], {"a": 1}),  # TRL unpacks a list, too
+        ((1.0, 2.0), [1, 2], {}),
+        ((torch.tensor(1.0), torch.tensor(2.0)), [1, 2], {}),
+        ([torch.tensor([1.0]), torch.tensor([2.0])], [1, 2], {}),
+        ((np.array([1, 2], dtype=np.float16), None), [1, 2], None),
+    ],
+)
+def test_what_reward_functions_in_scripts_return(returned, rewards, notes):
+    images = torch.zeros(2, 3, 4, 4)
+    result = Rewards(lambda *batch: returned)(images, ("a", "b"), ({}, {}), differentiable=False)
+    assert (result.total.tolist(), result.metadata) == (rewards, notes)
+
+
+def test_a_reward_that_returns_three_things_is_answered_clearly():
+    with pytest.raises(RewardError, match=r"returned a list with \{\} \(dict\): each entry must be a number or None"):
+        Rewards(lambda *batch: (torch.ones(2), {}, {}))(torch.zeros(2, 3, 4, 4), ("a", "b"), ({}, {}), differentiable=False)
+
+
+def test_the_futures_of_an_asynchronous_ddpo_reward_are_waited_for(pipeline):
+    """DDPOTrainer calls `result()` on both parts, so rewards that worked there return futures."""
+    config = ddpo_config(num_epochs=1, sample_num_steps=2, sample_guidance_scale=1.0, async_reward_computation=True)
+    rewards = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def reward(images, prompts, metadata):
+            return pool.submit(lambda: images.mean((1, 2, 3))), pool.submit(dict)
+
+        def hook(data, step, tracker):
+            rewards.extend((batch[0].mean((1, 2, 3)), batch[3]) for batch in data)
+
+        RLRTrainer(config, reward, lambda: (digits.PROMPT, {}), pipeline, hook).train()
+    assert len(rewards) == 2
+    for wanted, got in rewards:
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_hook_logs_what_accelerate_s_trackers_take(pipeline, seven):
+    config = ddpo_config(num_epochs=1, sample_num_steps=2, sample_guidance_scale=1.0, sample_batch_size=2, log_with="tensorboard")
+    names = []
+
+    def hook(data, step, tracker):
+        names.append(tracker.name)
+        tracker.log({"all": data[-1][3], "by": {"least": data[-1][3].min(), "most": np.float32(1)}, "text": "words"}, step=step)
+
+    RLRTrainer(config, seven, lambda: (digits.PROMPT, {}), pipeline, hook).train()
+    assert names == ["tensorboard"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = {"histograms": set(), "scalars": set()}
+    for folder in {path.parent for path in Path("logs").rglob("events.out.tfevents*")}:
+        events = EventAccumulator(str(folder)).Reload()
+        for kind in found:
+            found[kind] |= set(events.Tags()[kind])
+    assert "all" in found["histograms"]
+    assert {"by/least", "by/most"} <= found["scalars"]
+
+
+@pytest.mark.parametrize("name", [*replaced.MEMBERS, *replaced.NEVER_CALLED])
 def test_overriding_what_is_never_called_is_refused(make_trainer, pipeline, seven, name):
     class Parent:
         pass
@@ -287,7 +405,7 @@ def test_a_subclass_with_names_of_its_own_is_taken(pipeline, seven, tmp_path):
 
 def test_what_took_the_place_of_a_name_is_said(make_trainer):
     trainer = make_trainer()
-    for name, way_out in compat.REPLACED.items():
+    for name, way_out in replaced.MEMBERS.items():
         with pytest.raises(
             AttributeError, match=rf"RLRTrainer has no '{name}': TRL's trainers had it; here it is {re.escape(way_out)}"
         ):
@@ -299,7 +417,7 @@ def test_what_took_the_place_of_a_name_is_said(make_trainer):
             setattr(trainer, name, None)
 
 
-@pytest.mark.parametrize("name", compat.PIPELINE_REPLACED)
+@pytest.mark.parametrize("name", replaced.PIPELINE_REPLACED)
 def test_a_pipeline_subclass_that_changes_what_is_never_called_is_refused(make_trainer, pipeline, name):
     class Mine(DefaultDDPOStableDiffusionPipeline):
         pass
@@ -334,5 +452,5 @@ def test_the_page_has_a_row_for_every_field():
 
 def test_the_page_says_what_takes_the_place_of_names():
     text = PAGE.read_text()
-    for name in (*compat.REPLACED, *compat.NEVER_CALLED, *compat.PIPELINE_REPLACED):
+    for name in (*replaced.MEMBERS, *replaced.NEVER_CALLED, *replaced.PIPELINE_REPLACED, *replaced.ARGUMENTS):
         assert f"`{name}`" in text, name

@@ -45,6 +45,7 @@ from rlr_trainer.diagnostics.statistics import (
 )
 from rlr_trainer.diagnostics.workbench import GradientReader, measuring_config, untouched
 from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.plan_choice import choose_ho_length
 from rlr_trainer.rewards import RewardError, jpeg_compressibility
 
 SIZE = 20
@@ -307,6 +308,7 @@ class Recorder(TrainerCallback):
         {"estimator": "rlr", "control_variate": True},
         {"estimator": "es", "zo_num_perturbations": 1, "num_images_per_prompt": 2},
         {"estimator": "rlr_paper", "zo_num_perturbations": 2},
+        {"estimator": "rlr_paper", "zo_num_perturbations": 1, "control_variate": True},
         {"estimator": "full_bp", "recompute": "graph", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     ],
     ids=lambda options: options["estimator"],
@@ -611,11 +613,14 @@ def test_a_sketched_gradient_gives_the_same_answers(make_trainer, monkeypatch):
 # ---- choosing K and h ----
 
 
-def test_auto_choices_on_the_bundled_model(make_trainer):
+def test_auto_choices_on_the_bundled_model(make_trainer, monkeypatch):
+    given = []
+    monkeypatch.setattr("rlr_trainer.diagnostics.choose_ho_length", lambda *n: given.append(n) or choose_ho_length(*n))
     trainer = make_trainer(reward_function=ink)
     fo_steps = auto_fo_steps(trainer, num_batches=4)
     assert 1 <= fo_steps <= 2  # the last step's likelihood ratio is by far the noisiest; half of the chain is 2
     assert 1 <= auto_ho_length(trainer, 1.0, fo_steps=fo_steps, num_batches=2) <= 4 - fo_steps
+    assert given[0][1] == 1e9  # the budget is in GB, as memory_budget_gb says
     assert auto_ho_length(trainer, 1e-6, num_batches=2) == 1
     with pytest.raises(ValueError, match="memory_budget"):
         auto_ho_length(trainer, 0.0, num_batches=2)

@@ -222,11 +222,14 @@ STATE = SAVES | {"estimator": "rlr", "control_variate": True, "ho_start": "grad_
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed") / "saved"
     inner, state = folder / "inner/run", folder / "state/run"
+    for number in range(10, 60):  # of an earlier run: enough for two processes to get into each other's way
+        (folder / f"overwritten/run/checkpoint-{number}/unet").mkdir(parents=True)
     return launch(
         folder,
         2,
         [
             {"name": "inner", "options": INNER, "save": True},
+            {"name": "overwritten", "options": {"save_strategy": "steps", "overwrite": True}},
             {"name": "boundary", "options": INNER, "resume": str(inner / "checkpoint-2")},
             {"name": "inside", "options": INNER, "resume": str(inner / "checkpoint-3")},
             {"name": "state", "options": STATE},
@@ -256,6 +259,12 @@ def test_what_a_checkpoint_of_two_processes_holds(saved):
     for number in range(1, 5):
         checkpoints.check(saved / f"inner/run/checkpoint-{number}")
     assert (saved / "inner/saved/pytorch_lora_weights.safetensors").is_file()
+    queries = results(saved, "inner")[0]["history"][-1]["reward_queries"]  # of both processes
+    assert f"4 updates, {queries} pictures scored by" in (saved / "inner/saved/README.md").read_text()
+
+
+def test_one_process_clears_the_folder_that_is_overwritten(saved):
+    assert [path.name for path in checkpoints.list_checkpoints(saved / "overwritten/run")] == ["checkpoint-2"]
 
 
 def test_one_process_goes_on_at_the_end_of_a_rollout_and_is_refused_inside(saved, tmp_path):
@@ -448,4 +457,4 @@ def test_a_process_that_fails_ends_the_run_with_its_error(tmp_path, fault, messa
     assert run.returncode != 0
     assert re.search(message, errors), errors[-3000:]
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "job/run")] == left
-    assert not list((tmp_path / "job/run").glob(".incomplete*"))
+    assert not list((tmp_path / "job/run").glob("_incomplete*"))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documentation_blocks import run_program
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,8 +27,21 @@ def blocks(language):
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code, tmp_path):
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    exit_code, output = run_program(code, tmp_path)
+    assert exit_code == 0, output[-3000:]
+
+
+def test_each_block_is_a_program_of_its_own(tmp_path):
+    assert run_program("left = 1; import json, os; json.left = 1; os.environ['LEFT'] = '1'", tmp_path) == (0, "")
+    exit_code, output = run_program("import json, os, sys; print(vars(json).get('left'), os.environ.get('LEFT')); left", tmp_path)
+    assert exit_code == 1
+    assert output.startswith("None None")
+    assert "NameError: name 'left' is not defined" in output
+    loaded = (
+        "import sys; assert 'torch' in sys.modules; assert not [name for name in sys.modules if name.startswith('rlr_trainer')]"
+    )
+    assert run_program(loaded, tmp_path) == (0, "")
+    assert run_program("import os; os._exit(7)", tmp_path)[0] == 7
 
 
 @pytest.mark.parametrize("code", blocks("bash"))

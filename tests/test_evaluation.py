@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from rlr_trainer import RewardError, digits
 from rlr_trainer.cli import main
@@ -21,10 +21,7 @@ from rlr_trainer.rewards.calling import groupwise
 WORKER = Path(__file__).parent / "evaluation_worker.py"
 PROMPTS = [{"prompt": digits.class_prompt(d), "digit": d} for d in range(5)]
 
-
-@pytest.fixture(autouse=True)
-def _in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 @pytest.fixture
@@ -165,6 +162,36 @@ def test_the_best_checkpoint_is_kept_and_loaded(make_trainer):
     now = trainer.policy.trainable_parameters()
     assert all(torch.equal(now[name], weights[2][name]) for name in now)
     assert any(not torch.equal(now[name], weights[3][name]) for name in now)
+
+
+def test_early_stopping(make_trainer):
+    values = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    trainer = make_trainer(
+        eval_dataset=PROMPTS[:1], eval_reward_function=lambda i, p, m: [next(values)], eval_strategy="steps", eval_steps=1, max_steps=8,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 2)
+
+
+def test_the_metric_of_the_best_checkpoint_exists(make_trainer):
+    """Trainer's default, a loss, does not; Trainer would say so at the first evaluation."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(eval_dataset=PROMPTS[:1], load_best_model_at_end=True, **options)
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("eval_reward", True)
+    for known in ("reward", "eval_reward", "eval_rewards/digit/mean", "samples_dropped"):
+        make_trainer(eval_dataset=PROMPTS[:1], metric_for_best_model=known, **options)
+    named = {"low": PROMPTS[:1], "high": PROMPTS[1:]}
+    make_trainer(eval_dataset=named, metric_for_best_model="low_reward", **options)
+    for dataset, wrong in ((named, "reward"), (PROMPTS, "loss"), (PROMPTS, "eval_accuracy")):
+        with pytest.raises(ValueError, match=f"metric_for_best_model='{wrong}' is none of the metrics.*eval_.*reward_std"):
+            make_trainer(eval_dataset=dataset, metric_for_best_model=wrong, **options)
+
+
+def test_predict_says_what_to_use(make_trainer):
+    with pytest.raises(NotImplementedError, match=r"use generate\(prompts"):
+        make_trainer().predict(PROMPTS)
 
 
 def test_group_wise_rewards_do_not_evaluate(make_trainer):

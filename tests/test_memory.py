@@ -57,3 +57,28 @@ def test_recursive_memory_is_flat_and_plain_memory_is_not(bench, part):
     grows = saved_for_backward(bench, long, "graph") / saved_for_backward(bench, short, "graph")
     assert 0.95 < flat < 1.05
     assert grows > 2
+
+
+def test_a_prediction_is_asked_before_the_graph_of_its_step(bench):
+    """The peak is that of the larger of the two, not of both."""
+    from rlr_trainer.diagnostics.memory import measuring_memory
+    from rlr_trainer.estimators import ControlVariateScale, Feedback, Sweep, prediction_critic
+
+    _, chain, rollout = bench
+    params = chain.parameters()
+    draw = EstimatorPlan(chain.num_steps, rest_estimator="lr", rest_num_steps=1).draw(1, torch.Generator().manual_seed(0))
+    critic = prediction_critic(chain, params, lambda x: (x**2).flatten(1).mean(1))
+
+    def peak(work):
+        with measuring_memory(torch.device("cpu")) as meter:
+            work()
+            return meter.peak()
+
+    def update(**options):
+        feedback = Feedback(torch.ones(1), scale=torch.ones(1))
+        Sweep(chain, params, lambda surrogate: surrogate.backward() or 1.0, **options).run(rollout, draw, feedback)
+
+    step, prediction = peak(update), peak(lambda: critic(1, rollout.latents[1]))
+    both = peak(lambda: update(critic=critic, control_scale=ControlVariateScale(chain.num_steps)))
+    assert both < 1.15 * max(step, prediction)
+    assert step + prediction > 1.5 * max(step, prediction)

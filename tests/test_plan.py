@@ -232,6 +232,10 @@ def test_the_start_distribution_stays_uniform_on_norms_of_zero_and_survives_savi
     distribution.update(1, 0.0)
     assert distribution.probabilities() == [1 / 3] * 3
     distribution.update(2, 3.0)
+    seen = distribution.probabilities()
+    for overflowed in (math.inf, math.nan):  # an update of fp16 that the optimizer skips
+        distribution.update(2, overflowed)
+    assert distribution.probabilities() == seen
     copy = StartDistribution(3)
     copy.load_state_dict(distribution.state_dict())
     for each in (copy, distribution):
@@ -439,6 +443,10 @@ REFUSED = [
     ({"rest_weight": -math.inf}, r"rest_weight=-inf: must be a finite number"),
     ({"zo_scale": 0.0}, "zo_scale=0.0: the perturbation scale must be a positive number, for instance 0.01"),
     ({"zo_scale": math.inf}, "zo_scale=inf: the perturbation scale must be a positive number"),
+    ({"ho_length": 1.5}, "ho_length=1.5: must be a whole number"),
+    ({"ho_length": 2.0}, "ho_length=2.0: must be a whole number"),
+    ({"rest_estimator": "lr", "rest_num_steps": 1.5}, "rest_num_steps=1.5: must be a whole number"),
+    ({"zo_num_perturbations": 2.5}, "zo_num_perturbations=2.5: must be a whole number"),
     ({"zo_num_perturbations": 0}, "zo_num_perturbations=0: needs at least one perturbation per batch"),
 ]
 
@@ -465,10 +473,12 @@ def test_presets_refuse_unknown_names_and_options():
         EstimatorPlan.from_preset("rlr", 4, ho_length=4)
 
 
-@pytest.mark.parametrize("value", [1.5, (1, 2, 3), (0.5, 2), "3"], ids=str)
+@pytest.mark.parametrize("value", [1.5, 2.0, math.nan, True, (1, 2, 3), (0.5, 2), "3"], ids=str)
 def test_a_k_that_is_no_number_of_steps_is_refused_by_name(value):
     with pytest.raises(PlanError, match="fo_steps="):
         EstimatorPlan(4, fo_steps=value).draw(2)
+    with pytest.raises(PlanError, match="fo_steps="):
+        EstimatorPlan.from_preset("rlr", 4, fo_steps=value)
 
 
 def test_a_range_of_starts_is_a_range_also_where_there_are_two_starts():

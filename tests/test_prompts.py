@@ -115,6 +115,50 @@ def test_a_dataset_with_an_order_of_its_own_and_a_transform():
     assert DatasetPrompts(dataset, 0).take(1)[0].prompt == "a cat"
 
 
+def test_commas_in_a_csv_file_shift_and_lose_nothing(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text('prompt,level\n"a cat, sitting",1\n')
+    assert list(open_dataset(path)) == [{"prompt": "a cat, sitting", "level": 1}]
+    for content in ("prompt\na cat, sitting\na dog, running\n", "prompt,level\na cat, sitting,1\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="more fields than the header; put texts that contain a comma in double quotes"):
+            open_dataset(path)
+
+
+def test_only_the_ends_of_lines_separate_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffein B\u00e4r\r\n\r\na\u2028b\x0bc\n".encode())
+    assert open_dataset(path) == [{"prompt": "ein B\u00e4r"}, {"prompt": "a\u2028b\x0bc"}]
+
+
+@pytest.mark.parametrize("name", ["prompts.json", "prompts.jsonl", "prompts.csv", "prompts.parquet"])
+def test_empty_files(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=rf"{name}'.* cannot be read: "):
+        open_dataset(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("prompts.txt", {"split": "test"}, "split is given, but such a file has none"),
+        ("prompts.txt", {"column": "caption"}, "column is given, but such a file has none"),
+        ("prompts.csv", {"name": "large"}, "name is given, but such a file has none"),
+        ("one", {"split": "test"}, "it has no split 'test', but train"),
+        ("several", {"split": "tset"}, "it has no split 'tset', but test, dev"),
+        ("several", {"split": "test", "name": "large"}, "it has no configuration 'large'"),
+    ],
+)
+def test_nothing_that_is_asked_of_a_source_is_ignored(tmp_path, name, options, message):
+    one = Dataset.from_list([{"prompt": "a"}])
+    (tmp_path / "prompts.txt").write_text("a\n")
+    (tmp_path / "prompts.csv").write_text("prompt\na\n")
+    one.save_to_disk(tmp_path / "one")
+    DatasetDict({"test": one, "dev": one}).save_to_disk(tmp_path / "several")
+    with pytest.raises(ValueError, match=message):
+        open_dataset(tmp_path / name, **options)
+
+
 def test_a_list_of_strings_is_a_dataset():
     assert [row.prompt for row in DatasetPrompts(["a", "b"], 0, shuffle=False).take(3)] == ["a", "b", "a"]
 

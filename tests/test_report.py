@@ -226,6 +226,20 @@ def test_a_run_with_one_line(make_run):
     assert "noise not known" in text
 
 
+def test_rewards_that_are_not_finite_at_the_end(make_run):
+    lines = [row | {"reward": None} if row["step"] > 30 else row for row in rising()]
+    text = text_of(report(make_run(lines=lines)))
+    assert "reward in 10 log lines. The last finite reward is that of update 30" in text
+    assert "10 values that are not finite left out." in text
+    assert "The last finite reward" not in text_of(report(make_run("middle", [*lines[:30], *rising()[35:]])))
+
+
+def test_updates_are_marked_at_whole_numbers(make_run):
+    page = report(make_run(lines=rising()[:2]))
+    chart = page[page.index('class="on-updates"') : page.index('class="on-queries"')]
+    assert re.findall(r'text-anchor="middle">([^<]+)<', chart)[:3] == ["1", "2", "updates"]
+
+
 def test_everything_appears(make_run):
     page = report(add_everything(make_run()))
     text = text_of(page)
@@ -413,14 +427,14 @@ def test_runs_are_compared_at_equal_queries_and_time(make_run):
     slow = make_run("slow", [row | {"reward": row["reward"] / 2, "kl": 0.1} for row in rising()])
     fast = make_run("fast", [row | {"seconds": row["step"] * 0.5} for row in rising(20, extra=lambda p: p)])
     for folder, rate in ((slow, 1e-3), (fast, 1e-4)):
-        options = {"learning_rate": rate, "seed": 0, "output_dir": folder.name}
-        (folder / "run.json").write_text(json.dumps({"options": options, "changed": {"learning_rate": rate}}))
+        changed = {"learning_rate": rate, "output_dir": folder.name} | ({"max_steps": 20} if folder is fast else {})
+        (folder / "run.json").write_text(json.dumps({"options": {"fo_steps": None}, "changed": changed}))  # as a run writes it
     runs = [read_run(folder) for folder in (slow, fast)]
     rows = {row[0]: row[1:] for row in comparison(runs, [facts_of(run) for run in runs]).rows}
     assert "Reward after 640 queries" in rows and "Reward after 10 s" in rows
     assert rows["Training time"] == ["1 min", "10 s"]
     assert rows["KL, end"] == ["0.100", "\N{EN DASH}"]
-    assert differing_settings(runs).rows == [["learning_rate", "0.001", "0.0001"]]
+    assert differing_settings(runs).rows == [["learning_rate", "0.001", "0.0001"], ["max_steps", "default", "20"]]
     text = text_of(report(slow, fast))
     for part in ("2 runs compared", "slow", "fast", "extra", "KL from the initial model"):
         assert part in text

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rlr_trainer import RewardError, checkpoints, digits
+from rlr_trainer import RewardError, callbacks, checkpoints, digits, resuming
 from rlr_trainer.checkpoints import CheckpointError
 
 TIMED = ("time/", "train_", "seconds")
@@ -161,7 +161,7 @@ def test_an_incomplete_checkpoint_is_passed_over_with_a_warning(make_trainer, pi
     make_trainer(sd_pipeline=copy.deepcopy(pipeline), output_dir="run", **options).train()
     (Path("run/checkpoint-3") / checkpoints.FILES_LIST).unlink()
     (Path("run/checkpoint-2") / "optimizer.pt").write_bytes(b"")
-    Path("run/.incomplete-checkpoint-4").mkdir()
+    Path("run/_incomplete-checkpoint-4").mkdir()
     resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), output_dir="run", **options)
     begun = []
 
@@ -177,7 +177,7 @@ def test_an_incomplete_checkpoint_is_passed_over_with_a_warning(make_trainer, pi
     assert [path.name for path in checkpoints.list_checkpoints(Path("run"))] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     for number in (1, 2, 3):
         checkpoints.check(Path(f"run/checkpoint-{number}"))
-    assert not list(Path("run").glob(".incomplete*"))
+    assert not list(Path("run").glob("_incomplete*"))
 
 
 def test_nothing_to_resume_is_an_error(make_trainer):
@@ -192,6 +192,212 @@ def test_only_the_newest_and_the_best_are_kept(make_trainer):
         Path(f"run/checkpoint-{number}").mkdir()
     checkpoints.rotate(Path("run"), 2, "run/checkpoint-3")
     assert [path.name for path in checkpoints.list_checkpoints(Path("run"))] == ["checkpoint-3", "checkpoint-7"]
+
+
+def test_later_checkpoints_are_renamed_when_a_run_goes_on_from_an_earlier_one(make_trainer, pipeline, caplog):
+    def make(**options):
+        return make_trainer(sd_pipeline=copy.deepcopy(pipeline), output_dir="run", save_strategy="steps", save_steps=1, **options)
+
+    make(max_steps=4).train()
+    make(max_steps=3, save_total_limit=1).train(resume_from_checkpoint="run/checkpoint-2")
+    assert [path.name for path in checkpoints.list_checkpoints(Path("run"))] == ["checkpoint-3"]  # what was just written
+    assert sorted(path.name for path in Path("run").glob("_*")) == ["_superseded-checkpoint-3", "_superseded-checkpoint-4"]
+    assert "run/checkpoint-4 lies past update 2" in caplog.text
+    resumed = make(max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert [row["step"] for row in logged("run")] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_not_trained_on(make_trainer, pipeline, caplog):
+    """As a queue that restarts whatever ends does; the epoch has more updates than the run."""
+
+    def make():
+        options = {"output_dir": "run", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        return make_trainer(sd_pipeline=copy.deepcopy(pipeline), train_dataset=ROWS * 4, **options)
+
+    whole, again = make(), make()
+    whole.train()
+    again.train(resume_from_checkpoint=True)
+    assert "nothing is left to train: 2 updates are done, and 2 were asked for" in caplog.text
+    assert again.state.global_step == 2
+    assert_same(state_of(whole)["weights"], state_of(again)["weights"])
+    assert [path.name for path in checkpoints.list_checkpoints(Path("run"))] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_the_best_checkpoint_is_found_in_a_folder_that_moved(make_trainer, pipeline, caplog):
+    evaluations = []
+
+    def worse_every_time(images, prompts, metadata):
+        evaluations.append(1)
+        return [-len(evaluations)] * len(prompts)
+
+    def make(folder, updates):
+        return make_trainer(
+            sd_pipeline=copy.deepcopy(pipeline), output_dir=folder, max_steps=updates, save_strategy="steps", save_steps=1,
+            eval_dataset=[{"prompt": digits.PROMPT}] * 2, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+            metric_for_best_model="eval_reward", learning_rate=2e-2, eval_reward_function=worse_every_time,
+        )  # fmt: skip
+
+    make("first", 2).train()
+    Path("first").rename("second")
+    moved = make("second", 2)  # has nothing left to train
+    moved.train(resume_from_checkpoint=True)
+    assert moved.state.best_model_checkpoint == "second/checkpoint-1"
+    best = {name: p.detach().clone() for name, p in moved.policy.trainable_parameters().items()}
+    reread = make("third", 2)
+    reread._load_weights(Path("second/checkpoint-1"))
+    assert_same(best, {name: p.detach().clone() for name, p in reread.policy.trainable_parameters().items()})
+    shutil.rmtree("second/checkpoint-1")  # copied in part
+    lost = make("second", 3)
+    lost.train(resume_from_checkpoint=True)
+    assert "second/checkpoint-1, is not there" in caplog.text
+    assert lost.state.best_model_checkpoint is None
+
+
+@pytest.mark.parametrize("given", ["nowhere", "run"])
+def test_a_folder_that_is_no_checkpoint(make_trainer, given):
+    Path("run/checkpoint-7").mkdir(parents=True)
+    message = {"nowhere": "there is no such folder", "run": "a folder of them; give one, such as run/checkpoint-7"}[given]
+    with pytest.raises(CheckpointError, match=f"{given} is not a complete checkpoint.*{message}"):
+        make_trainer(output_dir="other").train(resume_from_checkpoint=given)
+
+
+def test_a_run_s_folder_does_not_take_up_another_run(make_trainer, pipeline):
+    def make(folder, **options):
+        options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "output_dir": folder} | options
+        return make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
+
+    make("one").train()
+    make("other", max_steps=2).train()
+    log = Path("other/metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError, match="cannot go on from one/checkpoint-1 in output_dir='other', which holds another run"):
+        make("other", max_steps=2).train(resume_from_checkpoint="one/checkpoint-1")
+    assert Path("other/metrics.jsonl").read_text() == log
+    make("other", max_steps=2, overwrite=True).train(resume_from_checkpoint="one/checkpoint-1")
+    assert [path.name for path in checkpoints.list_checkpoints(Path("other"))] == ["checkpoint-2"]
+    make("new", max_steps=2).train(resume_from_checkpoint="one/checkpoint-1")
+
+
+def test_overwriting_removes_checkpoints_and_nothing_else(make_trainer, pipeline):
+    def make(**options):
+        options = {"save_strategy": "steps", "save_steps": 1, "output_dir": "run"} | options
+        return make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
+
+    make(max_steps=3).train()
+    Path("run/checkpoint-3").rename("moved")
+    Path("run/checkpoint-3").symlink_to("../moved")
+    Path("run/checkpoint-notes.txt").write_text("mine")
+    Path("run/checkpoint-mine").mkdir()
+    make(max_steps=1, overwrite=True).train()
+    assert sorted(path.name for path in Path("run").glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-mine",
+        "checkpoint-notes.txt",
+    ]
+    checkpoints.check(Path("moved"))
+
+
+# ---- options that change ----
+
+
+@pytest.mark.parametrize(
+    "changed", [{"kl_coef": 0.1}, {"sample_num_steps": 3}, {"estimator": "rlr"}, {"gradient_accumulation_steps": 2}], ids=str
+)
+def test_what_made_a_rollout_cannot_change_inside_it(make_trainer, pipeline, changed):
+    options = {"estimator": "ddpo", "num_inner_epochs": 2, "save_strategy": "steps", "save_steps": 1, "output_dir": "run"}
+    make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=1, **options).train()
+    (name,) = changed
+    with pytest.raises(CheckpointError, match=rf"with .*{name}=.* -> .*: it was saved in the middle of a rollout"):
+        make_trainer(sd_pipeline=pipeline, max_steps=2, **(options | changed)).train(resume_from_checkpoint=True)
+
+
+def test_what_was_learned_for_another_chain_is_learned_anew(make_trainer, pipeline, caplog):
+    options = {"estimator": "rlr", "ho_start": "grad_norm", "control_variate": True, "output_dir": "run"}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=1, ho_length=2, **options).train()
+    resumed = make_trainer(sd_pipeline=pipeline, max_steps=2, ho_length=1, sample_num_steps=6, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert "ho_start='grad_norm' draws by: the checkpoint has it for another chain" in caplog.text
+    assert "control variate: the checkpoint has it for another chain" in caplog.text
+    assert len(resumed.starts.state_dict()["norms"]) == resumed.plan.num_starts
+    assert len(resumed.control_scale.state_dict()["moments"]) == 6
+
+
+def test_auto_can_be_given_up_and_taken_up(make_trainer, pipeline, monkeypatch):
+    monkeypatch.setattr("rlr_trainer.diagnostics.auto_ho_length", lambda *arguments, **options: 2)
+    auto = {"ho_length": "auto", "memory_budget_gb": 1.0, "recompute": "graph"}
+    found = []
+    for updates, options in enumerate([auto, {"ho_length": 1}, auto], start=1):
+        trainer = make_trainer(
+            sd_pipeline=copy.deepcopy(pipeline), estimator="rlr", fo_steps=1, output_dir="run", save_strategy="steps", save_steps=1,
+            max_steps=updates, **options,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=updates > 1 or None)
+        found.append(trainer.plan.ho_length)
+    assert found == [2, 1, 2]
+
+
+@pytest.mark.parametrize("changed", [{"optim": "sgd"}, {"use_lora": False}], ids=str)
+def test_weights_and_optimizer_of_another_kind_are_refused(make_trainer, pipeline, changed):
+    options = {"save_strategy": "steps", "save_steps": 1, "output_dir": "run"}
+    make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=1, **options).train()
+    (name,) = changed
+    with pytest.raises(CheckpointError, match=f"with {name}=.*; set {name}="):
+        make_trainer(sd_pipeline=pipeline, max_steps=2, **(options | changed)).train(resume_from_checkpoint=True)
+
+
+def test_a_changed_learning_rate_is_said_to_have_no_effect(make_trainer, pipeline, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1, "output_dir": "run", "lr_scheduler_type": "constant"}
+    make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=1, **options).train()
+    resumed = make_trainer(sd_pipeline=pipeline, max_steps=2, learning_rate=0.5, max_grad_norm=3.0, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert "learning_rate=0.001 -> 0.5 has no effect" in caplog.text
+    assert "with other options: max_grad_norm=1.0 -> 3.0; max_steps=1 -> 2" in caplog.text
+    assert [row["learning_rate"] for row in logged("run")] == [1e-3, 1e-3]
+
+
+def test_a_rollout_saved_on_another_device(make_trainer, pipeline, monkeypatch):
+    """The file says that its tensors were on a GPU; this machine may have none."""
+    options = {"estimator": "ddpo", "num_inner_epochs": 2, "save_strategy": "steps", "save_steps": 1, "output_dir": "run"}
+    make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=1, **options).train()
+    file = Path("run/checkpoint-1/rlr_rollout_0.pt")
+    with torch.serialization.safe_globals(resuming.ROLLOUT_CLASSES):
+        rollout = torch.load(file, weights_only=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        torch.save(rollout, file)
+    checkpoints.seal(file.parent)
+    resumed = make_trainer(sd_pipeline=pipeline, max_steps=2, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+
+
+# ---- the run's files ----
+
+
+def test_a_full_disk_leaves_the_log_of_a_resumed_run(make_trainer, pipeline):
+    """/dev/full fails as a full disk does."""
+    options = {"save_strategy": "steps", "save_steps": 1, "output_dir": "run"}
+    make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=1, **options).train()
+    log = Path("run/metrics.jsonl").read_text()
+    Path("run/_metrics.jsonl.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write run/metrics.jsonl: No space left on device"):
+        make_trainer(sd_pipeline=pipeline, max_steps=2, **options).train(resume_from_checkpoint=True)
+    assert Path("run/metrics.jsonl").read_text() == log
+    assert not list(Path("run").glob("_*"))
+    with pytest.raises(OSError, match=r"cannot write /dev/full: No space left on device"):
+        callbacks._append(Path("/dev/full"), {"step": 1})
+
+
+@pytest.mark.parametrize("content", ["", "{", "null"])
+def test_a_damaged_run_file_is_written_anew(make_trainer, pipeline, content):
+    options = {"save_strategy": "steps", "save_steps": 1, "output_dir": "run"}
+    make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=1, **options).train()
+    Path("run/run.json").write_text(content)
+    make_trainer(sd_pipeline=pipeline, max_steps=2, **options).train(resume_from_checkpoint=True)
+    run = json.loads(Path("run/run.json").read_text())
+    assert run["format"] == 1
+    assert len(run["resumed"]) == 1
 
 
 def test_the_file_list_finds_a_changed_byte(tmp_path):
@@ -283,7 +489,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written():
     error = run.stdout
     assert re.search(r"cannot write .*checkpoint-2 .*GB are free there\. The run can go on from checkpoint-1", error), error
     assert [path.name for path in checkpoints.list_checkpoints(Path("run"))] == ["checkpoint-1"]
-    assert not list(Path("run").glob(".incomplete*"))
+    assert not list(Path("run").glob("_incomplete*"))
     checkpoints.check(Path("run/checkpoint-1"))
 
 
@@ -306,6 +512,49 @@ def test_sigterm_saves_a_checkpoint_and_leaves(make_trainer, pipeline):
     resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), output_dir="run", **options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(state_of(whole), state_of(resumed))
+
+
+class TerminateAtTwo(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("kind", ["best", "weights alone"])
+def test_sigterm_leaves_a_checkpoint_that_can_be_resumed(make_trainer, pipeline, kind):
+    """Where the options ask for one only at a better evaluation, or for the weights alone."""
+    options = {"save_only_model": True, "save_strategy": "steps", "save_steps": 1}
+    if kind == "best":  # without a learning rate nothing gets better
+        options = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_reward",
+                   "greater_is_better": True, "learning_rate": 0.0, "eval_dataset": [{"prompt": digits.PROMPT}] * 2}  # fmt: skip
+    stopped = make_trainer(
+        sd_pipeline=copy.deepcopy(pipeline), output_dir="run", max_steps=3, callbacks=[TerminateAtTwo()], **options
+    )
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert [path.name for path in checkpoints.list_checkpoints(Path("run"))] == ["checkpoint-1", "checkpoint-2"]
+    assert stopped.args.save_only_model == (kind == "weights alone")
+    resumed = make_trainer(sd_pipeline=pipeline, output_dir="run", max_steps=3, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+
+
+class Rates(TrainerCallback):
+    def __init__(self):
+        self.seen = {}
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.seen[state.global_step] = optimizer.param_groups[0]["lr"]
+
+
+def test_more_updates_stretch_the_schedule_from_the_first_on(make_trainer, pipeline):
+    """Left to Trainer, the first update has the rate with which the shorter run would have gone on: 0 at its end."""
+    options = {"output_dir": "run", "lr_scheduler_type": "linear", "learning_rate": 1e-3}
+    make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=2, save_strategy="steps", save_steps=2, **options).train()
+    trainer = make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=4, callbacks=[rates := Rates()], **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert rates.seen == {2: 0.5e-3, 3: 0.25e-3}
+    assert [row["learning_rate"] for row in logged("run")][2:] == [0.5e-3, 0.25e-3]
 
 
 def test_a_handler_of_the_users_stays(make_trainer):

@@ -116,3 +116,16 @@ def test_best_checkpoint_is_loaded_at_the_end(make_trainer):
     trainer.train()
     best = max((row for row in trainer.state.log_history if "eval_reward" in row), key=lambda row: row["eval_reward"])
     assert trainer.evaluate()["eval_reward"] == pytest.approx(best["eval_reward"], abs=1e-6)
+
+
+def test_any_folder_gets_the_whole_result(make_trainer):
+    """Whatever it is called: what a checkpoint holds is the network alone, with the weights that are not averaged."""
+    from diffusers import StableDiffusionPipeline
+
+    trainer = make_trainer(use_lora=False, ema_decay=0.5, learning_rate=1e-4)
+    trainer.train()
+    trainer.save_model("checkpoint-final")
+    reloaded = StableDiffusionPipeline.from_pretrained("checkpoint-final")
+    with trainer.averaged_weights():
+        for name, tensor in trainer.adapter.denoiser.state_dict().items():
+            assert torch.equal(tensor, reloaded.unet.state_dict()[name]), name

@@ -10,10 +10,7 @@ from PIL import Image
 
 from rlr_trainer.image_log import HookTracker, to_pictures
 
-
-@pytest.fixture(autouse=True)
-def _in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 @pytest.fixture
@@ -21,7 +18,7 @@ def run(make_trainer):
     """A run of two updates with pictures of every update, a profile of the steps, and a hook that logs something of its own."""
 
     def hook(batches, step, tracker):
-        tracker.log({"mine": 0.5 + step, "note": "a note"}, step=step)
+        tracker.log({"mine": 0.5 + step, "odd (name)": 1.0, "note": "a note"}, step=step)
         tracker.log_images({"my pictures": batches[0][0][:2]}, step=step)
 
     def train(report_to):
@@ -125,7 +122,7 @@ def test_mlflow_in_a_folder(run, tmp_path, monkeypatch):
     (found,) = client.search_runs(["0"])
     assert found.data.params["fo_steps"] == "1"
     assert [metric.value for metric in client.get_metric_history(found.info.run_id, "mine")] == [0.5, 1.5]
-    assert "reward" in found.data.metrics
+    assert {"reward", "odd _name_"} <= found.data.metrics.keys()
     assert len(client.list_artifacts(found.info.run_id, "samples")) == 3
 
 
@@ -154,6 +151,18 @@ def test_a_tracker_that_has_not_begun_is_left_alone(tmp_path):
     assert HookTracker([Callback()], tmp_path).tracker is None
 
 
+def test_calls_without_a_step_belong_to_the_update_of_the_hook(make_trainer):
+    def hook(batches, step, tracker):
+        tracker.log_images({"mine": batches[0][0]})
+
+    trainer = make_trainer(image_samples_hook=hook, sample_num_steps=2)
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert sorted(str(path.relative_to(folder)) for path in folder.glob("images/*/*")) == [
+        f"images/step_00000{step}/mine.png" for step in (0, 1)
+    ]
+
+
 def test_pictures_in_every_usual_form():
     image = torch.rand(3, 5, 7)
     last = image.permute(1, 2, 0)
@@ -162,3 +171,14 @@ def test_pictures_in_every_usual_form():
     eight_bit = (last * 255).round().to(torch.uint8).numpy()
     for value in (eight_bit, Image.fromarray(eight_bit)):
         torch.testing.assert_close(to_pictures(value), torch.as_tensor(np.array(eight_bit)).permute(2, 0, 1)[None] / 255)
+    picture = Image.fromarray(eight_bit)
+    grey = torch.as_tensor(np.array(picture.convert("L")))[None] / 255
+    for value in (picture.convert("L"), np.array(picture.convert("L")), grey, grey[None], grey[0, :, :, None].numpy()):
+        torch.testing.assert_close(to_pictures(value), grey.expand(1, 3, 5, 7))
+    torch.testing.assert_close(to_pictures(np.array(picture.convert("RGBA"))), to_pictures(picture))
+    torch.testing.assert_close(to_pictures([image, picture]), torch.cat([image[None], to_pictures(picture)]))
+    assert to_pictures(torch.rand(2, 4, 3, 5, 7)).shape == (8, 3, 5, 7)  # frames of videos
+    assert to_pictures(image > 0.5).max() == 1
+    for wrong in (torch.rand(5), torch.rand(2, 5, 7), [image, image[:, :4]]):
+        with pytest.raises(ValueError, match="pictures of the shape"):
+            to_pictures(wrong)

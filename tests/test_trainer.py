@@ -202,6 +202,64 @@ def test_activation_checkpointing_inside_a_step_changes_nothing(make_trainer, pi
     assert next(row for row in trainer.state.log_history if "loss" in row)["ratio/max_abs_dev"] == 0.0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"control_variate": True, "fo_steps": 1},  # the network called at weights that are held constant
+        {"kl_coef": 0.01, "fo_steps": 2},  # the network differentiated with its LoRA layers off
+        {"kl_coef": 0.01, "fo_steps": 2, "use_lora": False},
+    ],
+    ids=str,
+)
+def test_activation_checkpointing_of_predictions_and_references(make_trainer, pipeline, options):
+    if "use_lora" not in options:
+        warm_lora(pipeline)
+    options |= {"max_steps": 1, "sample_num_steps": 3, "per_device_train_batch_size": 2, "check_reward": False}
+    _, plain = gradients_of(make_trainer, sd_pipeline=copy.deepcopy(pipeline), output_dir="plain", **options)
+    trainer, checkpointed = gradients_of(
+        make_trainer, sd_pipeline=copy.deepcopy(pipeline), output_dir="checkpointed", gradient_checkpointing=True, **options
+    )
+    assert_same(checkpointed[0], plain[0], 1e-5)
+    if options.get("use_lora") is False:
+        assert trainer.reference.copy.denoiser.is_gradient_checkpointing
+
+
+def test_clipping_leaves_on_policy_updates_alone(make_trainer, pipeline):
+    """Another batch size than that of the sampling rounds otherwise; over little noise such a ratio leaves DDPO's clip range."""
+    warm_lora(pipeline)
+    options = {"estimator": "ddpo", "sample_eta": 3e-4, "sample_batch_size": 4, "per_device_train_batch_size": 1, "sample_num_steps": 3,
+               "gradient_accumulation_steps": 4, "num_inner_epochs": 2, "max_steps": 2, "learning_rate": 1e-5}  # fmt: skip
+    _, unclipped = gradients_of(
+        make_trainer, sd_pipeline=copy.deepcopy(pipeline), output_dir="unclipped", clip_range=None, **options
+    )
+    trainer, clipped = gradients_of(make_trainer, sd_pipeline=pipeline, output_dir="clipped", clip_range=1e-4, **options)
+    first, second = (row for row in trainer.state.log_history if "loss" in row)
+    assert first["ratio/max_abs_dev"] > 1e-4
+    assert_same(clipped[0], unclipped[0], 1e-6)
+    assert first["clip_ratio"] == 0
+    assert second["clip_ratio"] > 0
+    with pytest.raises(AssertionError, match="not close"):
+        assert_same(clipped[1], unclipped[1], 1e-3)
+
+
+@pytest.mark.parametrize("estimator", ["es", "rlr_paper"])
+def test_a_loss_scale_does_not_enter_zeroth_order(make_trainer, pipeline, estimator):
+    """As in fp16. With `es` no backward pass sets the scaler up."""
+    scaler = torch.amp.GradScaler("cpu")
+
+    class Unscale(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            scaler.unscale_(torch.optim.SGD(model.parameters()))
+
+    warm_lora(pipeline)
+    recorder, options = Gradients(), {"estimator": estimator, "zo_num_perturbations": 2, "max_steps": 1}
+    _, plain = gradients_of(make_trainer, sd_pipeline=copy.deepcopy(pipeline), output_dir="plain", **options)
+    trainer = make_trainer(sd_pipeline=pipeline, callbacks=[Unscale(), recorder], max_grad_norm=0.0, output_dir="scaled", **options)
+    trainer.accelerator.scaler = scaler
+    trainer.train()
+    assert_same(recorder.updates[0], plain[0], 1e-5)
+
+
 def test_normalized_advantages_scale_the_first_order_part_too(make_trainer, pipeline):
     """Divided by the same standard deviation, FO + LR is the gradient of E[R] / std: parallel to the plain one for FO alone."""
     warm_lora(pipeline)
@@ -500,6 +558,7 @@ def test_last_step_without_noise_names_the_step(make_trainer, pipeline):
         ({"fo_steps": 2, "ho_length": 3}, "ho_length=3"),
         ({"fo_steps": 1, "ho_length": 1, "ho_start": [2, 3]}, "ho_start"),
         ({"estimator": "ppo"}, "estimator='ppo': unknown; choose one of rlr"),
+        ({"ho_start": "grad_norm", "log_estimator_norms": False}, "ho_start='grad_norm' with log_estimator_norms=False"),
         ({"advantage": "best"}, "advantage='best': must be one of"),
         ({"recompute": "twice"}, "recompute='twice'"),
         ({"sample_num_steps": 0}, "sample_num_steps=0"),
@@ -594,3 +653,13 @@ def test_auto_sub_chain_length_needs_a_budget(make_trainer):
     )
     trainer.train()
     assert 1 <= trainer.plan.ho_length <= 3
+
+
+def test_auto_sub_chain_length_leaves_room_for_first_order(make_trainer, monkeypatch):
+    def longest(trainer, memory_budget_gb, *, fo_steps=1):
+        return trainer.plan.num_steps - fo_steps
+
+    monkeypatch.setattr("rlr_trainer.diagnostics.auto_ho_length", longest)
+    trainer = make_trainer(estimator="rlr", fo_steps=3, ho_length="auto", memory_budget_gb=1.0)
+    trainer._choose_plan()
+    assert trainer.plan.ho_length == 1

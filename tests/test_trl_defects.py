@@ -225,9 +225,12 @@ class Hub:
 
     def __init__(self):
         self.uploads = []
+        self.private = {}
 
-    def create_repo(self, repo_id, **options):
-        return SimpleNamespace(repo_id=f"somebody/{repo_id}")
+    def create_repo(self, repo_id, *, private=None, **options):
+        name = repo_id if "/" in repo_id else f"somebody/{repo_id}"
+        self.private[name] = private
+        return SimpleNamespace(repo_id=name)
 
     def upload_folder(self, *, repo_id, folder_path, run_as_future=False, ignore_patterns=(), **options):
         from huggingface_hub.utils import filter_repo_objects
@@ -265,6 +268,23 @@ def test_T10_weights_and_card_are_saved_and_pushed(from_trl, hub):
     trainer.push_to_hub(dataset_name="somebody/prompts")  # as TRL's examples call it
     assert "somebody/prompts" in hub.uploads[1][1]["README.md"].decode()
     trainer.save_model(trainer.args.output_dir)
+    assert len(hub.uploads) == 3
+
+
+def test_T10_the_repository_is_named_as_in_trl(from_trl, hub):
+    """PyTorchModelHubMixin's `push_to_hub(repo_id, ...)`, as TRL's documentation has it; Trainer's first argument is the commit message."""
+    trainer = from_trl(ddpo_config(num_epochs=1, logdir="logs", **SMALL))
+    trainer.push_to_hub("me/sevens", token="secret", private=True)
+    assert [name for name, _ in hub.uploads] == ["me/sevens"]
+    assert hub.private == {"me/sevens": True}
+    assert 'load_lora_weights("me/sevens")' in hub.uploads[0][1]["README.md"].decode()
+    trainer.push_to_hub("A better model")  # Trainer's
+    trainer.push_to_hub(commit_message="v2")
+    assert [name for name, _ in hub.uploads] == ["me/sevens"] * 3
+    with pytest.raises(
+        ValueError, match=r"push_to_hub\('sevens'\): is that the repository, as in DDPOTrainer, or the commit message"
+    ):
+        trainer.push_to_hub("sevens")
     assert len(hub.uploads) == 3
 
 
@@ -524,3 +544,22 @@ def test_T25_the_trained_weights_are_float32_in_any_precision(pipeline, seven, p
     trainer.train()
     assert len(moved(start, trainer)) > 0.9 * len(start)
     assert {p.dtype for p in trainer.adapter.denoiser.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("lowered", [True, False])
+def test_T25_the_first_loss_scale_of_fp16_does_not_skip_updates(from_trl, monkeypatch, lowered):
+    """fp16 as on a GPU, with the CPU's autocast and scaler. The gradient of the summed log-density overflows at the usual scale of 65536."""
+    config = ddpo_config(num_epochs=1, sample_batch_size=2, train_batch_size=2, sample_num_batches_per_epoch=1, **SMALL)
+    trainer = from_trl(config, reward=lambda images, *rest: images.mean((1, 2, 3)))
+    assert trainer.accelerator.scaler is None
+    trainer._start_loss_scale()  # nothing to do in float32
+    scaler = torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
+    trainer.accelerator.native_amp, trainer.accelerator.scaler = True, scaler
+    if lowered:
+        trainer._start_loss_scale()
+        assert scaler.get_scale() == 65536 / (4 * 8 * 8)
+    start = weights_of(trainer)
+    trainer.train()
+    assert trainer.optimizer.step_was_skipped == (not lowered)
+    assert bool(moved(start, trainer)) == lowered

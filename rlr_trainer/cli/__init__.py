@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -30,11 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = rest
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        return options.run(options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as error:
+        print(f"interrupted {error}".rstrip(), file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:  # everything becomes one line; --debug shows the rest
+        if isinstance(error, BrokenPipeError):
+            discard_output()
         if options.debug:
             raise
         print(f"rlr-trainer {options.command}: {_in_one_line(error)}", file=sys.stderr)
@@ -58,7 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def discard_output() -> None:
+    """Sends standard output nowhere once its reader has gone, or the interpreter, which flushes it at its end, would fail there."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _in_one_line(error: Exception) -> str:
+    if isinstance(error, BrokenPipeError):
+        return f"ended, because what reads its output has ended, as `| head` does ({error})"
     if isinstance(error, EXPECTED_ERRORS) and str(error):
         return " ".join(str(error).split())
     first_line = next(iter(str(error).splitlines()), "")

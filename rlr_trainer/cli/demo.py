@@ -12,19 +12,20 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "demo",
         parents=[common],
         help="fine-tune the bundled digits model",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Fine-tunes the bundled digits model on a reward, in about a minute, and judges the result.",
+        allow_abbrev=False,
     )
-    demo.add_argument("--target", type=int, default=7, help="digit that the digit reward asks for, 0 to 9")
+    demo.add_argument("--target", type=int, default=7, help="digit that the digit reward asks for, 0 to 9 (default: 7)")
     demo.add_argument(
         "--reward",
         default="digit",
         choices=("digit", "compressibility", "ink"),
-        help="digit and ink are differentiable, compressibility is a black box",
+        help="digit and ink are differentiable, compressibility is a black box (default: digit)",
     )
-    demo.add_argument("--estimator", default=None, help="preset plan; unset: rlr, or ddpo for the black box")
-    demo.add_argument("--max_steps", type=int, default=40, help="updates, of 32 samples each")
-    demo.add_argument("--output_dir", default="runs/demo", help="folder for the run's files")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the run")
+    demo.add_argument("--estimator", default=None, help="preset plan (default: rlr, or ddpo for the black box)")
+    demo.add_argument("--max_steps", type=int, default=40, help="updates, of 32 samples each (default: 40)")
+    demo.add_argument("--output_dir", default="runs/demo", help="folder for the run's files (default: runs/demo)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
     demo.add_argument("--overwrite", action="store_true", help="allow an output_dir that holds another run")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.set_defaults(run=run)

@@ -27,6 +27,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         help="pictures of a base or fine-tuned model",
         description="Samples pictures as training does and writes 000.png, 001.png, ... and grid.png; with --reward also rewards.json. "
         "Picture i is that of RLRTrainer.generate for the same weights, prompts and seed.",
+        allow_abbrev=False,
     )
     sample.add_argument("--model", required=True, help="digits, a pipeline's folder, or a hub id")
     sample.add_argument("--lora", default=None, help="LoRA weights: a run's folder, one of its checkpoints, or a hub id")
@@ -69,8 +70,13 @@ def run(options: argparse.Namespace) -> int:
             f"--output_dir {folder}: holds {len(old)} pictures already; choose another folder, or allow it with --overwrite"
         )
     rows = _prompt_rows(options.prompts, options.num_images)
+    device = _device(options.device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # before the work, so that none is done in vain
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error
     functions = None if options.reward is None else [load_reward(name) for name in options.reward]
-    images = _sample(options, rows)
+    images = _sample(options, rows, device)
     prompts, rewards = [row.prompt for row in rows], torch.full((len(rows),), math.nan)
     record: dict[str, Any] = {}
     if functions is not None:
@@ -104,7 +110,23 @@ def _prompt_rows(sources: list[str], repeats: int) -> list[Any]:
     return rows
 
 
-def _sample(options: argparse.Namespace, rows: list[Any]) -> Any:
+def _device(name: str | None) -> Any:
+    """The device of that name; by default the GPU, if there is one.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch reports a missing device in both ways
+        raise ValueError(f"--device {name}: there is no such device ({next(iter(str(error).splitlines()), '')})") from error
+
+
+def _sample(options: argparse.Namespace, rows: list[Any], device: Any) -> Any:
     """Pictures [N, 3, H, W], in batches."""
     import torch
 
@@ -115,7 +137,6 @@ def _sample(options: argparse.Namespace, rows: list[Any]) -> Any:
 
     adapter = adapt(_load_model(options.model, options.lora))
     config = _config(options)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for module in (*adapter.frozen_modules, adapter.decoder, adapter.denoiser):
         module.to(device)
     policy = Policy(adapter.denoiser).eval()
@@ -152,7 +173,10 @@ def _load_model(model: str, lora: str | None) -> Any:
     try:
         pipeline.load_lora_weights(lora, weight_name=LORA_FILE)
     except Exception as error:  # diffusers, safetensors, peft and the hub client raise kinds of their own
-        raise ValueError(f"--lora {lora}: cannot be loaded on --model {model} ({type(error).__name__}: {error})") from error
+        missing = "" if folder.exists() else "no such folder, and as a hub id it "
+        raise ValueError(
+            f"--lora {lora}: {missing}cannot be loaded on --model {model} ({type(error).__name__}: {error})"
+        ) from error
     return pipeline
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
+import logging
 from collections.abc import Iterator
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Trains as a YAML file says. Every key of the file can be given, or overridden, on the command line: --learning_rate 1e-4 "
@@ -55,10 +56,12 @@ class _FullHelp(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
         lines = [parser.format_help(), *option_lines()]
+        from rlr_trainer.cli import discard_output
+
         try:
             print("\n".join(lines), flush=True)
-        except BrokenPipeError:  # `| head` has seen enough; the interpreter must not try again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # `| head` has seen enough
+            discard_output()
         parser.exit()
 
 
@@ -90,9 +93,31 @@ def run(options: argparse.Namespace) -> int:
     if isinstance(options.resume, str) and not Path(options.resume).is_dir():
         raise ValueError(f"--resume {options.resume}: no such folder; give that of a checkpoint, or nothing for the last one")
     trainer = build_trainer(settings)
-    trainer.train(resume_from_checkpoint=options.resume)  # leaves by SystemExit(143) after SIGTERM
+    if trainer.eval_prompts is not None and trainer.args.eval_strategy == "no" and not trainer.args.eval_on_start:
+        logger.warning(
+            "eval_prompts are given, but nothing is evaluated during training: set eval_strategy to steps, and eval_steps"
+        )
+    try:
+        trainer.train(resume_from_checkpoint=options.resume)  # leaves by SystemExit(143) after SIGTERM
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_what_is_left(trainer) if trainer.is_world_process_zero() else "") from None
     trainer.save_pretrained(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        print(f"written to {trainer.args.output_dir}: the trained weights, README.md, metrics.jsonl")
     return 0
+
+
+def _what_is_left(trainer: Any) -> str:
+    """What a run that was interrupted can go on from."""
+    from pathlib import Path
+
+    from rlr_trainer.checkpoints import list_checkpoints
+
+    done = f"after {trainer.state.global_step} updates"
+    kept = list_checkpoints(Path(trainer.args.output_dir))
+    if not kept:
+        return f"{done}; no checkpoint was saved before (save_steps={trainer.args.save_steps:g}), so nothing can be resumed"
+    return f"{done}; --resume goes on from {kept[-1].name}"
 
 
 def option_lines() -> Iterator[str]:

@@ -39,7 +39,7 @@ __all__ = [
 MAX_ROUNDS = 200
 AUTO_BATCHES = 16
 AUTO_SECONDS = 60.0
-GIGABYTE = 2**30
+GIGABYTE = 10**9
 
 
 def diagnose(
@@ -139,7 +139,7 @@ def auto_ho_length(
     """h of formula (8) with the memory and noise of this model's steps (`choose_ho_length`), at most T - fo_steps.
 
     Args:
-        memory_budget_gb: memory for the steps of one sampling batch, in 2^30 bytes, beyond weights, optimizer and latents.
+        memory_budget_gb: memory for the steps of one sampling batch, in GB (10^9 bytes), beyond weights, optimizer and latents.
         fo_steps: K of the plan.
         num_batches, time_limit: for the noise.
 
@@ -165,7 +165,7 @@ def auto_ho_length(
         profile.std_ho,
         profile.std_zo,
     )
-    return max(1, min(length, bench.num_steps - fo_steps))
+    return min(length, bench.num_steps - fo_steps)
 
 
 @contextlib.contextmanager

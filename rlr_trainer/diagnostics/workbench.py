@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlr_trainer.chain import mix_seed, seeded_generator
 from rlr_trainer.config import RLRConfig
-from rlr_trainer.estimators.prediction import ControlVariateScale, prediction_critic
+from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, ControlVariateScale, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.experience import CHOICES, Collector, Experience
@@ -25,7 +25,6 @@ from rlr_trainer.prompts import FunctionPrompts, PromptRow
 
 DIAGNOSIS = 1_000  # names the diagnosis's stream of randomness: its batches are none that the training will see
 MAX_ENTRIES = 2**16  # gradients with more entries are sketched to this many (a power of two)
-FP16_LOSS_SCALE = 2.0**10  # keeps small gradients of half precision from vanishing
 
 
 @contextlib.contextmanager
@@ -294,7 +293,8 @@ class Workbench:
         gradient = experience.reward_gradient
         if gradient is not None:
             gradient = plan.fo_weight * gradient * scale.reshape(-1, *[1] * (gradient.dim() - 1))
-        return Feedback(advantage=experience.advantage * share, reward_gradient=gradient, scale=scale)
+        blocks = experience.index // 2 if plan.uses_zeroth_order and plan.zo_antithetic else None
+        return Feedback(advantage=experience.advantage * share, reward_gradient=gradient, scale=scale, blocks=blocks)
 
     def _sweep(
         self,
@@ -319,7 +319,7 @@ class Workbench:
 
         critic: Callable[..., Any] | None = None
         if plan.uses_prediction:
-            critic = prediction_critic(chain, params, lambda x: self.reward(x, experience, differentiable=True))
+            critic = prediction_critic(chain, params, lambda x: self.reward(x, experience, differentiable=True), self.factor)
         return Sweep(
             chain,
             params,

@@ -8,11 +8,14 @@ them must be multiplied by the same factor, or the sum is the gradient of nothin
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 MINIMUM_STD = 1e-8  # below this all rewards count as equal: there is nothing to normalize
 
@@ -49,17 +52,26 @@ def leave_one_out(rewards: Tensor, groups: Tensor | None = None, blocks: Tensor 
             together. None: every sample is its own block.
 
     Returns:
-        Advantages with scale 1. A sample with nobody to compare with keeps its reward (baseline 0).
+        Advantages with scale 1. A sample with nobody to compare with in its group (the others were dropped, or share its
+        randomness) is compared with the other groups; with nobody there either it keeps its reward (baseline 0).
     """
     filled = torch.where(torch.isnan(rewards), 0.0, rewards).double().cpu()
     counts = (~torch.isnan(rewards)).double().cpu()
     group = torch.zeros(len(rewards), dtype=torch.long) if groups is None else groups.cpu()
     block = torch.arange(len(rewards)) if blocks is None else blocks.cpu()
-    group = group.unique(return_inverse=True)[1]
-    block = torch.stack([group, block]).unique(dim=1, return_inverse=True)[1]
-    others = _total(counts, group) - _total(counts, block)
-    baseline = (_total(filled, group) - _total(filled, block)) / others.clamp_min(1)
+    sums, others = _of_others(filled, group, block), _of_others(counts, group, block)
+    whole = torch.zeros_like(group)
+    sums = torch.where(others > 0, sums, _of_others(filled, whole, block))
+    others = torch.where(others > 0, others, _of_others(counts, whole, block))
+    baseline = sums / others.clamp_min(1)
     return _make(_floats(rewards) - baseline.to(_floats(rewards)), torch.ones_like(_floats(rewards)), rewards)
+
+
+def _of_others(values: Tensor, group: Tensor, block: Tensor) -> Tensor:
+    """Sum over the samples of the same group but of other blocks, for each sample. [N] -> [N]."""
+    group = group.unique(return_inverse=True)[1]
+    both = torch.stack([group, block]).unique(dim=1, return_inverse=True)[1]
+    return _total(values, group) - _total(values, both)
 
 
 def _total(values: Tensor, index: Tensor) -> Tensor:
@@ -95,6 +107,12 @@ class PerPromptStatistics:
     """
 
     def __init__(self, buffer_size: int, min_count: int) -> None:
+        if min_count > buffer_size:
+            logger.warning(
+                "per_prompt_min_count=%d is more than per_prompt_buffer_size=%d keeps: no prompt ever gets statistics of its own; raise the "
+                "buffer size",
+                min_count, buffer_size,
+            )  # fmt: skip
         self.buffer_size = buffer_size
         self.min_count = min_count
         self.buffers: dict[Hashable, deque[float]] = {}

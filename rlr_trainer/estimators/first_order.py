@@ -28,8 +28,13 @@ def pathwise(adjoint: Tensor, mean: Tensor, std: Tensor, noise: Tensor) -> Tenso
     return sum_over_latent(adjoint * next_latent(mean, std, noise))
 
 
-def reward_and_gradient(reward: Callable[[Tensor], Tensor], x0: Tensor) -> tuple[Tensor, Tensor]:
+def reward_and_gradient(reward: Callable[[Tensor], Tensor], x0: Tensor, loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """R(x_0) [N] and dR/dx_0 [N, ...]; the graph of the reward (and decoder) is freed on return.
+
+    Args:
+        reward: [N, ...] -> [N].
+        x0: [N, ...].
+        loss_scale: multiplies the reward during the backward pass, so that small gradients survive a part in half precision.
 
     Raises:
         NonDifferentiableRewardError: the reward returned values without a graph.
@@ -39,10 +44,10 @@ def reward_and_gradient(reward: Callable[[Tensor], Tensor], x0: Tensor) -> tuple
         values = reward(x0)
         if not values.requires_grad:
             raise NonDifferentiableRewardError(NON_DIFFERENTIABLE)
-        (gradient,) = torch.autograd.grad(values.sum(), x0, allow_unused=True)
+        (gradient,) = torch.autograd.grad(loss_scale * values.sum(), x0, allow_unused=True)
         if gradient is None:  # a graph, but not one that reaches the images (that of the reward model's own parameters)
             raise NonDifferentiableRewardError(NON_DIFFERENTIABLE)
-    return values.detach(), gradient
+    return values.detach(), gradient / loss_scale
 
 
 class NonDifferentiableRewardError(TypeError):

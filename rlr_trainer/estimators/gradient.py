@@ -16,7 +16,7 @@ from rlr_trainer.estimators.first_order import reward_and_gradient
 from rlr_trainer.estimators.prediction import ControlVariateScale, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps, zeroth_order
-from rlr_trainer.plan import EstimatorPlan, PlanDraw
+from rlr_trainer.plan import EstimatorPlan, PlanDraw, PlanError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def estimate_gradient(
         kl_coef: weight of the divergence from it, in units of the advantage per nat.
 
     Raises:
-        PlanError: the plan scores a step without noise.
+        PlanError: the plan scores a step without noise, or there is one beside a reference.
         ValueError: the plan has another number of steps; an unknown advantage.
         NonDifferentiableRewardError: the plan needs dR/dx_0 and the reward has no graph.
     """
@@ -115,6 +115,12 @@ def estimate_gradient(
         if plan.uses_zeroth_order:
             raise ValueError(
                 "reference with a zeroth-order plan: perturbed steps have no divergence of their own; use rest_estimator='lr'"
+            )
+        silent = [step for step, std in enumerate(rollout.stds) if not bool((std > 0).all())]
+        if silent:
+            raise PlanError(
+                f"reference: step {silent[0]} of {plan.num_steps} adds no noise (std = 0), where the divergence of two policies is infinite; "
+                "give every step noise, or leave reference unset"
             )
         step_of_reference = functools.partial(_reference_step, chain, dict(reference))
         to_go = leave_one_out_to_go(step_divergences(rollout, step_of_reference))

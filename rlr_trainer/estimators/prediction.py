@@ -19,12 +19,17 @@ from rlr_trainer.estimators.first_order import pathwise, reward_and_gradient
 Critic = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
-def prediction_critic(chain: DenoisingChain, params: Parameters, reward: Callable[[Tensor], Tensor]) -> Critic:
-    """c and g of a chain and a differentiable reward, with the parameters held constant."""
+FP16_LOSS_SCALE = 2.0**10  # keeps small gradients of half precision from vanishing
+
+
+def prediction_critic(
+    chain: DenoisingChain, params: Parameters, reward: Callable[[Tensor], Tensor], loss_scale: float = 1.0
+) -> Critic:
+    """c and g of a chain and a differentiable reward, with the parameters held constant; `loss_scale` as in `reward_and_gradient`."""
     frozen = {name: p.detach() for name, p in params.items()}
 
     def critic(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        return reward_and_gradient(lambda latent: reward(predict_clean(chain, step, latent, frozen)), x)
+        return reward_and_gradient(lambda latent: reward(predict_clean(chain, step, latent, frozen)), x, loss_scale)
 
     return critic
 

@@ -47,7 +47,6 @@ class Feedback:
         advantage: [N].
         reward_gradient: [N, ...], dR/dx_0 times the same factors; None when the plan needs none.
         scale: [N], the factor between a raw reward and `advantage`; weighs the one-step prediction's terms.
-        rewards: [N], raw; only to fit the control variate.
         blocks: int [N]; samples with the same number share their noise (antithetic pairs), and the control variate's centre leaves
             them out together. None: every sample has its own.
         penalty: on the divergence from a reference policy; every step is then visited.
@@ -56,7 +55,6 @@ class Feedback:
     advantage: Tensor
     reward_gradient: Tensor | None = None
     scale: Tensor | None = None
-    rewards: Tensor | None = None
     blocks: Tensor | None = None
     penalty: Penalty | None = None
 
@@ -137,11 +135,13 @@ class Sweep:
         adjoint = result.adjoint
         if last == rollout.num_steps - 1:
             adjoint = feedback.reward_gradient
+        # before the block's own graph is there: decoder, reward and the network's call for the prediction then have the memory alone
+        predictions = {step: self._predict(step, rollout, draw, feedback) for step in block}
         start = rollout.latents[first].detach().requires_grad_(carries)
         x, total = start, torch.zeros((), device=start.device, dtype=start.dtype)
         for step in block:
             mean, std = self.chain.transition(step, x, self.params)
-            total = total + self._local_surrogate(step, mean, std, rollout, draw, feedback, result)
+            total = total + self._local_surrogate(step, mean, std, predictions[step], rollout, draw, feedback, result)
             if feedback.penalty is not None:
                 with torch.set_grad_enabled(x.requires_grad):  # its parameters are not trained, but its input may carry the adjoint
                     reference = feedback.penalty.reference(step, x)
@@ -167,11 +167,30 @@ class Sweep:
                     "or ho_length, or use a wider precision"
                 )
 
+    def _predict(self, step: int, rollout: Rollout, draw: PlanDraw, feedback: Feedback) -> tuple[Tensor, Tensor] | None:
+        """c [N] and g [N, ...] at the output of a step; None if the step does not ask. 0 for samples without a reward."""
+        is_controlled = self.control_scale is not None and bool((draw.score[:, step] != 0).any())
+        if not is_controlled and not bool((draw.prediction[:, step] != 0).any()):
+            return None
+        if self.critic is None or feedback.scale is None:
+            raise ValueError("the plan asks the one-step prediction: it needs a critic and feedback.scale")
+        value, gradient = self.critic(step + 1, rollout.latents[step + 1])
+        has_reward = feedback.scale != 0  # without one, the prediction's may be NaN as well, and counts for nothing
+        value, gradient = torch.where(has_reward, value, 0.0), torch.where(_rows(has_reward, gradient) > 0, gradient, 0.0)
+        finite = torch.isfinite(gradient).flatten(1).all(1)
+        if not finite.all():
+            raise FloatingPointError(
+                f"step {step}: the gradient of the predicted reward is not finite for {int((~finite).sum())} of {len(finite)} samples; look "
+                "for sqrt, log or a norm at 0 in the reward, or use a wider precision"
+            )
+        return value, gradient
+
     def _local_surrogate(
         self,
         step: int,
         mean: Tensor,
         std: Tensor,
+        predicted: tuple[Tensor, Tensor] | None,
         rollout: Rollout,
         draw: PlanDraw,
         feedback: Feedback,
@@ -184,13 +203,9 @@ class Sweep:
         is_scored = bool((score != 0).any())
         if is_scored and feedback.penalty is not None:
             advantage = advantage - feedback.penalty.weight * feedback.penalty.to_go[:, step]
-        if (is_scored and self.control_scale is not None) or (prediction != 0).any():
-            if self.critic is None or feedback.scale is None:
-                raise ValueError("the plan asks the one-step prediction: it needs a critic and feedback.scale")
-            value, gradient = self.critic(step + 1, rollout.latents[step + 1])
-            has_reward = feedback.scale != 0  # without one, the prediction's may be NaN as well, and counts for nothing
-            value = torch.where(has_reward, value, 0.0)
-            gradient = torch.where(_rows(has_reward, gradient) > 0, gradient, 0.0)
+        if predicted is not None:
+            assert feedback.scale is not None
+            value, gradient = predicted
             result.critic_values[step] = value
             if is_scored and self.control_scale is not None:
                 # alpha scales c; a sample's centre is the mean of the others' c, so it sees none of its own noise

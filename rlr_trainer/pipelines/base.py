@@ -310,6 +310,11 @@ class PipelineChain:
         timestep, conditioning = self.schedule.timesteps[step], self.conditioning.at(step)
         if params is self._parameters:
             return self.adapter.call(self.policy, x, timestep, conditioning)
+        if torch.is_grad_enabled() and getattr(self.bare_policy.denoiser, "is_gradient_checkpointing", False):
+            # A checkpointed block runs again in the backward pass, when the network would have its own tensors back.
+            if any(params[name].data_ptr() != p.data_ptr() for name, p in self._parameters.items()):
+                raise ValueError("gradient_checkpointing=True: the network cannot be differentiated at other weights than its own")
+            return self.adapter.call(self.bare_policy, x, timestep, conditioning)
 
         def policy(*args: Any, **kwargs: Any) -> Tensor:
             return functional_call(self.bare_policy, dict(params), args, kwargs)

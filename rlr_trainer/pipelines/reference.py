@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class ReferencePolicy:
         use_lora: whether LoRA weights alone are trained.
         dtype: of the frozen copy.
         autocast: precision of the run's forward passes.
+        checkpointing: whether the frozen copy, too, is to rerun its blocks in place of keeping their activations.
     """
 
     def __init__(
@@ -32,11 +34,14 @@ class ReferencePolicy:
         device: torch.device,
         dtype: torch.dtype,
         autocast: Callable[[], AbstractContextManager],
+        checkpointing: bool = False,
     ) -> None:
         self.policy, self.autocast = policy, autocast
         self.copy: Policy | None = None
         if not use_lora:
             self.copy = Policy(copy.deepcopy(policy.denoiser).requires_grad_(False).eval())
+            if checkpointing:
+                self.copy.gradient_checkpointing_enable()
             cast_frozen(self.copy, device, dtype)
 
     @contextlib.contextmanager
@@ -60,7 +65,39 @@ class ReferencePolicy:
         chain = chain.under(self.policy if self.copy is None else self.copy)
 
         def transition(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            with self.autocast(), contextlib.nullcontext() if self.copy is not None else self._without_lora():
+            def run(x: Tensor) -> tuple[Tensor, Tensor]:
                 return chain.transition(step, x, chain.parameters())
 
+            if self.copy is None and x.requires_grad and getattr(self.policy.denoiser, "is_gradient_checkpointing", False):
+                # a checkpointed block runs again in the backward pass, when the LoRA layers would be on again
+                return _Rerun.apply(x, run, self._as_reference)
+            with self._as_reference():
+                return run(x)
+
         return transition
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        with self.autocast(), contextlib.nullcontext() if self.copy is not None else self._without_lora():
+            yield
+
+
+class _Rerun(torch.autograd.Function):
+    """(mean, std) of `run` at x, keeping no graph: the backward pass runs it again, forward and backward inside `context`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], tuple[Tensor, Tensor]], context: Any) -> tuple[Tensor, Tensor]:
+        ctx.run, ctx.context = run, context
+        ctx.save_for_backward(x)
+        with context():
+            mean, std = run(x)
+        ctx.mark_non_differentiable(std)  # of the schedule, the same at every x
+        return mean, std
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_(True)
+        with ctx.context(), torch.enable_grad():
+            mean, _ = ctx.run(x)
+            (gradient,) = torch.autograd.grad(mean, x, gradients[0])
+        return gradient, None, None

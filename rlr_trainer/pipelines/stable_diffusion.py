@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rlr_trainer.pipelines.base import PipelineAdapter
@@ -69,9 +70,10 @@ class StableDiffusionAdapter(PipelineAdapter):
         return {"encoder_hidden_states": embeddings}
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [N, 3, H, W], float32 in [0, 1]."""
+        """Pictures [N, 3, H, W], float32 in [0, 1]; in the VAE's own precision, within autocast too."""
         vae = self.pipeline.vae
-        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        with torch.autocast(latents.device.type, enabled=False):
+            images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def save_lora(self, directory: str | Path) -> None:

@@ -161,7 +161,12 @@ class Charts:
         several = len(self.runs) > 1
         make = {axis: self._series(name, axis, several) for axis in AXES}
         log = any(part in name for part in MAY_BE_LOG) and _spans(np.concatenate(known))
-        return self._assemble(_title(name), make, log, wide)
+        gaps = (
+            0
+            if name.startswith("fixed/")
+            else sum(table.not_finite.get(name, 0) for run in self.runs for table in (run.train, run.evals))
+        )
+        return self._assemble(_title(name), make, log, wide, gaps)
 
     def _series(self, name: str, axis: str, several: bool) -> list[Series]:
         found = []
@@ -185,7 +190,7 @@ class Charts:
         x = np.interp(steps, [0.0, *run.train.steps[known]], [0.0, *column[known]])
         return x / self.time_unit if axis == "seconds" else x
 
-    def _assemble(self, title: str, series: dict[str, list[Series]], log: bool, wide: bool = False) -> Figure:
+    def _assemble(self, title: str, series: dict[str, list[Series]], log: bool, wide: bool = False, gaps: int = 0) -> Figure:
         labels = {"updates": "updates", "queries": "reward queries", "seconds": f"training time [{self.time_name}]"}
         variants, outside = [], 0
         windows = {s.line.window for s in series["updates"] if not s.markers}
@@ -205,6 +210,7 @@ class Charts:
         most = max(windows, default=1)
         caption = [f"Smoothed over {'up to ' if len(windows) > 1 else ''}{most:,} log lines."] if most > 1 else []
         caption += [f"{outside} value{'s' if outside > 1 else ''} outside the axis."] if outside else []
+        caption += [f"{gaps} value{'s that are' if gaps > 1 else ' that is'} not finite left out."] if gaps else []
         return Figure(title, variants, " ".join(caption))
 
     def _draw(self, lines: list[Series], *, title: str, x_label: str, size: tuple[int, int], log: bool) -> Drawing:

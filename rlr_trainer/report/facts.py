@@ -129,12 +129,14 @@ def remarks_of(run: Run, facts: Facts) -> list[Remark]:
 
 def _broken(run: Run, facts: Facts) -> list[Remark | None]:
     bad = {name: count for name, count in run.train.not_finite.items() if name in ("reward", "loss", "grad_norm", "kl")}
+    last = run.train.steps[~np.isnan(run.train.columns["reward"])][-1] if "reward" in bad else facts.updates
+    ends_early = f"The last finite reward is that of update {last:.0f}: what this page calls the end is there. "
     share, share_text = facts.dropped_share, wording.number(100 * (facts.dropped_share or 0), 2)
     return [
         Remark(
             "Values that are not finite",
-            f"{', '.join(f'{name} in {count} log lines' for name, count in bad.items())}. Lower the learning rate, or look for a "
-            "reward or a precision that overflows.",
+            f"{', '.join(f'{name} in {count} log lines' for name, count in bad.items())}. {ends_early if last < facts.updates else ''}Lower the "
+            "learning rate, or look for a reward that fails or a precision that overflows.",
         )
         if bad
         else None,
@@ -147,8 +149,8 @@ def _broken(run: Run, facts: Facts) -> list[Remark | None]:
         else None,
         Remark(
             "No closing line",
-            f"The run has not logged its end: it is still running, or was stopped after update {facts.updates}. It resumes with "
-            "resume_from_checkpoint if it saved a checkpoint.",
+            f"The run has not logged its end: it is still running, or was stopped after update {facts.updates}. If it saved a "
+            "checkpoint, it goes on with --resume (resume_from_checkpoint=True).",
         )
         if run.closing is None
         else None,

@@ -93,7 +93,7 @@ def line_chart(
     frame = _Frame(gutter, width - labels, 10, height - 40, x_range, y_range, log)
     bottom, top = (10.0**r if log else r for r in y_range)
     outside = sum(int(((s.line.raw_y < bottom) | (s.line.raw_y > top)).sum()) for s in series)
-    parts = [_axes(frame, marks, x_label, width, height)]
+    parts = [_axes(frame, marks, x_label, width, height, whole=bool((x == np.round(x)).all()))]
     parts.append(
         Markup('<clipPath id="{}"><rect x="{}" y="{}" width="{}" height="{}"/></clipPath>').format(
             identity,
@@ -183,7 +183,8 @@ def _power(exponent: float) -> str:
     return number(10.0**exponent, 1) if -3 <= exponent <= 4 else f"1e{exponent:.0f}"
 
 
-def _axes(frame: _Frame, marks: list[tuple[float, str]], x_label: str, width: int, height: int) -> Markup:
+def _axes(frame: _Frame, marks: list[tuple[float, str]], x_label: str, width: int, height: int, whole: bool = False) -> Markup:
+    """Axes with their marks; `whole`: the x axis counts something, so that marks between whole numbers mean nothing."""
     parts = []
     for value, text in marks:
         y = _px(float(frame.y(np.array([value]))[0]))
@@ -191,7 +192,7 @@ def _axes(frame: _Frame, marks: list[tuple[float, str]], x_label: str, width: in
         parts.append(
             Markup('<text class="tick" x="{}" y="{}" dy=".32em" text-anchor="end">{}</text>').format(_px(frame.left - 6), y, text)
         )
-    values = ticks(*frame.x_range, max(3, width // 110))
+    values = [value for value in ticks(*frame.x_range, max(3, width // 110)) if not whole or value == round(value)]
     step = values[1] - values[0] if len(values) > 1 else 1.0
     for value in values:
         x = _px(float(frame.x(np.array([value]))[0]))

@@ -13,6 +13,7 @@ from rlr_trainer.report.series import Mean, ends
 
 NAMES_OF_PLACES = {"output_dir", "logging_dir", "run_name", "overwrite"}  # differ between any two runs
 MEGABYTE = 2**20
+UNKNOWN = "\N{EN DASH}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +64,29 @@ def comparison(runs: list[Run], facts: list[Facts]) -> Table:
 def differing_settings(runs: list[Run]) -> Table | None:
     """The options that are not the same in all runs that recorded them, and changed ones that some run does not know; None if fewer
     than two runs recorded any."""
-    recorded = [run.options or run.changed for run in runs]
+    recorded = [run.options | run.changed for run in runs]
     if sum(bool(options) for options in recorded) < 2:
         return None
     names = sorted({name for options in recorded for name in options} - NAMES_OF_PLACES)
+    own = {name for run in runs for name in run.options}
     rows = []
     for name in names:
-        cells = [wording.value_text(options[name]) if name in options else "\N{EN DASH}" for options in recorded]
-        known = {cell for cell, options in zip(cells, recorded, strict=True) if name in options}
-        unique = any(name in run.changed for run in runs) and any(options and name not in options for options in recorded)
+        cells = [_option_cell(run, options, name, name in own) for run, options in zip(runs, recorded, strict=True)]
+        known = {cell for cell in cells if cell != UNKNOWN}
+        unique = any(name in run.changed for run in runs) and any(
+            options and cell == UNKNOWN for options, cell in zip(recorded, cells, strict=True)
+        )
         if len(known) > 1 or unique:
             rows.append([name, *cells])
     notes = [] if rows else ["All recorded options are the same."]
     return Table(["option", *(wording.letters(i) for i in range(len(runs)))], rows, notes)
+
+
+def _option_cell(run: Run, options: dict[str, Any], name: str, is_own: bool) -> str:
+    """Of the options that come from TrainingArguments (not this library's own) a run records those that were changed alone."""
+    if name in options:
+        return wording.value_text(options[name])
+    return UNKNOWN if is_own or not isinstance(run.info.get("changed"), dict) else "default"
 
 
 def settings(options: dict[str, Any]) -> Table:

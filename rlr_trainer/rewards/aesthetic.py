@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from rlr_trainer.rewards.clip import CLIP_L14, image_embeddings
@@ -34,7 +35,15 @@ class ScoreHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features).squeeze(-1)
+        return self.layers(features.to(next(self.parameters()).dtype)).squeeze(-1)
+
+
+def cast_all_but_head(model: Any, dtype: torch.dtype) -> None:
+    """Parameters to `dtype`, those of `model.head` at least to float32: in bfloat16, scores around 5 would be multiples of 1/32."""
+    head: nn.Module = model.head
+    model.head = nn.Identity()
+    model.to(dtype=dtype)
+    model.head = head.to(dtype=torch.promote_types(dtype, torch.float32))
 
 
 class _AestheticModel(nn.Module):
@@ -68,9 +77,11 @@ class AestheticScore(NeuralReward):
     ) -> None:
         super().__init__(_AestheticModel(clip, head), preprocess, name=name, **options)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        cast_all_but_head(self.model, dtype)
+
     def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
-        embeddings = image_embeddings(self.model, pixels)
-        return self.model.head(embeddings.to(self.parameter.dtype)).to(embeddings.dtype)
+        return self.model.head(image_embeddings(self.model, pixels))
 
     @classmethod
     def from_pretrained(

@@ -12,7 +12,7 @@ import inspect
 import queue
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any
 
 import torch
@@ -66,10 +66,14 @@ def invoke(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], 
     Raises:
         RewardTimeoutError: it did not return in time.
     """
-    if timeout is None:
+
+    def call() -> Any:
         returned = function(*arguments)
-    else:
-        returned = _within(name, _in_thread(lambda: function(*arguments)), timeout)
+        if isinstance(returned, tuple):  # DDPOTrainer's asynchronous rewards had to be futures
+            return tuple(part.result() if isinstance(part, Future) else part for part in returned)
+        return returned
+
+    returned = call() if timeout is None else _within(name, _in_thread(call), timeout)
     if not inspect.isawaitable(returned):
         return returned
     future = asyncio.run_coroutine_threadsafe(_outcome(returned), _event_loop())
@@ -103,6 +107,8 @@ def settle(future: Future[Any], work: Callable[[], Any]) -> None:
     """Does the work and puts its result, or what it raised, into the future."""
     try:
         future.set_result(work())
+    except asyncio.CancelledError as error:  # no `Exception`: unheard of, it would end the thread and leave the caller waiting
+        future.set_exception(CancelledError(*error.args))
     except (Exception, *STOPPING) as error:
         future.set_exception(error)
 

@@ -65,12 +65,13 @@ class CosineReward(NeuralReward):
         name: str,
         **options: Unpack[ModelOptions],
     ) -> None:
+        self.logit_scale = float(model.logit_scale.detach().exp())  # before the model may become bfloat16: 99 there instead of 100
         super().__init__(model, preprocess, name=name, **options)
         self.tokenizer = tokenizer
         self.prompt_cache = PromptCache(self._encode)
 
     def conditions(self, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
-        return self.prompt_cache(prompts)
+        return self.prompt_cache(prompts, self.parameter.device)
 
     def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
         assert conditions is not None
@@ -84,9 +85,6 @@ class CosineReward(NeuralReward):
         length = self.model.config.text_config.max_position_embeddings
         tokens = token_ids(self.tokenizer, prompts, length, pad_to_length=False).to(self.parameter.device)
         return text_embeddings(self.model, tokens["input_ids"], tokens["attention_mask"])
-
-    def _moved(self) -> None:
-        self.prompt_cache.clear()
 
 
 class CLIPScore(CosineReward):
@@ -135,7 +133,7 @@ class PickScore(CosineReward):
     HUB_ID = "yuvalkirstain/PickScore_v1"
 
     def from_cosine(self, cosine: Tensor) -> Tensor:
-        return self.model.logit_scale.exp().to(cosine) * cosine
+        return self.logit_scale * cosine
 
     @classmethod
     def from_pretrained(

@@ -44,7 +44,7 @@ class JsonClient:
 
     An attempt that fails for a reason that may pass (no connection, no answer in time, one of `RETRIED_STATUSES`) is followed by
     another, after `backoff * 2^i` seconds, i = 0, 1, ..., times a random factor between 0.5 and 1 so that several processes do not
-    come back at once, or after the `Retry-After` that the endpoint asks for; never more than a minute.
+    come back at once; not before the `Retry-After` that the endpoint asks for; never after more than a minute.
 
     Args:
         url: of the endpoint, http or https. Proxies are taken from the environment, except for addresses of this machine.
@@ -109,9 +109,8 @@ class JsonClient:
         raise RemoteRewardError(message, self.url, failure.status, attempt)
 
     def _delay(self, attempt: int, retry_after: float | None) -> float:
-        if retry_after is not None:
-            return min(retry_after, MAX_DELAY)
-        return min(self.backoff * 2 ** (attempt - 1), MAX_DELAY) * self._random.uniform(0.5, 1)
+        own = min(self.backoff * 2.0 ** min(attempt - 1, 64), MAX_DELAY) * self._random.uniform(0.5, 1)
+        return min(max(own, retry_after or 0.0), MAX_DELAY)
 
     def _attempt(self, body: bytes) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "rlr-trainer"}

@@ -23,7 +23,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from rlr_trainer.rewards.aesthetic import ScoreHead
+from rlr_trainer.rewards.aesthetic import ScoreHead, cast_all_but_head
 from rlr_trainer.rewards.neural import ModelOptions, NeuralReward, PromptCache, token_ids
 from rlr_trainer.rewards.preprocessing import ImagePreprocessor
 from rlr_trainer.rewards.weights import WeightsError, companion, find_file, load_strictly, load_tokenizer, read_state_dict
@@ -61,8 +61,7 @@ class ImageRewardModel(nn.Module):
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         picture = self.vision(pixel_values=pixels).last_hidden_state
         read = self.text(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=picture)
-        raw = self.head(read.last_hidden_state[:, 0])
-        return (raw.to(torch.promote_types(raw.dtype, torch.float32)) - SCORE_MEAN) / SCORE_STD
+        return (self.head(read.last_hidden_state[:, 0]) - SCORE_MEAN) / SCORE_STD
 
 
 class ImageReward(NeuralReward):
@@ -99,9 +98,12 @@ class ImageReward(NeuralReward):
         self.tokenizer = tokenizer
         self.prompt_cache = PromptCache(self._tokens)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        cast_all_but_head(self.model, dtype)
+
     def conditions(self, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
         """Tokens and mask, [B, 2, 35]."""
-        return self.prompt_cache(prompts).to(self.parameter.device)
+        return self.prompt_cache(prompts, self.parameter.device)
 
     def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
         assert conditions is not None

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import numbers
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from rlr_trainer.estimators.first_order import NON_DIFFERENTIABLE, NonDifferentiableRewardError
 from rlr_trainer.rewards.calling import Workers, invoke, is_coroutine_function, is_groupwise, settle
-from rlr_trainer.rewards.values import RewardError, check_values, merge_notes, split_returned
+from rlr_trainer.rewards.values import RewardError, check_finite, check_values, depends_on, graph_node, merge_notes, split_returned
 
 __all__ = ["RewardCalls", "RewardError", "RewardFunction", "RewardResult", "Rewards"]
 
@@ -97,7 +99,7 @@ class Rewards:
 
     Raises:
         TypeError: something that cannot be called.
-        ValueError: no function, or another number of weights than functions.
+        ValueError: no function, another number of weights than functions, or a weight that is no finite number.
     """
 
     def __init__(
@@ -123,6 +125,8 @@ class Rewards:
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
         if len(self.weights) != len(self.functions):
             raise ValueError(f"reward_weights has {len(self.weights)} entries for {len(self.functions)} reward functions")
+        if not all(isinstance(weight, numbers.Real) and math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"reward_weights={self.weights}: must be finite numbers")
         if on_error not in ON_ERROR_NAMES:
             raise ValueError(f"on_error={on_error!r}: must be one of {', '.join(ON_ERROR_NAMES)}")
         self.names = _unique_names(self.functions)
@@ -158,7 +162,8 @@ class Rewards:
 
         Raises:
             RewardError: a function failed, took too long, or returned a wrong length, shape or type; names it and the prompts.
-            NonDifferentiableRewardError: `differentiable` and a reward without a graph; names it.
+            NonDifferentiableRewardError: `differentiable` and a reward without a graph from the images; names it.
+            FloatingPointError: images that are not finite.
         """
         calls = RewardCalls(self)
         try:
@@ -168,11 +173,15 @@ class Rewards:
             calls.close()
 
     def combine(self, values: Tensor, failed: Tensor) -> Tensor:
-        """Weighted sum over the rewards that apply, [K, B] -> [B]; NaN where none does, or where `failed` (bool [B])."""
+        """Weighted sum over the rewards that apply, [K, B] -> [B]; NaN where none does, or where `failed` (bool [B]).
+
+        A reward of weight 0 is only logged: where no other applies, the sum is NaN, too.
+        """
         weighted = torch.stack([weight * value for weight, value in zip(self.weights, values, strict=True)])
         applies = ~torch.isnan(weighted)
         total = torch.where(applies, weighted, 0.0).sum(0)
-        return torch.where(applies.any(0) & ~failed, total, torch.nan)
+        counts = [bool(weight) or not any(self.weights) for weight in self.weights]
+        return torch.where(applies[counts].any(0) & ~failed, total, torch.nan)
 
     def count_failure(self, name: str, count: int, error: Exception) -> None:
         """Takes down a call that failed, and warns of the first few and then ever more rarely."""
@@ -240,6 +249,7 @@ class RewardCalls:
         reason = rewards.without_graph() if differentiable else None
         if reason is not None:
             raise NonDifferentiableRewardError(f"{reason}, or choose a plan that needs no reward gradient: estimator='ddpo'")
+        check_finite(images, prompts, where)
         images = images if differentiable else images.detach()
         rewards.queries += len(prompts)
         self._sizes.append(len(prompts))
@@ -249,7 +259,7 @@ class RewardCalls:
             if not is_groupwise(function):
                 for start in range(0, len(prompts), size):
                     part = (images[start : start + size], prompts[start : start + size], metadata[start : start + size])
-                    self._begin(number, first + start, part, differentiable, where)
+                    self._begin(number, first + start, part, where, images if differentiable else None)
         if rewards.needs_groups:
             self._add_to_groups(batch, where)
 
@@ -269,19 +279,27 @@ class RewardCalls:
                 )
             for number, function in enumerate(self.rewards.functions):
                 if is_groupwise(function):
-                    self._begin(number, first + start, (images[group], prompts[group], metadata[group]), False, where)
+                    self._begin(number, first + start, (images[group], prompts[group], metadata[group]), where)
         self._waiting = [(images[whole:], prompts[whole:], metadata[whole:])] if whole < len(prompts) else []
 
     def _begin(
-        self, number: int, first: int, part: tuple[Tensor, tuple[str, ...], tuple[Any, ...]], differentiable: bool, where: str
+        self,
+        number: int,
+        first: int,
+        part: tuple[Tensor, tuple[str, ...], tuple[Any, ...]],
+        where: str,
+        whole: Tensor | None = None,
     ) -> None:
+        """With a graph if `whole` is given: the pictures of which the part is one."""
         rewards, name = self.rewards, self.rewards.names[number]
 
         def work() -> tuple[Tensor, Any]:
-            with torch.set_grad_enabled(differentiable):
+            origin = None if whole is None else graph_node(whole)
+            # as in training everywhere: a diagnosis calls from within autocast, and a thread with a time limit leaves it
+            with torch.autocast(part[0].device.type, enabled=False), torch.set_grad_enabled(whole is not None):
                 values, notes = split_returned(invoke(name, rewards.functions[number], part, rewards.timeout))
                 values = check_values(name, values, len(part[1]), part[0].device)
-            if differentiable and not values.requires_grad:
+            if whole is not None and not depends_on(values, origin):
                 raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}")
             return values, notes
 
@@ -378,9 +396,12 @@ def _shown(prompts: Sequence[str]) -> str:
 
 
 def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
+    own = [getattr(function, "__name__", None) or type(function).__name__ for function in functions]
     names: list[str] = []
-    for function in functions:
-        name = getattr(function, "__name__", None) or type(function).__name__
-        taken = sum(other == name or other.startswith(f"{name}_") for other in names)
-        names.append(f"{name}_{taken + 1}" if taken else name)
+    for name in own:
+        unique, number = name, 1
+        while unique in names or (number > 1 and unique in own):
+            number += 1
+            unique = f"{name}_{number}"
+        names.append(unique)
     return names

@@ -36,23 +36,21 @@ class PromptCache:
         self.computed = 0
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """[B, D], one row a prompt."""
+    def __call__(self, prompts: Sequence[str], device: torch.device | str) -> Tensor:
+        """[B, D], one row a prompt, on `device`; rows that were computed on another are brought there."""
         rows = {prompt: self._kept.pop(prompt, None) for prompt in dict.fromkeys(prompts)}
         new = [prompt for prompt, row in rows.items() if row is None]
         with torch.no_grad():
             for start in range(0, len(new), PROMPTS_PER_PASS):
                 part = new[start : start + PROMPTS_PER_PASS]
-                rows |= zip(part, self.encode(part), strict=True)
+                rows |= zip(
+                    part, (row.clone() for row in self.encode(part)), strict=True
+                )  # a view would keep those of the whole part
         self.computed += len(new)
         self._kept.update(rows)  # type: ignore[arg-type]
         while len(self._kept) > self.size:
             self._kept.popitem(last=False)
-        return torch.stack([rows[prompt] for prompt in prompts])  # type: ignore[misc]
-
-    def clear(self) -> None:
-        """Forgets all features, as their model has changed."""
-        self._kept.clear()
+        return torch.stack([rows[prompt].to(device) for prompt in prompts])  # type: ignore[union-attr]
 
 
 class ModelOptions(TypedDict, total=False):
@@ -106,10 +104,16 @@ class NeuralReward:
         self.recompute = recompute
         self.device = None if device is None else torch.device(device)
         self.__name__ = name
-        self.model.to(device=self.device, dtype=dtype)
+        self.model.to(device=self.device)
+        if dtype is not None:
+            self.cast(dtype)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.__name__!r}>"
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Brings the parameters to `dtype`."""
+        self.model.to(dtype=dtype)
 
     def conditions(self, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor | None:
         """What each sample is scored against, [B, ...], or None if pictures alone are scored."""
@@ -139,7 +143,6 @@ class NeuralReward:
         if self.device is None and self.parameter.device != images.device:
             with torch.inference_mode(False):  # parameters made in inference mode could not enter a graph later
                 self.model.to(images.device)
-            self._moved()
         device = self.parameter.device
         with torch.autocast(device.type, enabled=False):
             conditions = self.conditions(prompts, metadata)
@@ -165,9 +168,6 @@ class NeuralReward:
     def parameter(self) -> Tensor:
         """A parameter of the network, for its device and precision."""
         return next(self.model.parameters())
-
-    def _moved(self) -> None:
-        """Called after the network changed its device."""
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, *, pad_to_length: bool) -> Any:

@@ -99,7 +99,9 @@ class RemoteReward:
             rewards.extend(values)
             notes.append(note)
             counts.append(len(values))
-        return torch.tensor([torch.nan if value is None else value for value in rewards]), merge_notes(notes, counts)
+        return torch.tensor([torch.nan if value is None else value for value in rewards], dtype=torch.float32), merge_notes(
+            notes, counts
+        )
 
     def _row(self, number: int, row: Any) -> Any:
         if self.metadata_keys is not None:

@@ -1,4 +1,4 @@
-"""What reward functions return: one number per sample, in any numeric form, and notes beside them."""
+"""What reward functions get and return: finite pictures; one number per sample, in any numeric form, and notes beside them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,67 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 
 class RewardError(ValueError):
     """A reward failed, took too long, or returned something that is not one number per sample."""
 
 
+def check_finite(images: Tensor, prompts: Sequence[str], where: str) -> None:
+    """Refuses pictures with NaN, which a reward might take for "not applicable", and a JPEG file for black.
+
+    Args:
+        images: [B, ...].
+        prompts: B of them, for the message.
+        where: what the batch is, for the message.
+
+    Raises:
+        FloatingPointError: some are not finite; names their prompts.
+    """
+    finite = torch.isfinite(images).flatten(1).all(1)
+    if not finite.all():
+        bad = torch.nonzero(~finite)[:, 0].tolist()
+        raise FloatingPointError(
+            f"{len(bad)} of {len(images)} pictures to be scored have non-finite values ({f'in {where}, ' if where else ''}prompts "
+            f"{', '.join(f'{prompts[i]!r:.80}' for i in bad[:3])}): where they come out of the decoder, use a wider precision (bf16 or "
+            "float32 instead of fp16)"
+        )
+
+
+def graph_node(tensor: Tensor) -> Any:
+    """Where the tensor stands in the autograd graph; None without one."""
+    return get_gradient_edge(tensor).node if tensor.requires_grad else None
+
+
+def depends_on(values: Tensor, images: Any) -> bool:
+    """Whether a graph leads from the values to the images' node: one that ends at a network's own parameters does not."""
+    seen: set[Any] = set()
+    waiting = [graph_node(values)] if images is not None else []
+    while waiting:
+        node = waiting.pop()
+        if node is images:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
 def split_returned(returned: Any) -> tuple[Any, Any]:
-    """(rewards, notes) of what a function returned: a pair is taken apart, anything else has no notes."""
-    return returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
+    """(rewards, notes) of what a function returned: a pair is taken apart, anything else has no notes.
+
+    Two numbers are the rewards of two samples; a list is a pair if it ends with a dict.
+    """
+    if isinstance(returned, list):
+        is_pair = len(returned) == 2 and isinstance(returned[1], dict)
+    else:
+        is_pair = isinstance(returned, tuple) and len(returned) == 2 and not all(map(_is_number, returned))
+    return tuple(returned) if is_pair else (returned, {})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
 
 
 def check_values(name: str, values: Any, count: int, device: torch.device) -> Tensor:
@@ -49,12 +101,6 @@ def check_values(name: str, values: Any, count: int, device: torch.device) -> Te
 
 
 def _from_list(name: str, values: Sequence[Any]) -> Tensor:
-    if any(isinstance(value, Tensor) for value in values):
-        scalars = [torch.as_tensor(torch.nan if value is None else value) for value in values]
-        wrong = next((tuple(s.shape) for s in scalars if s.numel() != 1), None)
-        if wrong is not None:
-            raise RewardError(f"reward {name!r} returned a list with a tensor of shape {wrong}: each entry must be one number")
-        return torch.stack([scalar.reshape(()).float() for scalar in scalars])
     wrong_type = next(
         (v for v in values if v is not None and not isinstance(v, numbers.Real) and not hasattr(v, "__float__")), None
     )
@@ -62,6 +108,12 @@ def _from_list(name: str, values: Sequence[Any]) -> Tensor:
         raise RewardError(
             f"reward {name!r} returned a list with {wrong_type!r:.80} ({type(wrong_type).__name__}): each entry must be a number or None"
         )
+    if any(isinstance(value, Tensor) for value in values):
+        scalars = [torch.as_tensor(torch.nan if value is None else value) for value in values]
+        wrong = next((tuple(s.shape) for s in scalars if s.numel() != 1), None)
+        if wrong is not None:
+            raise RewardError(f"reward {name!r} returned a list with a tensor of shape {wrong}: each entry must be one number")
+        return torch.stack([scalar.reshape(()).float() for scalar in scalars])
     return torch.tensor([torch.nan if value is None else float(value) for value in values])
 
 

@@ -10,7 +10,7 @@ from toy_problems import NUM_STEPS, LinearProblem, NonlinearChain, estimate, non
 from rlr_trainer.chain import PerSampleChain
 from rlr_trainer.estimators import estimate_gradient
 from rlr_trainer.estimators.divergence import gaussian_divergence, leave_one_out_to_go, step_divergences
-from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.plan import EstimatorPlan, PlanError
 
 COEFFICIENT = 0.3
 T = NUM_STEPS
@@ -143,3 +143,10 @@ def test_zeroth_order_has_no_penalty():
             reference=problem.chain.parameters(),
             kl_coef=1.0,
         )
+
+
+def test_a_step_without_noise_has_no_penalty():
+    problem = LinearProblem.make(shared=False, stds=[0.5] * (T - 1) + [0.0])
+    plan = EstimatorPlan.from_preset("full_bp", T)
+    with pytest.raises(PlanError, match=f"reference: step {T - 1} of {T} adds no noise"):
+        estimate_gradient(problem.chain, problem.reward, plan, 8, seeded(0), reference=problem.chain.parameters(), kl_coef=1.0)

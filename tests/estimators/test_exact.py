@@ -41,7 +41,7 @@ from rlr_trainer.estimators import (
     zeroth_order,
 )
 from rlr_trainer.estimators.advantages import ADVANTAGES
-from rlr_trainer.estimators.prediction import leave_one_out_mean
+from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, leave_one_out_mean
 from rlr_trainer.plan import PRESETS, EstimatorPlan, PlanDraw
 
 gradient_module = sys.modules["rlr_trainer.estimators.gradient"]
@@ -189,6 +189,16 @@ def test_reward_and_gradient():
     assert not values.requires_grad and not x.requires_grad
 
 
+def test_a_loss_scale_keeps_small_gradients_of_a_part_in_half_precision():
+    def reward(x):
+        return 3e-8 * x.half().float().sum(1)
+
+    x = torch.ones(2, 3)
+    lost, kept = (reward_and_gradient(reward, x, scale)[1] for scale in (1.0, FP16_LOSS_SCALE))
+    assert not torch.allclose(lost, torch.full_like(x, 3e-8), rtol=0.5, atol=0)
+    torch.testing.assert_close(kept, torch.full_like(x, 3e-8), rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["no graph", "graph of the reward model only"])
 def test_a_black_box_reward_is_refused_where_its_gradient_is_needed(kind):
     weight = torch.ones(2, dtype=torch.float64, requires_grad=kind != "no graph")
@@ -316,7 +326,7 @@ def feedback_of(chain, reward, rollout, seed: int = 0) -> Feedback:
     """Advantages and scales that differ from sample to sample, to see each in its place."""
     rewards, gradient = reward_and_gradient(reward, rollout.sample)
     scale = 1 + 0.3 * normal(len(rewards), seed=seed).abs().to(rewards)
-    return Feedback((rewards - 0.2) * scale, gradient * scale[:, None], scale, rewards)
+    return Feedback((rewards - 0.2) * scale, gradient * scale[:, None], scale)
 
 
 def fitted_scale(num_steps: int) -> ControlVariateScale:
@@ -739,7 +749,8 @@ def test_an_antithetic_pair_shares_its_choices_and_is_left_out_of_its_baseline_t
 def one_by_one(rewards: list[float], groups: list[int], blocks: list[int]) -> list[float]:
     values = []
     for i, reward in enumerate(rewards):
-        others = [r for j, r in enumerate(rewards) if groups[j] == groups[i] and blocks[j] != blocks[i] and not math.isnan(r)]
+        there = [j for j, r in enumerate(rewards) if blocks[j] != blocks[i] and not math.isnan(r)]
+        others = [rewards[j] for j in there if groups[j] == groups[i]] or [rewards[j] for j in there]
         baseline = sum(others) / len(others) if others else 0.0
         values.append(0.0 if math.isnan(reward) else reward - baseline)
     return values
@@ -761,6 +772,14 @@ def test_leave_one_out_is_the_mean_of_the_others(rewards, data):
         expected = one_by_one(rewards, given_groups or [0] * size, given_blocks or alone)
         torch.testing.assert_close(result.values, torch.tensor(expected, dtype=torch.float64), **EXACT)
         assert torch.equal(result.scale, (~torch.isnan(tensor)).double())
+
+
+def test_a_group_with_nobody_to_compare_with_has_the_other_groups_as_its_baseline():
+    """A sample whose group was dropped, or shares its randomness, must not enter with its whole reward, 20 times an advantage."""
+    rewards, groups = torch.tensor([20.0, NAN, 21.0, 23.0]), torch.tensor([0, 0, 1, 1])
+    assert leave_one_out(rewards, groups).values.tolist() == [-2.0, 0.0, -2.0, 2.0]
+    pairs = torch.tensor([20.0, 21.0, 23.0, 23.0])  # antithetic pairs that are their groups: nobody else in either
+    assert leave_one_out(pairs, groups, groups).values.tolist() == [-3.0, -2.0, 2.5, 2.5]
 
 
 def test_the_batches_of_these_tests_are_batches():
@@ -827,6 +846,13 @@ def test_integer_rewards_are_rewards(name):
 def test_a_batch_without_any_reward_has_no_advantage(name):
     result = ADVANTAGES[name](torch.tensor([NAN, NAN]), None, None)
     assert result.values.tolist() == result.scale.tolist() == [0.0, 0.0]
+
+
+def test_per_prompt_statistics_that_can_never_be_used_are_said(caplog):
+    PerPromptStatistics(buffer_size=8, min_count=8)
+    assert not caplog.records
+    PerPromptStatistics(buffer_size=8, min_count=9)
+    assert "per_prompt_min_count=9 is more than per_prompt_buffer_size=8" in caplog.text
 
 
 def test_per_prompt_statistics_by_hand():
@@ -962,6 +988,20 @@ def test_an_adjoint_that_overflows_names_its_step():
     gradient = torch.full((2, 2), float("inf"), dtype=torch.float64)
     with pytest.raises(FloatingPointError, match=r"step 3: the adjoint, shape \(2, 2\)"):
         swept(chain, nonlinear_reward, rollout, EstimatorPlan(4, fo_steps=2).draw(2), Feedback(gradient[:, 0], gradient))
+
+
+def test_a_predicted_reward_without_a_finite_gradient_names_its_step():
+    """An infinite slope at a clean sample that the chain predicts, not at one that it makes."""
+    chain = NonlinearChain()
+    rollout = sample_chain(chain, 2, seeded(0))
+    target = chain.predict_clean(1, rollout.latents[1], chain.parameters())
+
+    def reward(x):
+        return (x - target).abs().sqrt().sum(1)
+
+    ones = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(FloatingPointError, match=r"step 0: the gradient of the predicted reward is not finite for 2 of 2"):
+        swept(chain, reward, rollout, EstimatorPlan.from_preset("sqdf", 4).draw(2), Feedback(ones, scale=ones))
 
 
 def test_estimate_gradient_refuses_what_cannot_be():

@@ -95,8 +95,8 @@ def critic_through_parameters():
     """c is differentiated through the parameters of the prediction as well as through its input."""
 
     def make(real):
-        def surrogate(self, step, mean, std, rollout, draw, feedback, result):
-            total = real(self, step, mean, std, rollout, draw, feedback, result)
+        def surrogate(self, step, mean, std, predicted, rollout, draw, feedback, result):
+            total = real(self, step, mean, std, predicted, rollout, draw, feedback, result)
             clean = predict_clean(self.chain, step + 1, rollout.latents[step + 1], self.params)
             return total + (draw.score[:, step].to(mean) * feedback.scale * REWARDS[0](clean)).sum()
 

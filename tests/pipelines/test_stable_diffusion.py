@@ -44,6 +44,16 @@ def test_sampling_equals_the_pipelines_own(pipeline, monkeypatch, guidance, pred
     torch.testing.assert_close(adapter.decode(rollout.sample).detach(), images, rtol=0, atol=2e-4)
 
 
+def test_pictures_are_decoded_in_the_decoders_precision_within_autocast_too(pipeline):
+    """A diagnosis decodes there. In float16 a VAE overflows, which is why the trainer keeps it in float32."""
+    adapter = adapt(pipeline)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = adapter.decode(latents)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(adapter.decode(latents), expected)
+
+
 def test_any_height_and_width(pipeline):
     adapter = adapt(pipeline)
     assert adapter.latent_shape(None, None) == (4, 8, 8)

@@ -364,6 +364,35 @@ def test_a_hung_reward_does_not_keep_the_program_alive(options):
 # ---- failures ----
 
 
+@pytest.mark.parametrize("options", [{}, {"timeout": 5.0}, {"asynchronous": True}], ids=str)
+def test_a_cancelled_task_in_a_reward_is_a_failure_like_others(options):
+    """asyncio.CancelledError is no Exception: in a thread nobody would hear of it."""
+
+    def reward(images, prompts, metadata):
+        if metadata[0] == 0:
+            raise asyncio.CancelledError("by the server")
+        return number(images, prompts, metadata)
+
+    def totals(on_error):
+        results: list = []
+        thread = threading.Thread(target=lambda: results.extend(attempt(on_error)), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert results, "the caller waits for ever"
+        return results
+
+    def attempt(on_error):
+        try:
+            return [result.total for result in score(reward, batch(1, 0), batch(1, 1), on_error=on_error, **options)]
+        except RewardError as error:
+            return [str(error)]
+
+    assert totals("raise")[0].startswith("reward 'reward' raised CancelledError: by the server (")
+    skipped, other = totals("skip")
+    assert torch.isnan(skipped).all()
+    assert other.tolist() == [1]
+
+
 def test_the_message_names_reward_place_and_prompts_and_keeps_the_cause():
     def broken(images, prompts, metadata):
         raise ConnectionError("no route")

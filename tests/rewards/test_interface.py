@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 
+from rlr_trainer.estimators import NonDifferentiableRewardError
 from rlr_trainer.rewards import RewardError, Rewards, jpeg_compressibility, jpeg_incompressibility
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -60,6 +62,100 @@ def test_graph_is_attached_exactly_when_asked_for():
     assert Rewards(reward)(images, *BATCH[1:], differentiable=True).total.requires_grad
     assert not Rewards(reward)(images, *BATCH[1:], differentiable=False).total.requires_grad
     assert seen == [(True, True), (False, False)]
+
+
+@pytest.mark.parametrize("options", [{}, {"timeout": 5.0}, {"asynchronous": True}], ids=str)
+def test_rewards_are_computed_in_full_precision_within_autocast_too(options):
+    """A diagnosis calls them there, training does not: both must see the same numbers."""
+
+    def reward(images, prompts, metadata):
+        return (images.flatten(1) @ torch.ones(768, 1))[:, 0]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = Rewards(reward, **options)(*BATCH, differentiable=False).total
+    torch.testing.assert_close(total, IMAGES.sum((1, 2, 3)))
+
+
+def detached(images, prompts, metadata):
+    """A graph, but only to a network's own parameters."""
+    return torch.nn.Linear(3, 1)(images.detach().mean((2, 3)))[:, 0]
+
+
+def test_each_of_several_rewards_must_have_a_graph_from_the_pictures():
+    images = IMAGES.clone().requires_grad_(True)
+    for size in (None, 2):
+        rewards = Rewards([lambda i, p, m: i.mean((1, 2, 3)), detached], batch_size=size)
+        with pytest.raises(NonDifferentiableRewardError, match="reward 'detached'"):
+            rewards(images, *BATCH[1:], differentiable=True)
+        assert not rewards(images, *BATCH[1:], differentiable=False).total.requires_grad
+
+
+def test_a_graph_is_found_however_the_reward_goes_about_its_pictures():
+    def in_place_before(images, prompts, metadata):
+        return images.clamp_(0.1, 0.9).mean((1, 2, 3))
+
+    def in_place_after(images, prompts, metadata):
+        values = images.sum((1, 2, 3))
+        images.zero_()
+        return values
+
+    def recomputed(images, prompts, metadata):
+        return checkpoint(lambda x: x.square().mean((1, 2, 3)), images, use_reentrant=True)
+
+    for function in (in_place_before, in_place_after, recomputed):
+        latents = IMAGES.clone().requires_grad_(True)
+        Rewards(function, batch_size=2)(latents * 1.0, *BATCH[1:], differentiable=True).total.sum().backward()
+        assert latents.grad.flatten(1).abs().max(1).values.min() > 0
+
+
+def named(name):
+    def reward(images, prompts, metadata):
+        return [1.0] * len(prompts)
+
+    reward.__name__ = name
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("given", "unique"),
+    [
+        (["score_2", "score", "score"], ["score_2", "score", "score_3"]),
+        (["score", "score", "score_2"], ["score", "score_3", "score_2"]),
+        (["digit_seven", "digit"], ["digit_seven", "digit"]),
+    ],
+)
+def test_names_are_made_unique(given, unique):
+    rewards = Rewards([named(name) for name in given])
+    assert rewards.names == unique
+    assert list(rewards(*BATCH, differentiable=False).parts) == unique
+
+
+def test_a_reward_of_weight_0_is_only_logged():
+    def some(*batch):
+        return [1.0, None, 3.0]
+
+    result = Rewards([some, named("logged")], [2.0, 0.0])(*BATCH, differentiable=False)
+    assert result.total[[0, 2]].tolist() == [2.0, 6.0]
+    assert torch.isnan(result.total[1])  # and not 0 * 1
+    assert result.parts["logged"].tolist() == [1.0, 1.0, 1.0]
+    assert Rewards([named("a"), named("b")], [0.0, 0])(*BATCH, differentiable=False).total.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None])
+def test_weights_are_finite_numbers(weight):
+    with pytest.raises(ValueError, match=r"reward_weights=\[1.0, .*must be finite numbers"):
+        Rewards([named("a"), named("b")], [1.0, weight])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_pictures_that_are_not_finite_are_no_missing_rewards(value, on_error):
+    """As of a decoder in float16 that overflows. A mean of NaN would say "not applicable", and a JPEG file shows black."""
+    images = IMAGES.clone()
+    images[1, 0, 3, 3] = value
+    for reward in (jpeg_compressibility, lambda i, p, m: i.mean((1, 2, 3))):
+        with pytest.raises(FloatingPointError, match=r"1 of 3 pictures .*non-finite values \(in batch 5, prompts 'b'\)"):
+            Rewards(reward, on_error=on_error)(images, *BATCH[1:], differentiable=False, where="batch 5")
 
 
 def test_queries_are_counted():

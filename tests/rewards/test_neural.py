@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 
 import pytest
 import tiny_rewards
@@ -133,6 +134,25 @@ def test_half_precision_weights_score_alike(loaded, pictures):
     torch.testing.assert_close(scores, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["aesthetic", "image_reward"])
+def test_half_precision_does_not_round_the_scores_of_a_head(name, tmp_path):
+    """In bfloat16 scores around 5 would be multiples of 1/32, far apart for an advantage."""
+    reward = LOADERS[name](tmp_path / "model", dtype=torch.bfloat16)
+    reward.model.head.layers[-1].bias.fill_(5.0)
+    pictures = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    scores = reward(pictures, ("seven",) * 16, ({},) * 16)
+    assert len(scores.unique()) == 16
+    assert reward.parameter.dtype == torch.bfloat16
+
+
+def test_half_precision_leaves_pickscores_scale(tmp_path):
+    folder = tiny_rewards.clip_folder(tmp_path)
+    exact, half = (PickScore.from_pretrained(folder, dtype=dtype) for dtype in (None, torch.bfloat16))
+    cosine = torch.tensor([0.2])
+    assert half.from_cosine(cosine).item() == exact.from_cosine(cosine).item()
+    assert exact.from_cosine(cosine).item() == pytest.approx(0.2 * math.exp(2.6592), rel=1e-4)  # transformers' initial scale
+
+
 def test_wrong_batches_are_refused(loaded, pictures):
     name, _, reward = loaded
     with pytest.raises(ImageRangeError, match=f"reward '{name}': images has values from"):
@@ -199,15 +219,30 @@ def test_the_cache_keeps_the_last_used():
         return torch.tensor([[float(len(prompt))] for prompt in prompts])
 
     cache = PromptCache(encode, size=2)
-    assert cache(["a", "bb", "a"]).tolist() == [[1], [2], [1]]
-    assert cache(["a", "ccc"]).tolist() == [[1], [3]]  # "bb" is the least recently used
-    assert cache(["a"]).tolist() == [[1]]
+    assert cache(["a", "bb", "a"], "cpu").tolist() == [[1], [2], [1]]
+    assert cache(["a", "ccc"], "cpu").tolist() == [[1], [3]]  # "bb" is the least recently used
+    assert cache(["a"], "cpu").tolist() == [[1]]
     assert read == ["a", "bb", "ccc"]
-    assert cache(["bb", "ccc", "dddd"]).tolist() == [[2], [3], [4]]  # a batch larger than the cache
+    assert cache(["bb", "ccc", "dddd"], "cpu").tolist() == [[2], [3], [4]]  # a batch larger than the cache
     assert read == ["a", "bb", "ccc", "bb", "dddd"]
-    cache.clear()
-    cache(["dddd"])
-    assert cache.computed == 6
+    assert cache.computed == 5
+
+
+def test_the_cache_keeps_the_memory_of_its_rows_alone():
+    cache = PromptCache(lambda prompts: torch.ones(len(prompts), 8), size=10)
+    for first in range(0, 1000, 40):  # "0" is used again and again, the others once
+        cache(["0", *map(str, range(first + 1, first + 41))], "cpu")
+    storages = {row.untyped_storage().data_ptr(): row.untyped_storage().nbytes() for row in cache._kept.values()}
+    assert sum(storages.values()) == 10 * 8 * 4
+
+
+def test_the_cache_follows_a_model_that_others_move():
+    """The network of two rewards, say: the other one has brought it to the new device."""
+    device = "cpu"
+    cache = PromptCache(lambda prompts: torch.ones(len(prompts), 1, device=device))
+    cache(["a"], device)
+    device = "meta"
+    assert cache(["a", "b"], device).device.type == "meta"
 
 
 @pytest.mark.parametrize("name", READ_PROMPTS)

@@ -157,12 +157,23 @@ def png(pixels, **options):
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def bomb(width, height):
-    """The start of a PNG that says it is huge, with data that is not there."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(b"\0" * 1000), b"IEND"]
+def handmade(*chunks):
+    """A PNG file of these chunks, each the type and the data."""
     data = b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
     return base64.b64encode(data).decode()
+
+
+def header(width, height):
+    return b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+
+def black(width, height):
+    return b"IDAT" + zlib.compress(bytes(1 + 3 * width) * height)
+
+
+def bomb(width, height):
+    """The start of a PNG that says it is huge, with data that is not there."""
+    return handmade(header(width, height), b"IDAT" + zlib.compress(b"\0" * 1000), b"IEND")
 
 
 GOOD = png(np.zeros((8, 8, 3), np.uint8))
@@ -182,6 +193,8 @@ GOOD = png(np.zeros((8, 8, 3), np.uint8))
         ([png(np.zeros((8, 8), np.uint16))], "mode 'I;16'"),
         ([bomb(2**30, 2**30)], "images"),
         ([bomb(4000, 4000)], "4000 x 4000: the pictures of one request may have 1000000 pixels"),
+        ([handmade(header(1, 1), header(2000, 2000), black(2000, 2000), b"IEND")], "two headers"),
+        ([handmade(header(8, 8), black(8, 8), b"iCCP", b"IEND")], "is not the base64 text of a PNG"),
         ([[GOOD], [GOOD, GOOD]], "same number of frames"),
         ([[GOOD], GOOD], "same number of frames"),
         ([[]], "same number of frames"),
@@ -639,6 +652,11 @@ def test_answers_that_cannot_be(fake, answer, says):
         RemoteReward(url, backoff=0.01)(*BATCH)
 
 
+def test_whole_numbers_become_float32(fake):
+    url, _ = fake((200, {}, OK))
+    assert RemoteReward(url)(*BATCH)[0].dtype == torch.float32
+
+
 def test_answers_that_break_off_are_tried_again(fake):
     cut = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + OK
     url, seen = fake(cut, b"", b"nonsense\r\n\r\n", (200, {}, OK))
@@ -648,11 +666,14 @@ def test_answers_that_break_off_are_tried_again(fake):
 
 def test_the_wait_doubles_with_jitter_and_obeys_retry_after(monkeypatch, fake):
     client = JsonClient("http://127.0.0.1:1", timeout=1, retries=20, backoff=0.5, token=None)
-    for attempt, most in ((1, 0.5), (2, 1), (3, 2), (8, 60), (20, 60)):
+    for attempt, most in ((1, 0.5), (2, 1), (3, 2), (8, 60), (20, 60), (5000, 60)):
         delays = [client._delay(attempt, None) for _ in range(200)]
         assert most / 2 <= min(delays) < max(delays) <= most
     assert client._delay(1, 7.0) == 7
     assert client._delay(1, 1e6) == 60
+    for asked in (0.0, 1.0):  # what a busy server says: all attempts must not be spent in some seconds
+        assert client._delay(1, asked) >= max(0.25, asked)
+        assert client._delay(6, asked) >= 8
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     url, _ = fake((429, {"Retry-After": "7"}, b""), (200, {}, OK))

@@ -1,0 +1,160 @@
+"""Names that scripts for other trainers pass, call or override and that have no effect here, with what takes their place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
+
+# Members of DDPOTrainer and AlignPropTrainer, beside the arguments of their constructor, -> what takes its place.
+MEMBERS = {
+    "compute_rewards": "reward_function: one function or a list, config.reward_weights, config.async_rewards",
+    "step": "train(); a callback's on_step_begin and on_step_end run around every update",
+    "calculate_loss": "config.estimator, clip_range and advantage; a chain of one's own goes through rlr_trainer.estimate_gradient",
+    "loss": "config.estimator, clip_range and advantage; rlr_trainer.estimators.likelihood_ratio is the function",
+    "_generate_samples": "generate(prompts, seed=...)",
+    "_train_batched_samples": "train(); a callback's on_step_begin and on_step_end run around every update",
+    "_setup_optimizer": "optimizers=(optimizer, scheduler), or create_optimizer()",
+    "_config_check": "RLRConfig, which checks itself",
+    "_save_model_hook": "save_model(); PipelineAdapter.save_lora and save_denoiser",
+    "_load_model_hook": "train(resume_from_checkpoint=...); PipelineAdapter.load_lora and load_denoiser",
+    "_save_pretrained": "save_pretrained(folder)",
+    "config": "args, an RLRConfig",
+    "stat_tracker": "statistics",
+    "neg_prompt_embed": "config.negative_prompt",
+    "executor": "config.async_rewards and reward_workers",
+    "first_epoch": "state.epoch",
+    "num_train_timesteps": "args.rest_num_steps (None: all)",
+    "image_samples_callback": "image_samples_hook",
+    "trainable_layers": "policy.trainable_parameters()",
+    "autocast": "accelerator.autocast()",
+}
+# transformers.Trainer's own that this trainer never calls.
+NEVER_CALLED = {
+    "compute_loss": "config.estimator: the loss of an update is made of the surrogates of its plan",
+    "prediction_step": "evaluate()",
+    "evaluation_loop": "evaluate()",
+}
+# Members of TRL's DDPOStableDiffusionPipeline that this trainer never calls.
+PIPELINE_REPLACED = {
+    "__call__": "a PipelineAdapter (CONTRIBUTING.md)",
+    "rgb_with_grad": "a PipelineAdapter (CONTRIBUTING.md)",
+    "scheduler_step": "the pipeline's scheduler, or a PipelineAdapter with a schedule of its own",
+    "get_trainable_layers": "peft_config=LoraConfig(...), or config.lora_r, lora_alpha, lora_target_modules; use_lora=False trains all",
+    "save_pretrained": "trainer.save_pretrained, or PipelineAdapter.save_lora",
+    "save_checkpoint": "PipelineAdapter.save_lora and save_denoiser",
+    "load_checkpoint": "PipelineAdapter.load_lora and load_denoiser",
+    "autocast": "config.fp16, bf16",
+    **dict.fromkeys(
+        ("unet", "vae", "tokenizer", "text_encoder", "scheduler"), "the same part set on the diffusers pipeline itself"
+    ),
+}
+
+# Arguments of the constructors of TRL's other trainers (and slips) -> this one's.
+NO_NEED = "not needed: the pipeline brings its tokenizer, and a reward its own processor"
+ARGUMENTS = {
+    "args": "config",
+    "model": "sd_pipeline",
+    "pipeline": "sd_pipeline",
+    "reward_funcs": "reward_function (one, or a list of them)",
+    "reward_fn": "reward_function",
+    "reward_weights": "config.reward_weights",
+    "prompt_fn": "prompt_function",
+    "dataset": "train_dataset",
+    "ref_model": "config.kl_coef, with the model as it was before training",
+    "compute_metrics": "eval_reward_function (one, or a list of them)",
+    "processing_class": NO_NEED,
+    "tokenizer": NO_NEED,
+    "reward_processing_classes": NO_NEED,
+    "data_collator": "not needed: the rows of train_dataset reach the reward as they are",
+}
+# Options of transformers.TrainingArguments that would have to change what is computed, and cannot.
+REFUSED_OPTIONS = {
+    "label_smoothing_factor": "there are no labels",
+    "neftune_noise_alpha": "there are no token embeddings that are trained",
+    "auto_find_batch_size": "the batch belongs to the rollout; lower per_device_train_batch_size and raise gradient_accumulation_steps",
+    "use_liger_kernel": "its kernels are those of language models",
+}
+# Those that say how a dataset is read or evaluated by Trainer, which this one does in its own way -> what says it here.
+UNUSED_OPTIONS = {
+    "per_device_eval_batch_size": "evaluation samples sample_batch_size pictures at a time",
+    "eval_accumulation_steps": "evaluation samples sample_batch_size pictures at a time",
+    "bf16_full_eval": "evaluation has the precision of the training, bf16",
+    "fp16_full_eval": "evaluation has the precision of the training, fp16",
+    "prediction_loss_only": "evaluate() gives the rewards",
+    "include_for_metrics": "evaluate() gives the rewards",
+    "batch_eval_metrics": "evaluate() gives the rewards",
+    "data_seed": "seed gives the order of the prompts, too",
+    "group_by_length": "shuffle_prompts gives the order of the prompts",
+    "train_sampling_strategy": "shuffle_prompts gives the order of the prompts",
+    "dataloader_drop_last": "passes over the prompts follow each other without a gap",
+    "dataloader_num_workers": "prompts are read by the process itself",
+}
+
+
+def explains_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """A constructor that says, of a keyword that it does not know, what it is called here.
+
+    Raises:
+        TypeError: on the call; names the keywords.
+    """
+    known = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        unknown = [f"{name} -> {ARGUMENTS.get(name, 'unknown')}" for name in kwargs if name not in known]
+        if unknown:
+            names = ", ".join(name for name in known if name != "self")
+            raise TypeError(f"RLRTrainer has other arguments: {'; '.join(unknown)}. Its own are {names}")
+        init(*args, **kwargs)
+
+    return checked
+
+
+def check_options(changed: Mapping[str, Any]) -> list[str]:
+    """What to say of options of TrainingArguments that were set and have no effect, one line each.
+
+    Args:
+        changed: option -> value, of those that differ from their default.
+
+    Raises:
+        ValueError: one of them would have to change what is computed.
+    """
+    for name in REFUSED_OPTIONS.keys() & changed.keys():
+        raise ValueError(f"{name}={changed[name]!r}: has no meaning here: {REFUSED_OPTIONS[name]}; leave it out")
+    return [f"{name}={changed[name]!r} has no effect: {way}" for name, way in UNUSED_OPTIONS.items() if name in changed]
+
+
+def check_overrides(trainer_class: type, base: type) -> None:
+    """Refuses a subclass of the trainer that overrides what is never called: it would train something else than it says.
+
+    Raises:
+        TypeError: names the methods and what to use.
+    """
+    own = trainer_class.__mro__[: trainer_class.__mro__.index(base)]
+    dead = {name: way for name, way in (MEMBERS | NEVER_CALLED).items() if any(name in vars(cls) for cls in own)}
+    if dead:
+        raise TypeError(
+            f"{trainer_class.__name__} overrides {', '.join(dead)}, which {base.__name__} never calls; use instead: "
+            + "; ".join(f"{name} -> {way}" for name, way in dead.items())
+        )
+
+
+def check_pipeline(pipeline: Any) -> None:
+    """Refuses a subclass of TRL's DDPOStableDiffusionPipeline that overrides what is never called.
+
+    Raises:
+        TypeError: names the members and what to use.
+    """
+    classes = type(pipeline).__mro__
+    known = ("DefaultDDPOStableDiffusionPipeline", "DDPOStableDiffusionPipeline")
+    first = next((number for number, cls in enumerate(classes) if cls.__name__ in known), 0)
+    dead = {name: way for name, way in PIPELINE_REPLACED.items() if any(name in vars(cls) for cls in classes[:first])}
+    if dead:
+        raise TypeError(
+            f"sd_pipeline is a {type(pipeline).__name__}, which overrides {', '.join(dead)}: the trainer never calls them, it samples and "
+            "saves through a PipelineAdapter. Use instead: " + "; ".join(f"{name} -> {way}" for name, way in dead.items())
+        )
