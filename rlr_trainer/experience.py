@@ -22,7 +22,8 @@ from rlr_trainer.estimators.advantages import ADVANTAGES, Advantages, PerPromptS
 from rlr_trainer.estimators.divergence import ReferenceStep, leave_one_out_to_go, step_divergences
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps
 from rlr_trainer.pipelines import Conditioning, PipelineAdapter, ScaledConditioning
-from rlr_trainer.plan import EstimatorPlan, PlanDraw, StartDistribution
+from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.plan_draw import PlanDraw, StartDistribution
 from rlr_trainer.processes import of_main_process
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, PromptRow
 from rlr_trainer.rewards.aggregation import normalize_in_groups, normalize_then_sum

@@ -16,63 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlr_trainer.plan_draw import PlanDraw, inverse_inclusion_weights
+
 REST_ESTIMATORS = ("lr", "zo", "prediction", "none")
 NAMED_STARTS = ("uniform", "grad_norm")
 
 
 class PlanError(ValueError):
     """A plan that cannot be: the message names the option, its value, the rule and the way out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanDraw:
-    """The random choices of a plan for one batch. R is the number of rows: N, or 1 where the whole batch shares a draw.
-
-    Attributes:
-        pathwise: bool [R, T]; the adjoint of the step's output (from the step after it, or from the reward after the last
-            step) goes through this step. True on first-order steps and inside a sub-chain.
-        score: float [R, T]; weight of the likelihood-ratio term of the step (0: none). A sub-chain has it at its end.
-        prediction: float [R, T]; weight of the pathwise term through the one-step prediction.
-        zeroth: bool [R, T]; the step is sampled with perturbed parameters.
-        first_order: bool [R, T]; the steps whose gradient belongs to the first-order part (for metrics).
-        start: int [R]; first step of the sub-chain, -1 where there is none.
-    """
-
-    pathwise: Tensor
-    score: Tensor
-    prediction: Tensor
-    zeroth: Tensor
-    first_order: Tensor
-    start: Tensor
-
-    @property
-    def num_steps(self) -> int:
-        return self.pathwise.shape[1]
-
-    def active(self, step: int) -> bool:
-        """Whether any row differentiates this step."""
-        return bool(self.pathwise[:, step].any() or (self.score[:, step] != 0).any() or (self.prediction[:, step] != 0).any())
-
-    def active_steps(self) -> list[int]:
-        """The steps that any row differentiates, in the order of generation."""
-        return [step for step in range(self.num_steps) if self.active(step)]
-
-    def expand(self, num_samples: int) -> PlanDraw:
-        """One row per sample."""
-        return self._map(lambda t: t.expand(num_samples, *t.shape[1:]))
-
-    def select(self, rows: Tensor) -> PlanDraw:
-        """The choices of some samples; a shared draw stays as it is."""
-        return self if self.pathwise.shape[0] == 1 else self._map(lambda t: t[rows.to(t.device)])
-
-    @staticmethod
-    def concatenate(draws: Sequence[PlanDraw]) -> PlanDraw:
-        """Joins draws that have one row per sample."""
-        names = [field.name for field in dataclasses.fields(PlanDraw)]
-        return PlanDraw(*(torch.cat([getattr(draw, name) for draw in draws]) for name in names))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> PlanDraw:
-        return PlanDraw(*(function(getattr(self, field.name)) for field in dataclasses.fields(self)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +245,7 @@ class EstimatorPlan:
         score = torch.where(sub_chain & (steps == end), self.ho_weight, zeros)
         prediction = zeros
         if self.rest_estimator in ("lr", "prediction"):
-            weights = self.rest_weight * _inverse_inclusion_weights(rest, self.rest_num_steps, self.rest_step_weights, generator)
+            weights = self.rest_weight * inverse_inclusion_weights(rest, self.rest_num_steps, self.rest_step_weights, generator)
             if self.rest_estimator == "lr":
                 score = score + weights
             else:
@@ -325,46 +276,6 @@ PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
     "sqdf": lambda t: {"rest_estimator": "prediction"},
     "es": lambda t: {"rest_estimator": "zo"},
 }
-
-
-def _inverse_inclusion_weights(
-    eligible: Tensor, count: int | None, step_weights: Sequence[float] | None, generator: torch.Generator | None
-) -> Tensor:
-    """1 / inclusion probability of the drawn steps, 0 elsewhere (Horvitz-Thompson). Shapes [R, T] -> [R, T].
-
-    Systematic sampling: laid end to end, the probabilities of a row have length `count`; a comb of unit spacing with one random
-    offset picks the steps. It draws exactly `count` distinct steps and hits each with its own probability.
-    """
-    if count is None:
-        return eligible.float()
-    probability = _inclusion_probabilities(eligible, count, step_weights)
-    ends = probability.cumsum(1)
-    ends = torch.where(ends > ends[:, -1:] - 1e-9, ends[:, -1:].round(), ends)  # rounding must not lose the last step
-    offset = torch.rand(eligible.shape[0], 1, generator=generator, dtype=torch.float64)
-    teeth = torch.floor(ends + offset)
-    drawn = torch.diff(teeth, dim=1, prepend=torch.zeros_like(offset)) > 0
-    return torch.where(drawn, 1 / probability.clamp_min(1e-12), 0.0).float()
-
-
-def _inclusion_probabilities(eligible: Tensor, count: int, step_weights: Sequence[float] | None) -> Tensor:
-    """Probabilities proportional to the weights, at most 1, that add up to min(count, eligible steps). Float64 [R, T]."""
-    weights = torch.ones(eligible.shape[1], dtype=torch.float64)
-    if step_weights is not None:
-        weights = torch.tensor(step_weights, dtype=torch.float64)
-    weights = torch.where(eligible, weights, 0.0)
-    total = eligible.sum(1, keepdim=True).clamp_max(count).double()
-    certain = torch.zeros_like(eligible)
-    probability = torch.zeros_like(weights)
-    for _ in range(eligible.shape[1]):  # a step whose share exceeds 1 is taken for certain and the others share what is left
-        open_weights = torch.where(certain, 0.0, weights)
-        left = total - certain.sum(1, keepdim=True)
-        probability = left * open_weights / open_weights.sum(1, keepdim=True).clamp_min(1e-300)
-        probability = torch.where(certain, 1.0, probability)
-        over = (probability >= 1 - 1e-12) & ~certain & eligible
-        if not over.any():
-            break
-        certain = certain | over
-    return probability.clamp_max(1.0)
 
 
 def _check_whole_numbers(plan: EstimatorPlan) -> None:
@@ -454,40 +365,3 @@ def _check_zeroth_order(plan: EstimatorPlan) -> None:
         raise PlanError(f"zo_scale={plan.zo_scale}: the perturbation scale must be a positive number, for instance 0.01")
     if plan.zo_num_perturbations < 1:
         raise PlanError(f"zo_num_perturbations={plan.zo_num_perturbations}: needs at least one perturbation per batch")
-
-
-class StartDistribution:
-    """Softmax of running per-step gradient norms over the admissible starts (section 3.2 of the paper).
-
-    Norms are divided by their mean first, so that the temperature does not depend on the reward's scale. Any start
-    distribution leaves the estimate unbiased; this one aims the sub-chain at steps with a large gradient.
-    """
-
-    def __init__(self, num_starts: int, decay: float = 0.9, temperature: float = 1.0) -> None:
-        self.decay = decay
-        self.temperature = temperature
-        self.norms = torch.zeros(num_starts, dtype=torch.float64)
-        self.counts = torch.zeros(num_starts, dtype=torch.long)
-
-    def update(self, start: int, norm: float) -> None:
-        """Takes in the gradient norm of a sub-chain that started at `start`; not that of an update that overflowed (fp16 skips it)."""
-        if not math.isfinite(norm):
-            return
-        self.norms[start] = norm if self.counts[start] == 0 else self.decay * self.norms[start] + (1 - self.decay) * norm
-        self.counts[start] += 1
-
-    def probabilities(self) -> list[float]:
-        """Probability per start; starts not seen yet count as the mean of those seen."""
-        seen = self.counts > 0
-        if not seen.any() or self.norms[seen].mean() == 0:
-            return [1 / len(self.norms)] * len(self.norms)
-        mean = self.norms[seen].mean()
-        logits = torch.where(seen, self.norms / mean, 1.0) / self.temperature
-        return torch.softmax(logits, 0).tolist()
-
-    def state_dict(self) -> dict[str, list[float]]:
-        return {"norms": self.norms.tolist(), "counts": self.counts.tolist()}
-
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        self.norms = torch.tensor(state["norms"], dtype=torch.float64)
-        self.counts = torch.tensor(state["counts"], dtype=torch.long)

@@ -17,7 +17,7 @@ from rlr_trainer.config import RLRConfig
 from rlr_trainer.estimators.zeroth_order import Perturbations
 from rlr_trainer.experience import Experience
 from rlr_trainer.pipelines import Conditioning, ScaledConditioning
-from rlr_trainer.plan import PlanDraw
+from rlr_trainer.plan_draw import PlanDraw
 
 logger = logging.getLogger(__name__)
 

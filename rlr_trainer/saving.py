@@ -28,7 +28,8 @@ from rlr_trainer.interruption import StopOnTermination
 from rlr_trainer.microbatches import MicroBatches
 from rlr_trainer.model_card import write_model_card
 from rlr_trainer.pipelines import PipelineAdapter, Policy
-from rlr_trainer.plan import EstimatorPlan, StartDistribution
+from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.plan_draw import StartDistribution
 from rlr_trainer.processes import of_main_process
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.pushing import PushingTrainer

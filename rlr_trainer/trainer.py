@@ -31,7 +31,7 @@ from rlr_trainer.microbatches import MicroBatches
 from rlr_trainer.monitor import RewardHackingMonitor
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
 from rlr_trainer.pipelines.reference import ReferencePolicy
-from rlr_trainer.plan import StartDistribution
+from rlr_trainer.plan_draw import StartDistribution
 from rlr_trainer.processes import leaving_cleanly
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, open_dataset
 from rlr_trainer.rewards.interface import RewardFunction, Rewards

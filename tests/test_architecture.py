@@ -16,8 +16,9 @@ HEAVY = ("diffusers", "transformers", "accelerate", "trl", "peft", "datasets")
 # Part of the package -> the parts that it may import, itself aside. A part that is not listed may import any but the trainer.
 DIRECTIONS = {
     "chain": set(),
-    "plan": set(),
-    "estimators": {"chain", "plan"},
+    "plan_draw": set(),
+    "plan": {"plan_draw"},
+    "estimators": {"chain", "plan", "plan_draw"},
     "chains": {"chain"},
     "pipelines": {"chain", "chains"},
     "digits": set(),
@@ -29,7 +30,7 @@ DIRECTIONS = {
     "report": set(),
 }
 ENTRY_POINTS = {"cli", "demo", "run_config"}  # programs, not library: they may import the trainer
-TORCH_ONLY = {"chain", "plan", "estimators"}
+TORCH_ONLY = {"chain", "plan", "plan_draw", "estimators"}
 
 
 def module_of(path: Path) -> str:

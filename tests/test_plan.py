@@ -11,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_problems import seeded, unbiased_plans
 
-from rlr_trainer.plan import (
-    PRESETS,
-    EstimatorPlan,
-    PlanDraw,
-    PlanError,
-    StartDistribution,
-    _inclusion_probabilities,
-    _inverse_inclusion_weights,
-)
+from rlr_trainer.plan import PRESETS, EstimatorPlan, PlanError
+from rlr_trainer.plan_draw import PlanDraw, StartDistribution, inclusion_probabilities, inverse_inclusion_weights
 
 QUICK = settings(max_examples=150, derandomize=True, deadline=None, database=None)
 any_plan = st.integers(1, 7).flatmap(unbiased_plans)
@@ -142,13 +135,13 @@ def test_a_random_k_is_uniform_on_its_range():
     "weights", [None, (1.0, 1.0, 4.0, 1.0, 1.0), (1.0, 2.0, 3.0, 4.0, 5.0), (9.0, 1.0, 1.0, 1.0, 7.0)], ids=str
 )
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_inclusion_probabilities_are_those_that_the_weights_invert(count, weights):
+def testinclusion_probabilities_are_those_that_the_weights_invert(count, weights):
     """Drawn `count` steps each time, each step as often as 1 over the weight that it gets."""
     draws = 20_000
     eligible = torch.ones(draws, 5, dtype=torch.bool)
-    drawn = _inverse_inclusion_weights(eligible, count, weights, seeded(2))
+    drawn = inverse_inclusion_weights(eligible, count, weights, seeded(2))
     assert ((drawn > 0).sum(1) == count).all()
-    probability = _inclusion_probabilities(eligible[:1], count, weights)[0]
+    probability = inclusion_probabilities(eligible[:1], count, weights)[0]
     assert float(probability.sum()) == pytest.approx(count)
     for step in range(5):
         given_weights = drawn[drawn[:, step] > 0, step]
@@ -158,11 +151,11 @@ def test_inclusion_probabilities_are_those_that_the_weights_invert(count, weight
 
 @QUICK
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.data())
-def test_inclusion_probabilities_are_proportional_to_the_weights_up_to_one(weights, data):
+def testinclusion_probabilities_are_proportional_to_the_weights_up_to_one(weights, data):
     size = len(weights)
     eligible = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
     count = data.draw(st.integers(1, size))
-    found = _inclusion_probabilities(torch.tensor([eligible]), count, [float(w) for w in weights])[0].tolist()
+    found = inclusion_probabilities(torch.tensor([eligible]), count, [float(w) for w in weights])[0].tolist()
     total = min(count, sum(eligible))
     assert sum(found) == pytest.approx(total)
     assert all(p == 0 for p, able in zip(found, eligible, strict=True) if not able)
@@ -178,7 +171,7 @@ def test_inclusion_probabilities_are_proportional_to_the_weights_up_to_one(weigh
 def test_exactly_so_many_steps_are_drawn_whatever_the_offset(weights, count, seed):
     count = min(count, len(weights))
     eligible = torch.ones(50, len(weights), dtype=torch.bool)
-    drawn = _inverse_inclusion_weights(eligible, count, [float(w) for w in weights], seeded(seed))
+    drawn = inverse_inclusion_weights(eligible, count, [float(w) for w in weights], seeded(seed))
     assert ((drawn > 0).sum(1) == count).all()
 
 
@@ -197,7 +190,7 @@ def test_no_offset_of_the_comb_loses_a_step_to_rounding(offset, weights, monkeyp
     monkeypatch.setattr(torch, "rand", lambda rows, columns, **options: torch.full((rows, columns), offset, dtype=torch.float64))
     for count in range(1, 8):
         for eligible in ([True] * 7, [True] * 5 + [False] * 2, [False] * 3 + [True] * 4):
-            drawn = _inverse_inclusion_weights(torch.tensor([eligible]), count, weights, None)
+            drawn = inverse_inclusion_weights(torch.tensor([eligible]), count, weights, None)
             assert int((drawn > 0).sum()) == min(count, sum(eligible))
             assert not drawn[0][~torch.tensor(eligible)].any()
 

@@ -16,7 +16,8 @@ from rlr_trainer.estimators.first_order import reward_and_gradient
 from rlr_trainer.estimators.prediction import ControlVariateScale, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps, zeroth_order
-from rlr_trainer.plan import EstimatorPlan, PlanDraw, PlanError
+from rlr_trainer.plan import EstimatorPlan, PlanError
+from rlr_trainer.plan_draw import PlanDraw
 
 
 @dataclasses.dataclass(frozen=True)

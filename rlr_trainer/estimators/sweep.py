@@ -34,7 +34,8 @@ from rlr_trainer.estimators.prediction import (
     leave_one_out_mean,
     prediction_pathwise,
 )
-from rlr_trainer.plan import PlanDraw, PlanError
+from rlr_trainer.plan import PlanError
+from rlr_trainer.plan_draw import PlanDraw
 
 RECOMPUTE_MODES = ("recursive", "graph")
 

@@ -42,7 +42,8 @@ from rlr_trainer.estimators import (
 )
 from rlr_trainer.estimators.advantages import ADVANTAGES
 from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, leave_one_out_mean
-from rlr_trainer.plan import PRESETS, EstimatorPlan, PlanDraw
+from rlr_trainer.plan import PRESETS, EstimatorPlan
+from rlr_trainer.plan_draw import PlanDraw
 
 gradient_module = sys.modules["rlr_trainer.estimators.gradient"]
 NAN = float("nan")

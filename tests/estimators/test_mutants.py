@@ -18,7 +18,8 @@ import rlr_trainer.plan as plan_module
 from rlr_trainer.chain import predict_clean
 from rlr_trainer.estimators import Sweep, sweep
 from rlr_trainer.estimators.advantages import ADVANTAGES, Advantages
-from rlr_trainer.plan import EstimatorPlan, PlanDraw
+from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.plan_draw import PlanDraw
 
 gradient_module = sys.modules["rlr_trainer.estimators.gradient"]
 T = NUM_STEPS
@@ -189,7 +190,7 @@ MUTANTS = {
         "none",
         lambda: replaced(
             plan_module,
-            "_inverse_inclusion_weights",
+            "inverse_inclusion_weights",
             lambda real: lambda *args: (real(*args) > 0).float() * 2,  # T / count
         ),
     ),
