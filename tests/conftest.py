@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ torch.set_flush_denormal(True)
 
 
 @pytest.fixture(autouse=True)
-def _precision_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 4 leaves a run's precision in the environment, where the next run of the process would find it."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+def _precision_of_its_own() -> Iterator[None]:
+    """transformers 4 leaves a run's precision in the environment, where the next run, or a program that a test starts, would find it."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
 @pytest.fixture

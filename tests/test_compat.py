@@ -127,11 +127,11 @@ def test_precision_follows_the_machine(monkeypatch, caplog):
 def test_bf16_without_a_gpu_runs_on_the_cpu_as_in_trl(monkeypatch):
     config = ddpo_config(mixed_precision="bf16", sample_num_steps=3)
     for gpu in (False, True):
-        monkeypatch.setattr(compat.torch.cuda, "is_available", lambda answer=gpu: answer)
-        monkeypatch.setattr(compat, "is_torch_bf16_gpu_available", lambda answer=gpu: answer)
-        options = compat.options_of_trl_config(config)
+        with monkeypatch.context() as patches:
+            patches.setattr(compat.torch.cuda, "is_available", lambda answer=gpu: answer)
+            patches.setattr(compat, "is_torch_bf16_gpu_available", lambda answer=gpu: answer)
+            options = compat.options_of_trl_config(config)
         assert (options["bf16"], options["use_cpu"]) == (True, not gpu)
-    monkeypatch.undo()
     assert RLRConfig.from_ddpo(config).bf16
 
 
