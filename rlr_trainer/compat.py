@@ -239,9 +239,15 @@ _CONVERTED = {
 _KINDS = {"DDPOConfig": "ddpo", "AlignPropConfig": "alignprop"}
 
 
+def _trl_class(config: Any) -> type | None:
+    """TRL's own class among those of the config, by name (TRL 0.24 and later have none)."""
+    return next((cls for cls in type(config).__mro__ if cls.__name__ in _KINDS), None)
+
+
 def trl_config_kind(config: Any) -> str | None:
-    """ "ddpo" or "alignprop" for TRL's configs of those trainers, by class name (TRL 0.24 and later have none)."""
-    return next((_KINDS[cls.__name__] for cls in type(config).__mro__ if cls.__name__ in _KINDS), None)
+    """ "ddpo" or "alignprop" for TRL's configs of those trainers."""
+    trl_class = _trl_class(config)
+    return None if trl_class is None else _KINDS[trl_class.__name__]
 
 
 def options_of_trl_config(config: Any) -> dict[str, Any]:
@@ -253,8 +259,7 @@ def options_of_trl_config(config: Any) -> dict[str, Any]:
     """
     kind = trl_config_kind(config)
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    trl_class = next((cls for cls in type(config).__mro__ if cls.__name__ in _KINDS), type(config))
-    fields = {f.name: given[f.name] for f in dataclasses.fields(trl_class)}
+    fields = {f.name: given[f.name] for f in dataclasses.fields(_trl_class(config) or type(config))}
     own = sorted(given.keys() - fields.keys())
     if own:  # a script reads them; TRL's trainer never did
         logger.info("%s has fields of its own, which the trainer does not read: %s", type(config).__name__, ", ".join(own))

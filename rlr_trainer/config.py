@@ -301,34 +301,7 @@ class RLRConfig(TrainingArguments):
         self._check_rewards()
         if self.advantage is not None:
             _check_choice("advantage", self.advantage, ADVANTAGE_NAMES)
-        for name in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "sample_num_steps",
-            "num_inner_epochs",
-            "num_images_per_prompt",
-            "per_prompt_buffer_size",
-            "per_prompt_min_count",
-            "lora_r",
-            "reward_workers",
-            "eval_images_per_prompt",
-        ):
-            _check_positive_integer(name, getattr(self, name))
-        for name in (
-            "sample_batch_size",
-            "sample_num_batches_per_epoch",
-            "lora_alpha",
-            "height",
-            "width",
-            "reward_batch_size",
-            "log_images_steps",
-        ):
-            if getattr(self, name) is not None:
-                _check_positive_integer(name, getattr(self, name))
-        if self.max_steps == 0:
-            raise ValueError("max_steps=0: must be a number of updates, or -1 to train for num_train_epochs")
-        if isinstance(self.num_log_images, bool) or not isinstance(self.num_log_images, int) or self.num_log_images < 0:
-            raise ValueError(f"num_log_images={self.num_log_images!r}: must be a whole number, 0 for no pictures")
+        self._check_counts()
         if self.log_step_norms and not self.log_estimator_norms:
             raise ValueError(
                 "log_step_norms=True with log_estimator_norms=False: both need the same measurement; set the latter to True"
@@ -358,6 +331,36 @@ class RLRConfig(TrainingArguments):
             raise ValueError(f"sample_eta={self.sample_eta}: must lie between 0 (no noise) and 1 (the noise of DDPM)")
         if not math.isfinite(self.sample_guidance_scale):
             raise ValueError(f"sample_guidance_scale={self.sample_guidance_scale}: must be finite; 1 or less is no guidance")
+
+    def _check_counts(self) -> None:
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "sample_num_steps",
+            "num_inner_epochs",
+            "num_images_per_prompt",
+            "per_prompt_buffer_size",
+            "per_prompt_min_count",
+            "lora_r",
+            "reward_workers",
+            "eval_images_per_prompt",
+        ):
+            _check_positive_integer(name, getattr(self, name))
+        for name in (
+            "sample_batch_size",
+            "sample_num_batches_per_epoch",
+            "lora_alpha",
+            "height",
+            "width",
+            "reward_batch_size",
+            "log_images_steps",
+        ):
+            if getattr(self, name) is not None:
+                _check_positive_integer(name, getattr(self, name))
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0: must be a number of updates, or -1 to train for num_train_epochs")
+        if isinstance(self.num_log_images, bool) or not isinstance(self.num_log_images, int) or self.num_log_images < 0:
+            raise ValueError(f"num_log_images={self.num_log_images!r}: must be a whole number, 0 for no pictures")
 
     def _check_rewards(self) -> None:
         _check_choice("reward_aggregation", self.reward_aggregation, AGGREGATION_NAMES)

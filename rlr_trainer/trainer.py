@@ -22,6 +22,7 @@ from rlr_trainer.callbacks import RolloutBar, RunFiles, WholeUpdates, call_rollo
 from rlr_trainer.chain import seeded_generator
 from rlr_trainer.config import AUTO, RLRConfig
 from rlr_trainer.estimators.advantages import PerPromptStatistics
+from rlr_trainer.estimators.divergence import check_noise
 from rlr_trainer.estimators.prediction import ControlVariateScale
 from rlr_trainer.experience import SHUFFLE, Collector, RolloutSummary, check_batches
 from rlr_trainer.image_log import SampleLog
@@ -231,12 +232,7 @@ class RLRTrainer(UpdatingTrainer):
                 f"kl_coef={self.args.kl_coef} with a zeroth-order plan (estimator={self.args.estimator!r}): perturbed steps have no divergence "
                 "of their own; leave kl_coef unset, or set rest_estimator='lr'"
             )
-        silent = [step for step, std in enumerate(self.schedule.stds) if float(std) == 0]
-        if silent:
-            raise ValueError(
-                f"kl_coef={self.args.kl_coef}: step {silent[0]} of {self.plan.num_steps} adds no noise, where the divergence of two policies is "
-                "infinite; set sample_eta above 0, or leave kl_coef unset"
-            )
+        check_noise(self.schedule.stds, f"kl_coef={self.args.kl_coef}", "set sample_eta above 0, or leave kl_coef unset")
         device, checkpointing = self.accelerator.device, bool(self.args.gradient_checkpointing)
         return ReferencePolicy(self.policy, self.use_lora, device, self._frozen_dtype, self.accelerator.autocast, checkpointing)
 

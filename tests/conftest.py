@@ -11,7 +11,9 @@ from typing import Any
 import diffusers.utils.logging  # its handler takes the stderr of the moment: it must not be that of one captured test
 import pytest
 import torch
+import transformers.trainer
 import transformers.utils.logging
+from hub_stand_in import Hub
 
 diffusers.utils.logging.get_logger("diffusers")
 transformers.utils.logging.get_logger("transformers")
@@ -33,6 +35,18 @@ def _precision_of_its_own() -> Iterator[None]:
 def in_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths are those of the test's own folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A stand-in that takes the uploads of either version of transformers."""
+    stand_in = Hub()
+    if hasattr(transformers.trainer, "hf_api"):
+        monkeypatch.setattr(transformers.trainer, "hf_api", lambda *arguments, **keywords: stand_in)
+    else:
+        monkeypatch.setattr(transformers.trainer, "create_repo", stand_in.create_repo)
+        monkeypatch.setattr(transformers.trainer, "upload_folder", stand_in.upload_folder)
+    return stand_in
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,7 @@ from rlr_trainer import digits
 from rlr_trainer.averaging import WeightAverage
 from rlr_trainer.pipelines import LORA_FILE
 
-
-@pytest.fixture(autouse=True)
-def _in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 def weights_of(trainer):

@@ -3,7 +3,6 @@
 import copy
 from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -11,37 +10,7 @@ from safetensors.torch import load, load_file
 
 from rlr_trainer.pipelines import LORA_FILE
 
-
-class Hub:
-    """Stands in for the hub: keeps what is uploaded, and answers uploads in the background with `answer`."""
-
-    def __init__(self):
-        self.uploads = []
-        self.answer = Future
-
-    def create_repo(self, repo_id, **options):
-        return SimpleNamespace(repo_id=f"somebody/{repo_id}")
-
-    def upload_folder(self, *, folder_path, run_as_future=False, ignore_patterns=(), **options):
-        from huggingface_hub.utils import filter_repo_objects
-
-        names = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
-        names = list(filter_repo_objects(names, ignore_patterns=list(ignore_patterns)))
-        self.uploads.append({name: (Path(folder_path) / name).read_bytes() for name in names})
-        return self.answer() if run_as_future else SimpleNamespace(oid="1", commit_url="")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    stand_in = Hub()
-    if hasattr(transformers.trainer, "hf_api"):
-        monkeypatch.setattr(transformers.trainer, "hf_api", lambda *arguments, **keywords: stand_in)
-    else:
-        monkeypatch.setattr(transformers.trainer, "create_repo", stand_in.create_repo)
-        monkeypatch.setattr(transformers.trainer, "upload_folder", stand_in.upload_folder)
-    return stand_in
-
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 OPTIONS = {
     "push_to_hub": True,
@@ -92,7 +61,7 @@ def test_a_slow_upload_keeps_its_files_and_the_last_weights_follow(make_trainer,
     trainer.train()
     assert written[0] == written[-1]  # nothing was written over what is being read
     assert len(hub.uploads) == 2
-    assert same(load(hub.uploads[-1][LORA_FILE]), load_file(f"run/checkpoint-3/{LORA_FILE}"))
+    assert same(load(hub.uploads[-1][1][LORA_FILE]), load_file(f"run/checkpoint-3/{LORA_FILE}"))
 
 
 def test_the_end_strategy_writes_the_weights_once(make_trainer, hub, monkeypatch):
@@ -114,5 +83,5 @@ def test_what_is_half_written_or_superseded_is_not_uploaded(make_trainer, pipeli
     Path("run/_incomplete-checkpoint-4/checkpoint-4").mkdir(parents=True)
     Path("run/_incomplete-checkpoint-4/checkpoint-4/optimizer.pt").write_bytes(b"half")
     resumed.push_to_hub()
-    assert LORA_FILE in hub.uploads[-1]
-    assert not [name for name in hub.uploads[-1] if "checkpoint-" in name]
+    assert LORA_FILE in hub.uploads[-1][1]
+    assert not [name for name in hub.uploads[-1][1] if "checkpoint-" in name]

@@ -23,9 +23,7 @@ TIMED = ("time/", "train_", "seconds")
 PRESETS = ("rlr", "rlr_paper", "ddpo", "draft", "alignprop", "full_bp", "sqdf", "es")
 
 
-@pytest.fixture(autouse=True)
-def _in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 def state_of(trainer):

@@ -30,9 +30,7 @@ class Gradients(TrainerCallback):
         self.updates.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
-@pytest.fixture(autouse=True)
-def _in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 @pytest.fixture

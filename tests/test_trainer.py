@@ -164,9 +164,7 @@ def test_graph_and_recursive_give_the_same_gradients(make_trainer, pipeline, opt
     assert_same(graph[0], recursive[0], 1e-4)
 
 
-@pytest.fixture(autouse=True)
-def _in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 @pytest.mark.parametrize("estimator", ["rlr", "ddpo"])

@@ -53,10 +53,7 @@ from rlr_trainer.pipelines import LORA_FILE
 SMALL = {"sample_num_steps": 3, "sample_guidance_scale": 1.0}
 
 
-@pytest.fixture(autouse=True)
-def _in_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers 4 leaves a run's precision there for the next one
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 @pytest.fixture
@@ -218,39 +215,6 @@ def test_T09_async_rewards_take_plain_functions(from_trl, seven):
     together = run("together", async_reward_computation=True, max_workers=2)
     assert threads - {threading.main_thread()}
     assert all(torch.equal(in_turn[name], together[name]) for name in in_turn)
-
-
-class Hub:
-    """Stands in for the hub: keeps what is uploaded."""
-
-    def __init__(self):
-        self.uploads = []
-        self.private = {}
-
-    def create_repo(self, repo_id, *, private=None, **options):
-        name = repo_id if "/" in repo_id else f"somebody/{repo_id}"
-        self.private[name] = private
-        return SimpleNamespace(repo_id=name)
-
-    def upload_folder(self, *, repo_id, folder_path, run_as_future=False, ignore_patterns=(), **options):
-        from huggingface_hub.utils import filter_repo_objects
-
-        names = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
-        names = filter_repo_objects(names, ignore_patterns=list(ignore_patterns))
-        self.uploads.append((repo_id, {name: (Path(folder_path) / name).read_bytes() for name in names}))
-        done = SimpleNamespace(oid="1", commit_url="")
-        return SimpleNamespace(is_done=lambda: True, result=lambda: done, done=lambda: True) if run_as_future else done
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    stand_in = Hub()
-    if hasattr(transformers.trainer, "hf_api"):
-        monkeypatch.setattr(transformers.trainer, "hf_api", lambda *arguments, **keywords: stand_in)
-    else:
-        monkeypatch.setattr(transformers.trainer, "create_repo", stand_in.create_repo)
-        monkeypatch.setattr(transformers.trainer, "upload_folder", stand_in.upload_folder)
-    return stand_in
 
 
 def test_T10_weights_and_card_are_saved_and_pushed(from_trl, hub):

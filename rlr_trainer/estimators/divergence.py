@@ -10,15 +10,33 @@ along the adjoint on pathwise steps, and in the advantage on scored ones, where 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from rlr_trainer.chain import Rollout, sum_over_latent
+from rlr_trainer.plan import PlanError
 
 # (step, x) -> mean and standard deviation of the next latent under the reference policy
 ReferenceStep = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+def check_noise(stds: Sequence[float], option: str, way_out: str) -> None:
+    """Refuses a chain with a step that adds no noise, where the divergence of two policies is infinite.
+
+    Args:
+        stds: T; of a step with several, the smallest.
+        option: what asks for the divergence, and way_out: what to do, for the message.
+
+    Raises:
+        PlanError: names the step.
+    """
+    silent = next((step for step, std in enumerate(stds) if not std > 0), None)
+    if silent is not None:
+        raise PlanError(
+            f"{option}: step {silent} of {len(stds)} adds no noise, where the divergence of two policies is infinite; {way_out}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

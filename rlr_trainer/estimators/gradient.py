@@ -11,12 +11,12 @@ from torch import Tensor
 
 from rlr_trainer.chain import DenoisingChain, Parameters, PerSampleChain, Rollout, StepFunction, sample_chain
 from rlr_trainer.estimators.advantages import ADVANTAGES
-from rlr_trainer.estimators.divergence import Penalty, leave_one_out_to_go, step_divergences
+from rlr_trainer.estimators.divergence import Penalty, check_noise, leave_one_out_to_go, step_divergences
 from rlr_trainer.estimators.first_order import reward_and_gradient
 from rlr_trainer.estimators.prediction import ControlVariateScale, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps, zeroth_order
-from rlr_trainer.plan import EstimatorPlan, PlanError
+from rlr_trainer.plan import EstimatorPlan
 from rlr_trainer.plan_draw import PlanDraw
 
 
@@ -117,12 +117,8 @@ def estimate_gradient(
             raise ValueError(
                 "reference with a zeroth-order plan: perturbed steps have no divergence of their own; use rest_estimator='lr'"
             )
-        silent = [step for step, std in enumerate(rollout.stds) if not bool((std > 0).all())]
-        if silent:
-            raise PlanError(
-                f"reference: step {silent[0]} of {plan.num_steps} adds no noise (std = 0), where the divergence of two policies is infinite; "
-                "give every step noise, or leave reference unset"
-            )
+        smallest = [float(std.min()) for std in rollout.stds]
+        check_noise(smallest, "reference", "give every step noise, or leave reference unset")
         step_of_reference = functools.partial(_reference_step, chain, dict(reference))
         to_go = leave_one_out_to_go(step_divergences(rollout, step_of_reference))
         penalty = Penalty(step_of_reference, torch.full_like(rewards, kl_coef * share), to_go)
