@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from typing import Any
 
 import torch.distributed
 from accelerate.utils import broadcast_object_list
+
+_GLOO_SECONDS = 0.5  # the threads need microseconds, and on a busy machine their turn on the processor
 
 
 def of_main_process(value: Any, accelerator: Any) -> Any:
@@ -19,23 +20,17 @@ def of_main_process(value: Any, accelerator: Any) -> Any:
     return holder[0]
 
 
-@contextmanager
-def leaving_cleanly() -> Iterator[None]:
-    """Closes gloo's process group when the program ends, if the body ends well (or by SystemExit, which all processes raise together).
+def let_gloo_finish_at_exit() -> None:
+    """Has the interpreter wait a moment for gloo's threads before it goes away.
 
-    A process whose gloo threads still run while the interpreter goes away sometimes aborts (SIGABRT, "terminate called without
-    an active exception") after all its work is done. After an error the group is left alone: operations under way would wait
-    for processes that may never answer.
+    The thread that ran a collective operation frees its tensors after the caller went on, and needs the GIL for it. Asked for while
+    the interpreter is being taken down, the GIL ends the thread, and with it the process: SIGABRT, "terminate called without an
+    active exception", after all work is done. Destroying the process group does not end those threads while DDP holds it.
     """
-    atexit.unregister(_close_process_group)
-    try:
-        yield
-    except SystemExit:
-        atexit.register(_close_process_group)
-        raise
-    atexit.register(_close_process_group)
+    atexit.unregister(_let_gloo_finish)
+    atexit.register(_let_gloo_finish)
 
 
-def _close_process_group() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()
+def _let_gloo_finish() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(_GLOO_SECONDS)

@@ -33,7 +33,7 @@ from rlr_trainer.monitor import RewardHackingMonitor
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.plan_draw import StartDistribution
-from rlr_trainer.processes import leaving_cleanly
+from rlr_trainer.processes import let_gloo_finish_at_exit
 from rlr_trainer.prompts import DatasetPrompts, FunctionPrompts, open_dataset
 from rlr_trainer.rewards.interface import RewardFunction, Rewards
 from rlr_trainer.sampling import eval_source
@@ -141,6 +141,7 @@ class RLRTrainer(UpdatingTrainer):
         self.use_lora = config.use_lora and getattr(sd_pipeline, "use_lora", True)
         self.policy = self._make_policy(config, peft_config)
         self.run_files = RunFiles(self.run_facts)
+        let_gloo_finish_at_exit()
         super().__init__(
             model=self.policy,
             args=config,
@@ -339,7 +340,7 @@ class RLRTrainer(UpdatingTrainer):
             self._choose_plan()
         callbacks = self.callback_handler.callbacks
         callbacks.append(callbacks.pop(callbacks.index(self.whole_updates)))  # behind those added since
-        with leaving_cleanly(), self.termination.taken():
+        with self.termination.taken():
             output = super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
             if self.termination.stopped:
                 logger.warning("stopped after update %d; continue with resume_from_checkpoint=True", self.state.global_step)

@@ -3,7 +3,6 @@
 Starting two interpreters takes longer than any job, so many jobs share a start. Usage: distributed_worker.py FOLDER
 """
 
-import atexit
 import contextlib
 import copy
 import json
@@ -144,8 +143,6 @@ def train(folder, job, pipeline):
 def main():
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    # Registered before a trainer is made, and so called after what the trainer registers.
-    atexit.register(lambda: (folder / f"left{RANK}").write_text(str(not torch.distributed.is_initialized())))
     pipeline = digits.load_pipeline()
     for job in json.loads((folder / "jobs.json").read_text()):
         place = folder / job["name"]

@@ -144,11 +144,6 @@ def bound(name):
     return 1e-4 * amplification, 1e-6 * amplification
 
 
-def test_the_process_group_is_closed_before_the_interpreter_ends(two):
-    """Left open, one of some hundred processes aborted after its work was done, as any program does that uses gloo so."""
-    assert [(two / f"left{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_give_the_gradients_of_one(one, two, name):
     (expected,), found = results(one, name, 1), results(two, name)
@@ -431,12 +426,10 @@ def test_sigterm_saves_a_checkpoint_and_ends_both(tmp_path, target):
         assert run.poll() is None, run.stderr.read()[-3000:]
         time.sleep(0.2)
     workers = [int(mark.read_text()) for mark in marks]
-    assert not list(tmp_path.glob("left*"))
     os.kill(run.pid if target == "launcher" else workers[1], signal.SIGTERM)
     _, errors = run.communicate(timeout=120)
     assert run.returncode != 0
     assert all(gone(pid) for pid in workers)
-    assert [(tmp_path / f"left{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
     (checkpoint,) = checkpoints.list_checkpoints(tmp_path / "job/run")
     checkpoints.check(checkpoint)
     assert (
