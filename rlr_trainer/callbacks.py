@@ -19,6 +19,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import is_in_notebook
 
 from rlr_trainer.checkpoints import find_best, supersede
+from rlr_trainer.resuming import OPTIMIZER_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 REWARDS_FILE = "rewards.jsonl"
 RUN_FILE = "run.json"
 RUN_FORMAT = 1
+PLACES = {"output_dir", "logging_dir", "run_name", "overwrite", "resume_from_checkpoint"}
 
 
 class RLRCallback(TrainerCallback):
@@ -116,22 +118,25 @@ class RunFiles(RLRCallback):
         # a rollout that began at this step comes after the checkpoint
         self._rollouts = len(_keep_lines(folder / REWARDS_FILE, lambda row: row["step"] < step))
         self._started = time.perf_counter()
-        self._write_run(folder / RUN_FILE, resumed=step > 0)
+        self._write_run(folder / RUN_FILE, step)
         supersede(folder, step)
 
-    def _write_run(self, path: Path, resumed: bool) -> None:
+    def _write_run(self, path: Path, step: int) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        facts = json.loads(json.dumps(self.facts(), default=str))
         run = None
-        if resumed and path.is_file():
+        if step and path.is_file():
             try:
                 run = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 logger.warning("%s is damaged (%s): it is written anew", path, error)
         if not isinstance(run, dict):
-            run = {"format": RUN_FORMAT, "started": now} | self.facts()
-        if resumed:
-            run["resumed"] = [*run.get("resumed", []), now]
-        _replace(path, json.dumps(run, indent=2, default=str) + "\n")
+            run = {"format": RUN_FORMAT, "started": now} | facts
+        if step:
+            # a checkpoint before those that earlier runs went on from undoes what they changed
+            kept = [entry for entry in run.get("resumed", []) if entry["update"] <= step]
+            run["resumed"] = [*kept, {"at": now, "update": step, "changed": _changes(run, kept, facts)}]
+        _replace(path, json.dumps(run, indent=2) + "\n")
 
     def on_rollout_end(self, args: Any, state: Any, control: Any, *, rollout: Any, plan: Any, **kwargs: Any) -> None:
         if self._started is None:
@@ -145,6 +150,20 @@ class RunFiles(RLRCallback):
             return
         row = {"step": state.global_step, "seconds": round(self.seconds, 3)}
         _append(Path(args.output_dir) / METRICS_FILE, row | {name: _plain(value) for name, value in logs.items()})
+
+
+def _changes(run: dict[str, Any], resumed: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, list[Any]]:
+    """name -> [value before, value now] of what is not as it was when the run began or was last resumed, and has an effect."""
+    before, now = _named(run), _named(facts)
+    for entry in resumed:
+        before |= {name: after for name, (_, after) in entry["changed"].items()}
+    names = sorted((before.keys() | now.keys()) - PLACES - set(OPTIMIZER_ARGUMENTS))
+    return {name: [before.get(name), now.get(name)] for name in names if before.get(name) != now.get(name)}
+
+
+def _named(facts: dict[str, Any]) -> dict[str, Any]:
+    single = {name: facts.get(name) for name in ("model", "rewards", "eval_rewards", "plan", "device", "processes")}
+    return single | facts["options"] | facts["changed"] | facts["versions"]
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -40,24 +40,20 @@ CHANGED_WITHIN_ROLLOUT = {
     *("recompute", "log_step_norms", "eval_images_per_prompt", "reward_timeout", "on_reward_error", "reward_workers"),
     *OPTIMIZER_ARGUMENTS,
 }
+REWARDS = "reward_function"  # an argument, compared like the options by the names of the functions
 _ONE_OPTIMIZER = {"adamw_torch", "adamw_torch_fused"}  # the same state
 
 
-def compared_options(config: RLRConfig) -> dict[str, Any]:
-    """The options that a checkpoint keeps to compare them with those of the run that resumes it."""
-    return config.rlr_options() | {name: getattr(config, name) for name in COMPARED_ARGUMENTS}
+def compared_settings(config: RLRConfig, rewards: list[str]) -> str:
+    """What a checkpoint keeps, as JSON, to compare it with the run that resumes it: options, and the names of the rewards."""
+    settings = config.rlr_options() | {name: getattr(config, name) for name in COMPARED_ARGUMENTS}
+    return json.dumps(settings | {REWARDS: rewards}, default=str)
 
 
-def changed_options(config: RLRConfig, stored: str) -> Changes:
-    """The options that are not those of the checkpoint.
-
-    Args:
-        config: of the run that resumes.
-        stored: `compared_options` of the run that saved, as JSON.
-    """
+def compare(stored: str, present: str) -> Changes:
+    """What is not as it was, of two `compared_settings`."""
     before = json.loads(stored)
-    present = json.loads(json.dumps(compared_options(config), default=str))
-    return {name: (before.get(name), value) for name, value in present.items() if before.get(name) != value}
+    return {name: (before.get(name), value) for name, value in json.loads(present).items() if before.get(name) != value}
 
 
 def check_changes(folder: Path, changes: Changes, given_optimizer: bool) -> None:
@@ -65,7 +61,7 @@ def check_changes(folder: Path, changes: Changes, given_optimizer: bool) -> None
 
     Args:
         folder: the checkpoint.
-        changes: see `changed_options`.
+        changes: see `compare`.
         given_optimizer: whether the optimizer is an object of the user's, and not made of the options.
 
     Raises:

@@ -258,7 +258,7 @@ class SavingTrainer(PushingTrainer):
             "metrics": {name: list(values) for name, values in self._metrics.items()},
             "prompts": self._prompt_state(),
             "chosen": dict(self._chosen),  # in place of "auto"
-            "options": json.dumps(resuming.compared_options(self.args), default=str),
+            "options": resuming.compared_settings(self.args, self.rewards.names),
             "averaged_updates": self.average.updates if self.average is not None else None,
         }
         state |= {name: getattr(self, name).state_dict() for name in STATEFUL if getattr(self, name) is not None}
@@ -337,7 +337,7 @@ class SavingTrainer(PushingTrainer):
             CheckpointError: the state is missing, damaged, or does not fit this run.
         """
         state = load_safely(folder / STATE_FILE)
-        changes = resuming.changed_options(self.args, state["options"])
+        changes = resuming.compare(state["options"], resuming.compared_settings(self.args, self.rewards.names))
         resuming.check_changes(folder, changes, given_optimizer=self.optimizer is not None)
         # the run goes on with what was chosen at its start
         self._set_plan(**{name: value for name, value in state["chosen"].items() if getattr(self.args, name) == AUTO})

@@ -103,7 +103,13 @@ def add_everything(folder, prompt="a red panda", size=24):
         "device": "cpu",
         "processes": 1,
         "trainable_parameters": 9984,
-        "resumed": ["2026-11-22T11:00:00+00:00"],
+        "resumed": [
+            {
+                "at": "2026-11-22T11:00:00+00:00",
+                "update": 17,
+                "changed": {"max_grad_norm": [None, 0.5], "rewards": [["panda"], ["bear"]], "hub_token": ["hf_abc", "hf_abcd"]},
+            }
+        ],
     }
     (folder / "run.json").write_text(json.dumps(run))
     row = {
@@ -255,6 +261,8 @@ def test_everything_appears(make_run):
         "2.13.0",
         "9,984 trained parameters",
         "resumed once",
+        "Changed when resumed",
+        "max_grad_norm default 0.5 17",
         "40 (12 %)",
         "Summary",
     ):

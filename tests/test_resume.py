@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from rlr_trainer import RewardError, callbacks, checkpoints, digits, resuming
 from rlr_trainer.checkpoints import CheckpointError
+from rlr_trainer.demo import digit_reward, ink
 
 TIMED = ("time/", "train_", "seconds")
 PRESETS = ("rlr", "rlr_paper", "ddpo", "draft", "alignprop", "full_bp", "sqdf", "es")
@@ -351,7 +352,36 @@ def test_a_changed_learning_rate_is_said_to_have_no_effect(make_trainer, pipelin
     resumed.train(resume_from_checkpoint=True)
     assert "learning_rate=0.001 -> 0.5 has no effect" in caplog.text
     assert "with other options: max_grad_norm=1.0 -> 3.0; max_steps=1 -> 2" in caplog.text
+    assert "reward_function" not in caplog.text
     assert [row["learning_rate"] for row in logged("run")] == [1e-3, 1e-3]
+
+
+def test_another_reward_function_is_told_of(make_trainer, pipeline, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1, "output_dir": "run"}
+    make_trainer(sd_pipeline=copy.deepcopy(pipeline), reward_function=ink, max_steps=1, **options).train()
+    resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), reward_function=[ink, digit_reward(3)], max_steps=2, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert "with other options: max_steps=1 -> 2; reward_function=['ink'] -> ['ink', 'digit']" in caplog.text
+    last = make_trainer(sd_pipeline=pipeline, reward_function=[ink, digit_reward(3)], max_steps=3, **options)
+    last.train(resume_from_checkpoint=True)
+    first, second = json.loads(Path("run/run.json").read_text())["resumed"]
+    assert (first["update"], second["update"]) == (1, 2)
+    assert first["changed"] == {
+        "max_steps": [1, 2],
+        "rewards": [["ink"], ["ink", "digit"]],
+        "eval_rewards": [["ink"], ["ink", "digit"]],
+    }
+    assert second["changed"] == {"max_steps": [2, 3]}
+
+
+def test_another_reward_function_inside_a_rollout_is_refused(make_trainer, pipeline):
+    options = {"save_strategy": "steps", "save_steps": 1, "output_dir": "run", "num_inner_epochs": 2, "estimator": "ddpo"}
+    make_trainer(sd_pipeline=copy.deepcopy(pipeline), reward_function=ink, max_steps=1, **options).train()
+    resumed = make_trainer(sd_pipeline=pipeline, max_steps=2, **options)
+    with pytest.raises(
+        CheckpointError, match=r"with reward_function=\['ink'\] -> \['digit'\]: it was saved in the middle of a rollout"
+    ):
+        resumed.train(resume_from_checkpoint=True)
 
 
 def test_a_rollout_saved_on_another_device(make_trainer, pipeline, monkeypatch):

@@ -38,6 +38,7 @@ class RunView:
     constants: list[str]
     changed: tables.Table | None
     options: tables.Table | None
+    resumed: tables.Table | None
     versions: tables.Table | None
     diagnosis: tables.Table | None
     summary: tables.Table | None
@@ -141,6 +142,7 @@ def _view(run: Run, index: int, total: int, charts: Charts) -> RunView:
         constants=[f"{name}: {wording.number(value)}" for name, value in charts.constants(run)],
         changed=tables.settings(changed) if changed else None,
         options=tables.settings(options) if options else None,
+        resumed=tables.changed_on_resuming(run),
         versions=tables.versions(run),
         diagnosis=tables.diagnosis(run),
         summary=tables.demo_summary(run),

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlr_trainer.report import wording
 from rlr_trainer.report.facts import Facts, reward_at
-from rlr_trainer.report.reading import Run, as_float
+from rlr_trainer.report.reading import Run, as_float, hide_secrets
 from rlr_trainer.report.series import Mean, ends
 
 NAMES_OF_PLACES = {"output_dir", "logging_dir", "run_name", "overwrite"}  # differ between any two runs
@@ -104,6 +104,20 @@ def versions(run: Run) -> Table | None:
         if run.info.get(key) is not None:
             rows.append([key, wording.value_text(run.info[key])])
     return Table(["package", "version"], rows) if rows else None
+
+
+def changed_on_resuming(run: Run) -> Table | None:
+    """What a resumed run did otherwise than before."""
+    rows = []
+    for entry in _dicts(run.info.get("resumed")):
+        changed = entry.get("changed")
+        for name, pair in hide_secrets(changed).items() if isinstance(changed, dict) else ():
+            before, now = pair if isinstance(pair, list) and len(pair) == 2 else (pair, pair)
+            update = wording.value_text(entry.get("update"))
+            rows.append(
+                [str(name), *("default" if value is None else wording.value_text(value) for value in (before, now)), update]
+            )
+    return Table(["setting", "before", "resumed with", "after update"], rows) if rows else None
 
 
 def diagnosis(run: Run) -> Table | None:
