@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from rlr_trainer.chain import sample_chain, seeded_generator
 from rlr_trainer.chains.ddim import DDIMSchedule
+from rlr_trainer.collector import Collector
 from rlr_trainer.config import RLRConfig
-from rlr_trainer.experience import EVALUATION, Collector, RolloutSummary, condition_rows
+from rlr_trainer.experience import EVALUATION, RolloutSummary, condition_rows
 from rlr_trainer.image_log import SAMPLES_FOLDER, FixedSamples, HookTracker, thumbnails, vector_diversity
 from rlr_trainer.pipelines import Conditioning, PipelineChain, ScaledConditioning
 from rlr_trainer.processes import of_main_process

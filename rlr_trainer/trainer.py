@@ -20,11 +20,12 @@ from rlr_trainer import compat, replaced
 from rlr_trainer.averaging import WeightAverage
 from rlr_trainer.callbacks import RolloutBar, RunFiles, WholeUpdates, call_rollout_end
 from rlr_trainer.chain import seeded_generator
+from rlr_trainer.collector import Collector
 from rlr_trainer.config import AUTO, RLRConfig
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.divergence import check_noise
 from rlr_trainer.estimators.prediction import ControlVariateScale
-from rlr_trainer.experience import SHUFFLE, Collector, RolloutSummary, check_batches
+from rlr_trainer.experience import SHUFFLE, RolloutSummary, check_batches
 from rlr_trainer.image_log import SampleLog
 from rlr_trainer.interruption import EXIT_TERMINATED, StopOnTermination
 from rlr_trainer.meters import GradientMeter, summarize

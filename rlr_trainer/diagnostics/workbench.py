@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from rlr_trainer.chain import mix_seed, seeded_generator
+from rlr_trainer.collector import Collector
 from rlr_trainer.config import RLRConfig
 from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, ControlVariateScale, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import zeroth_order
-from rlr_trainer.experience import CHOICES, Collector, Experience
+from rlr_trainer.experience import CHOICES, Experience
 from rlr_trainer.plan import EstimatorPlan
 from rlr_trainer.prompts import FunctionPrompts, PromptRow
 
