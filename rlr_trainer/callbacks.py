@@ -27,7 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 REWARDS_FILE = "rewards.jsonl"
 RUN_FILE = "run.json"
 RUN_FORMAT = 1
-PLACES = {"output_dir", "logging_dir", "run_name", "overwrite", "resume_from_checkpoint"}
+PLACES = {"output_dir", "logging_dir", "run_name", "overwrite", "resume_from_checkpoint"}  # where, not what is computed
 
 
 class RLRCallback(TrainerCallback):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from programs import environment
 
 import rlr_trainer
 from rlr_trainer import RLRConfig
@@ -17,8 +18,6 @@ from rlr_trainer.cli import main
 from rlr_trainer.cli.train import USUAL_OPTIONS
 from rlr_trainer.rewards import RemoteReward
 from rlr_trainer.run_config import SettingsError, load_prompts, load_reward, load_settings
-
-ROOT = Path(__file__).parent.parent
 
 RUN = """
 model: digits
@@ -208,8 +207,8 @@ def test_a_reader_that_goes_ends_the_command_without_noise(tmp_path):
     reads, writes = os.pipe()
     os.close(reads)
     command = [sys.executable, "-m", "rlr_trainer.cli", "report", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
-    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=environment, timeout=100)
+    buffered = environment() | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=buffered, timeout=100)
     os.close(writes)
     assert done.returncode == 1
     assert done.stderr.startswith("rlr-trainer report: ended, because what reads its output has ended")
@@ -249,8 +248,7 @@ def test_a_run_that_sigterm_ends_can_be_resumed(run_file, tmp_path):
         "false",
     ]
     command = [sys.executable, "-m", "rlr_trainer.cli", *arguments, "--max_steps", "1000"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not Path("began").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
@@ -269,8 +267,7 @@ def test_a_run_that_sigterm_ends_can_be_resumed(run_file, tmp_path):
 
 def launch(run_file, *launcher):
     command = [sys.executable, "-m", *launcher, "-m", "rlr_trainer.cli", "train", "--config", str(run_file), "--output_dir", "out"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=run_file.parent, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=run_file.parent, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert Path("out/pytorch_lora_weights.safetensors").is_file()
     rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]

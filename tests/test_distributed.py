@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import environment, torchrun
 
 from rlr_trainer import checkpoints
 
@@ -65,13 +66,7 @@ def command(folder, processes, config=None):
     if config is not None:
         return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config), "--main_process_port", "0",
                 str(WORKER), str(folder)]  # fmt: skip
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--rdzv_backend", "c10d",
-            "--rdzv_endpoint", "localhost:0", str(WORKER), str(folder)]  # fmt: skip
-
-
-def environment():
-    path = os.pathsep.join(filter(None, [str(WORKER.parent.parent), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return torchrun(processes, WORKER, folder)
 
 
 def launch(folder, processes, jobs, config=None):

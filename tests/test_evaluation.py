@@ -3,14 +3,13 @@
 import copy
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from programs import environment, torchrun
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from rlr_trainer import RewardError, digits
@@ -225,12 +224,8 @@ def test_a_run_with_a_group_wise_reward_shows_pictures_without_rewards(make_trai
 def launch(folder, processes, options):
     """The logs of all ranks of a run under torchrun."""
     folder.mkdir()
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--rdzv_backend", "c10d",
-        "--rdzv_endpoint", "localhost:0", str(WORKER), str(folder), json.dumps(options),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    command = torchrun(processes, WORKER, folder, json.dumps(options))
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment(), check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 

@@ -1,13 +1,13 @@
 """How a process of a distributed run leaves."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import environment
 
 import rlr_trainer.trainer
 
@@ -18,8 +18,7 @@ PAIRS = 8
 def ends(folder, mode):
     (folder / mode).mkdir()
     command = [sys.executable, str(WORKER), str(folder / mode), mode]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(), check=True)
     return json.loads(done.stdout)
 
 

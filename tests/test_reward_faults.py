@@ -1,15 +1,14 @@
 """Rewards inside the trainer: faults in the middle of a run, and the options of how rewards are called and summed."""
 
 import copy
-import os
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from programs import environment, torchrun
 from transformers import TrainerCallback
 
 from rlr_trainer import RewardError, RLRConfig, digits
@@ -211,10 +210,8 @@ def test_an_interrupt_in_the_reward_passes_through(make_trainer, options):
     ("when", "updates", "calls"), [("check", 0, (1, 1)), ("first batch", 0, (3, 2)), ("second rollout", 1, (5, 4))]
 )
 def test_a_failure_in_one_process_ends_all(tmp_path, when, updates, calls):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d",
-               "--rdzv_endpoint", "localhost:0", str(WORKER), str(tmp_path), when]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    command = torchrun(2, WORKER, tmp_path, when)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment(), check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
     where = "the check of the reward before the first rollout" if when == "check" else f"rollout {updates}"

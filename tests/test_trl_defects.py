@@ -32,10 +32,8 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +41,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from programs import environment, torchrun
 from safetensors.torch import load, load_file
 from trl_configs import alignprop_config, ddpo_config
 
@@ -108,11 +107,8 @@ torch.save({name: p.detach() for name, p in resumed.policy.trainable_parameters(
 @pytest.mark.slow
 def test_T02_two_processes_save_and_resume(tmp_path):
     Path("script.py").write_text(TWO_PROCESSES)
-    tests = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d",
-               "--rdzv_endpoint", "localhost:0", "script.py"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)  # TRL's run never ends
+    command = torchrun(2, "script.py")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment())  # TRL's run never ends
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert same_tensors(first, second)

@@ -1,13 +1,13 @@
 """TRL 0.23.1's example scripts, with the trainer's class name changed and nothing else, run to the end and save what they say."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import trl
+from programs import environment
 from safetensors.torch import load_file
 
 if not hasattr(trl, "DDPOTrainer"):
@@ -16,7 +16,6 @@ if not hasattr(trl, "DDPOTrainer"):
 from rlr_trainer import digits
 
 SCRIPTS = Path(__file__).parent / "scripts"
-ROOT = Path(__file__).parents[2]
 ARGUMENTS = {
     "pretrained_model": digits.WEIGHTS / "pipeline", "num_epochs": 3, "sample_num_steps": 3, "sample_guidance_scale": 2.0,
     "mixed_precision": "no",
@@ -36,8 +35,8 @@ def with_our_trainer(name, class_name):
 def run_script(folder, text, arguments):
     (folder / "script.py").write_text(text)
     command = [sys.executable, "script.py", *(f"--{name}={value}" for name, value in arguments.items())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    without_gpu = environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=without_gpu)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 

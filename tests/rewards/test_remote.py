@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import logging
-import os
 import re
 import signal
 import socket
@@ -18,12 +17,12 @@ import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import environment
 
 from rlr_trainer.estimators import NonDifferentiableRewardError
 from rlr_trainer.rewards import RewardError, Rewards
@@ -33,7 +32,6 @@ from rlr_trainer.rewards.remote import RemoteReward
 from rlr_trainer.rewards.server import RewardServer
 from rlr_trainer.rewards.wire import WireError, decode_images, encode_images, to_json
 
-ROOT = Path(__file__).parents[2]
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCH = (IMAGES, ("a", "b", "c"), ({"n": 1}, {"n": 2}, {"n": 3}))
 REWARD_FILE = """
@@ -78,12 +76,8 @@ class Process:
 
     def __init__(self, folder, port=0, token=None, arguments=()):
         command = [sys.executable, "-m", "rlr_trainer.cli", "serve-reward", "served:add", "--port", str(port), *arguments]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
-        if token:
-            environment["RLR_REWARD_TOKEN"] = token
-        self.popen = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        variables = environment(folder) | ({"RLR_REWARD_TOKEN": token} if token else {})
+        self.popen = subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         line = self.popen.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
         assert found, line + self.popen.stderr.read()
