@@ -1,10 +1,12 @@
 """The diagnosis: statistics with known answers, updates equal to the trainer's, nothing touched, honest verdicts."""
 
 import copy
+import importlib
 import itertools
 import json
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from rlr_trainer.demo import digit_reward, ink
 from rlr_trainer.diagnostics import Diagnosis, auto_fo_steps, auto_ho_length, diagnose, measure_variance_profile
 from rlr_trainer.diagnostics.candidates import Candidate, default_candidates, zeroth_order_options
 from rlr_trainer.diagnostics.comparison import compose, is_composable
+from rlr_trainer.diagnostics.evaluation import power_notes
 from rlr_trainer.diagnostics.memory import measuring_memory
 from rlr_trainer.diagnostics.profile import BLACK_BOX, ProfileBuilder
 from rlr_trainer.diagnostics.recommend import recommend
@@ -33,6 +36,7 @@ from rlr_trainer.diagnostics.statistics import (
     cosine_of_one,
     jackknife,
     judge_bias,
+    largest_share,
     mean_product,
     mean_square,
     reference_square,
@@ -164,6 +168,18 @@ def test_too_much_noise_is_underpowered_and_not_unbiased():
     assert {judge_bias(Products.of(a, b), 0.5).verdict for a, b in zip(c, r, strict=True)} == {"underpowered"}
     c, r = gradients(8, paired=4, extra=30, noise_c=0.1, noise_r=0.1, bias=1.0, replicates=1)
     assert judge_bias(Products.of(c[0], r[0]), 0.5).verdict == "underpowered"  # four batches are too few for any verdict
+
+
+def test_the_share_of_the_batch_that_deviates_most():
+    updates = torch.randn(8, SIZE, generator=seeded(11), dtype=torch.float64)
+    deviations = ((updates - updates.mean(0)) ** 2).sum(1)
+    # leaving batch b out takes n / (n - 1) times its squared deviation from the sum of squared deviations
+    expected = float((deviations.max() / deviations.sum()) * 8 / 7)
+    assert largest_share(Products.of(updates, updates)) == pytest.approx(expected)
+    updates[3] *= 100
+    assert largest_share(Products.of(updates, updates)) > 0.99
+    assert largest_share(Products.of(updates[:2], updates)) is None
+    assert largest_share(Products.of(torch.ones(4, SIZE), updates)) is None  # no deviation at all
 
 
 def test_a_reference_lost_in_noise_gives_no_verdict():
@@ -479,7 +495,9 @@ def test_noise_is_ordered_and_the_rows_are_complete(ink_diagnosis):
         (r.efficiency.value for r in ink_diagnosis.rows), reverse=True
     )
     for row in ink_diagnosis.rows:
-        assert row.num_batches == (4 if "control" in row.name else 6)  # two batches fit the control variate
+        paired = 4 if "control" in row.name else 6  # two batches fit the control variate
+        of_reference = ink_diagnosis.settings["reference_batches"]
+        assert row.num_batches == (of_reference if row.bias.verdict == "reference" else paired)
         assert row.seconds > 0
         assert row.peak_bytes > 0
     assert ink_diagnosis.row("rlr K=2").is_yours
@@ -675,7 +693,18 @@ def test_perturbations_fit_the_batch():
 
 
 def row(
-    name, efficiency, *, error=0.0, fo_share=0.1, biases=(), verdict="none seen", value=None, batches=20, captured=1.0, **options
+    name,
+    efficiency,
+    *,
+    error=0.0,
+    fo_share=0.1,
+    biases=(),
+    verdict="none seen",
+    value=None,
+    batches=20,
+    captured=1.0,
+    largest_share=0.1,
+    **options,
 ):
     number = Estimate(efficiency, error)
     known = Estimate(1.0, 0.1)
@@ -683,7 +712,7 @@ def row(
         name=name, options={"estimator": name} | options, is_yours=name == "mine", fo_steps=round(10 * fo_share), ho_length=0,
         fo_share=fo_share, biases=list(biases), only_smoothed=False, num_batches=batches,
         bias=RelativeBias(value, None if value is None else 0.02, 0.3, verdict), captured=Estimate(captured, 0.1), std=known,
-        relative_std=known, cosine_of_mean=known, cosine_of_one=known, seconds=1.0, peak_bytes=1, efficiency=number,
+        largest_share=largest_share, relative_std=known, cosine_of_mean=known, cosine_of_one=known, seconds=1.0, peak_bytes=1, efficiency=number,
         signal_per_second=number, speed=number,
     )  # fmt: skip
 
@@ -717,6 +746,25 @@ def test_long_first_order_is_mentioned_with_its_risk_but_not_recommended():
     assert recommendation.plan == "mine"
     assert "full_bp (K=10), unbiased, with 50 times" in recommendation.remarks[0]
     assert "independent judge" in recommendation.remarks[1]
+
+
+def test_a_std_that_is_mostly_of_one_batch_is_called_rough():
+    heavy = row("full_bp", 50.0, fo_share=1.0, largest_share=0.83)
+    assert (
+        "with 50 times the signal per second of mine (by a std that is mostly of one batch"
+        in recommend([row("mine", 1.0), heavy]).remarks[0]
+    )
+    settings = {
+        "reference_batches": 20,
+        "reference_norm": 1.0,
+        "reference_resolved": True,
+        "advantage": "none",
+        "configured_advantage": "none",
+    }
+    (note,) = power_notes([row("mine", 1.0), heavy], settings)
+    assert "comes from one batch: full_bp (83%)" in note
+    assert heavy.is_heavy_tailed
+    assert not row("of few batches", 1.0, batches=4, largest_share=0.9).is_heavy_tailed
 
 
 def test_among_equals_the_fewest_first_order_steps():
@@ -788,30 +836,43 @@ def test_the_command_line_writes_and_prints(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_orderings_on_the_bundled_model(digits_pipeline_master, tmp_path):
-    """Ten steps, the demo's reward: full_bp < rlr K=3 < rlr K=1 <= ddpo < es in noise, and sqdf below them all."""
+    """Ten steps, the demo's reward: sqdf < rlr K=3 < rlr K=1 <= ddpo < es in noise.
+
+    Left out: the std of full_bp is that of its rarest updates (the test below), and what is relative to the reference needs more batches
+    than a test can have here; the smaller models above test it.
+    """
     config = RLRConfig(
         output_dir=str(tmp_path), sample_num_steps=10, sample_guidance_scale=1.0, per_device_train_batch_size=16, lora_r=4,
         zo_scale=0.05, use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     trainer = RLRTrainer(config, digit_reward(7), lambda: (digits.PROMPT, {}), copy.deepcopy(digits_pipeline_master))
     options = {
-        "rlr K=3": {"estimator": "rlr", "fo_steps": 3},
-        "rlr K=1": {"estimator": "rlr", "fo_steps": 1},
-        "es": {"estimator": "es", "zo_scale": 0.05, "zo_antithetic": False},
+        "sqdf": {},
+        "rlr K=3": {"fo_steps": 3},
+        "rlr K=1": {"fo_steps": 1},
+        "ddpo": {},
+        "es": {"zo_scale": 0.05, "zo_antithetic": False},
     }
     candidates = [
-        Candidate(name, EstimatorPlan.from_preset(name, 10), {"estimator": name}) for name in ("full_bp", "ddpo", "draft", "sqdf")
+        Candidate(name, EstimatorPlan.from_preset(name.split()[0], 10, **chosen), chosen) for name, chosen in options.items()
     ]
-    for name, chosen in options.items():
-        plan = EstimatorPlan.from_preset(chosen["estimator"], 10, **{k: v for k, v in chosen.items() if k != "estimator"})
-        candidates.append(Candidate(name, plan, chosen))
-    diagnosis = diagnose(trainer, num_batches=40, time_limit=280, candidates=candidates)
-    std = {r.name: r.std.value for r in diagnosis.rows}
-    assert 1.5 * std["full_bp"] < std["rlr K=3"]
+    num_batches = 20
+    diagnosis = diagnose(trainer, num_batches=num_batches, time_limit=3600, candidates=candidates)  # the number of batches ends it
+    assert {row.name: row.num_batches for row in diagnosis.rows} == dict.fromkeys(options, num_batches)
+    assert not any(row.is_heavy_tailed for row in diagnosis.rows)
+    std = {row.name: row.std.value for row in diagnosis.rows}
+    assert 2.0 * std["sqdf"] < std["rlr K=3"]
     assert 2.0 * std["rlr K=3"] < std["rlr K=1"]
     assert std["rlr K=1"] < 1.1 * std["ddpo"]
     assert 3.0 * std["ddpo"] < std["es"]
-    assert diagnosis.row("sqdf").std.value < std["rlr K=3"]
-    # what is relative to the reference needs more batches than a test can have here: the smaller models above test it
-    for name in ("rlr K=3", "rlr K=1", "ddpo"):
-        assert diagnosis.row(name).bias.verdict != "biased"
+
+
+@pytest.mark.slow
+def test_typical_updates_of_full_bp_are_small(monkeypatch):
+    """By factors of thousands, on the bundled model; its rare ones are not, so nothing is said of its std."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    norms = importlib.import_module("gradient_tails").norms(batches=15, seed=0)
+    assert {name: len(values) for name, values in norms.items()} == {"full_bp": 15, "rlr": 15, "ddpo": 15}
+    median = {name: float(values.median()) for name, values in norms.items()}
+    assert 10 * median["full_bp"] < median["rlr"]
+    assert 2 * median["rlr"] < median["ddpo"]

@@ -214,7 +214,10 @@ class Comparison:
         return self.rollout_bytes + max(sweep, costs["sample"].peak_bytes, reward.peak_bytes)
 
     def matrices(self, entry: Measured) -> tuple[Tensor, Tensor]:
-        """Updates of the candidate [n, P], and of the reference [N, P], those on the same rollouts first."""
+        """Updates of the candidate [n, P], and of the reference [N, P], those on the same rollouts first; n = N for the reference itself."""
+        if entry.candidate.plan == self.builder.plan:
+            updates = torch.stack(list(self.reference.values()))
+            return updates, updates
         numbers = sorted(entry.gradients)
         others = [number for number in self.reference if number not in entry.gradients]
         reference = torch.stack([self.reference[number] for number in numbers + others])

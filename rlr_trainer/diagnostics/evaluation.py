@@ -26,6 +26,7 @@ from rlr_trainer.diagnostics.statistics import (
     cosine_of_one,
     jackknife,
     judge_bias,
+    largest_share,
     mean_square,
     precision,
     reference_square,
@@ -86,6 +87,7 @@ def _row(
         else judge_bias(products, DETECTABLE, CONTRADICTION if assumes_captured else RESOLVED),
         captured=Estimate(1.0, 0.0) if is_reference else share,
         std=_root(variance),
+        largest_share=largest_share(products),
         relative_std=jackknife(relative_std, products) if known else UNKNOWN,
         cosine_of_mean=Estimate(1.0, 0.0) if is_reference else _cosine_of_mean(products, reference),
         cosine_of_one=jackknife(cosine_of_one, products) if known else UNKNOWN,
@@ -195,6 +197,12 @@ def power_notes(rows: Sequence[PlanRow], settings: Mapping[str, Any]) -> list[st
     few = [row.name for row in rows if row.num_batches < MINIMUM_BATCHES]
     if few:
         notes.append(f"fewer than {MINIMUM_BATCHES} batches, too few for errors to be believed: {', '.join(few)}")
+    rare = [f"{row.name} ({row.largest_share:.0%})" for row in rows if row.is_heavy_tailed and row.largest_share is not None]
+    if rare:
+        notes.append(
+            f"most of the measured variance comes from one batch: {', '.join(rare)}. Such gradients are rarely large, so this std is rough, "
+            "more likely too small than too large, and signal/s the other way round"
+        )
     if settings["configured_advantage"] != settings["advantage"]:
         notes.append(
             f"measured with advantage={settings['advantage']!r} for all plans; advantage={settings['configured_advantage']!r}, as configured, "

@@ -76,7 +76,8 @@ def _no_recommendation(usable: list[PlanRow], sound: list[PlanRow]) -> str:
 
 
 def _long_remark(row: PlanRow, chosen: PlanRow) -> str:
-    return f"not recommended for its risk: {row.name} (K={row.fo_steps}), unbiased, with {_times(row, chosen)}"
+    doubt = " (by a std that is mostly of one batch, see below)" if row.is_heavy_tailed else ""
+    return f"not recommended for its risk: {row.name} (K={row.fo_steps}), unbiased, with {_times(row, chosen)}{doubt}"
 
 
 def _biased_remark(row: PlanRow, chosen: PlanRow) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rlr_trainer.diagnostics.profile import StepCost, VarianceProfile
-from rlr_trainer.diagnostics.statistics import Estimate, RelativeBias
+from rlr_trainer.diagnostics.statistics import MINIMUM_BATCHES, Estimate, RelativeBias
 
 MEGABYTE = 2**20
 TIE = 2.0  # standard errors within which two plans count as equally good
+HEAVY = 0.5  # share of the variance in one batch from which the std is called rough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class PlanRow:
         bias: measured distance of the mean update from the reference gradient, over the latter's norm.
         captured: share of the reference gradient that the mean update contains, along the reference; 1 if unbiased.
         std: square root of the total variance of one update, in gradient units.
+        largest_share: of the total variance, that of the batch which deviates most; about 1 / num_batches without heavy tails.
         relative_std: the same over the reference gradient's norm.
         cosine_of_mean, cosine_of_one: with the reference gradient, of the mean update and (mean) of one.
         seconds: wall time of one update (sampling, reward, backward); None: not timed.
@@ -51,6 +53,7 @@ class PlanRow:
     bias: RelativeBias
     captured: Estimate
     std: Estimate
+    largest_share: float | None
     relative_std: Estimate
     cosine_of_mean: Estimate
     cosine_of_one: Estimate
@@ -63,6 +66,11 @@ class PlanRow:
     @property
     def is_unbiased(self) -> bool:
         return not self.biases
+
+    @property
+    def is_heavy_tailed(self) -> bool:
+        """Whether the std is, for the most part, that of a single batch."""
+        return self.num_batches >= MINIMUM_BATCHES and self.largest_share is not None and self.largest_share > HEAVY
 
     @property
     def assumes_captured(self) -> bool:
@@ -157,8 +165,9 @@ class Diagnosis:
 
 LEGEND = (
     "bias: distance of the mean update from the reference gradient, over its norm; < x: none seen, and less than x; ?: the batches do",
-    "not tell. captured: share of the reference in the mean update. std: of one update; rel. std: over the reference's norm. cos: with the",
-    "reference, of the mean update and of one. s, MB: of one update, memory beyond the weights. n: updates measured.",
+    "not tell. captured: share of the reference in the mean update. std: of one update (x?: mostly of a single batch); rel. std: over the",
+    "reference's norm. cos: with the reference, of the mean update and of one. s, MB: of one update, memory beyond the weights. n: updates",
+    "measured.",
     "signal/s: squared signal-to-noise ratio gained per second; x yours: the same over that of the configured plan.",
 )
 
@@ -172,7 +181,7 @@ def _plan_cells(rows: list[PlanRow]) -> list[list[str]]:
             "unbiased" if row.is_unbiased else "smoothed" if row.only_smoothed else "biased",
             format_bias(row.bias),
             format_estimate(row.captured),
-            _number(row.std.value),
+            _number(row.std.value) + ("?" if row.is_heavy_tailed else ""),
             format_estimate(row.relative_std),
             format_estimate(row.cosine_of_mean),
             format_estimate(row.cosine_of_one),

@@ -142,6 +142,17 @@ def total_variance(p: Products) -> Tensor:
     return (p.cc_same - p.cc / p.n) / (p.n - 1)
 
 
+def largest_share(p: Products) -> float | None:
+    """Largest share of the sum of squared deviations |c_b - mean|^2 that one batch has; None for fewer than three batches.
+
+    About 1 / n without heavy tails. Near 1 the variance is that of one batch, and its jackknife error says little.
+    """
+    if p.num_paired < 3:
+        return None
+    deviations = p.cc_same - p.cc / p.n
+    return float(1 - deviations[1 : p.num_paired + 1].min() / deviations[0]) if deviations[0] > 0 else None
+
+
 def reference_square(p: Products) -> Tensor:
     """|E r|^2, from paired and extra batches."""
     count = p.n + p.m
