@@ -200,10 +200,7 @@ def batches_of(size: int) -> Iterator[None]:
     real_center, real_baseline = sweep.leave_one_out_mean, ADVANTAGES["leave_one_out"]
 
     def baseline(rewards: Tensor, groups: Tensor | None, blocks: Tensor | None) -> Advantages:
-        parts = []
-        for rows in torch.arange(len(rewards)).split(32 * size):  # in pieces, because leave_one_out compares all with all
-            parts.append(leave_one_out(rewards[rows], rows // size, None if blocks is None else blocks[rows]))
-        return Advantages(torch.cat([part.values for part in parts]), torch.cat([part.scale for part in parts]))
+        return leave_one_out(rewards, torch.arange(len(rewards)) // size, blocks)
 
     def center(values: Tensor, blocks: Tensor | None = None) -> Tensor:
         return values - baseline(values, None, blocks).values

@@ -55,28 +55,29 @@ def leave_one_out(rewards: Tensor, groups: Tensor | None = None, blocks: Tensor 
         Advantages with scale 1. A sample with nobody to compare with in its group (the others were dropped, or share its
         randomness) is compared with the other groups; with nobody there either it keeps its reward (baseline 0).
     """
-    filled = torch.where(torch.isnan(rewards), 0.0, rewards).double().cpu()
-    counts = (~torch.isnan(rewards)).double().cpu()
+    missing = torch.isnan(rewards)
+    counted = torch.stack([torch.where(missing, 0.0, rewards), ~missing]).double().cpu()  # [2, N]: rewards, and their number
     group = torch.zeros(len(rewards), dtype=torch.long) if groups is None else groups.cpu()
     block = torch.arange(len(rewards)) if blocks is None else blocks.cpu()
-    sums, others = _of_others(filled, group, block), _of_others(counts, group, block)
-    whole = torch.zeros_like(group)
-    sums = torch.where(others > 0, sums, _of_others(filled, whole, block))
-    others = torch.where(others > 0, others, _of_others(counts, whole, block))
-    baseline = sums / others.clamp_min(1)
+    others = _of_others(counted, group, block)
+    alone = others[1] == 0
+    if alone.any():
+        others = torch.where(alone, _of_others(counted, torch.zeros_like(group), block), others)
+    baseline = others[0] / others[1].clamp_min(1)
     return _make(_floats(rewards) - baseline.to(_floats(rewards)), torch.ones_like(_floats(rewards)), rewards)
 
 
 def _of_others(values: Tensor, group: Tensor, block: Tensor) -> Tensor:
-    """Sum over the samples of the same group but of other blocks, for each sample. [N] -> [N]."""
+    """Sums over the samples of the same group but of other blocks, for each sample. [2, N] -> [2, N]."""
+    blocks, block = block.unique(return_inverse=True)
     group = group.unique(return_inverse=True)[1]
-    both = torch.stack([group, block]).unique(dim=1, return_inverse=True)[1]
-    return _total(values, group) - _total(values, both)
+    return _total(values, group) - _total(values, group * len(blocks) + block)
 
 
 def _total(values: Tensor, index: Tensor) -> Tensor:
-    """Sum over the samples with the same index, for each sample. [N] -> [N]."""
-    return torch.zeros(len(values), dtype=values.dtype).index_add_(0, index, values)[index]
+    """Sums over the samples with the same index, for each sample. [2, N] -> [2, N]."""
+    present, index = index.unique(return_inverse=True)
+    return torch.zeros(len(values), len(present), dtype=values.dtype).index_add_(1, index, values)[:, index]
 
 
 def _floats(rewards: Tensor) -> Tensor:
