@@ -24,6 +24,13 @@ torch.set_num_threads(1)
 torch.set_flush_denormal(True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests may take 30 minutes: what takes two on a quiet machine came near the usual limit of ten on a busy one."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 @pytest.fixture(autouse=True)
 def _precision_of_its_own() -> Iterator[None]:
     """transformers 4 leaves a run's precision in the environment, where the next run, or a program that a test starts, would find it."""

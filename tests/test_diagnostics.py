@@ -409,7 +409,7 @@ def test_nothing_but_the_query_count_changes(make_trainer):
         p.grad = mark
     queries, before = trainer.rewards.queries, snapshot(trainer)
     next_prompts = trainer.prompts.peek(20)
-    diagnosis = diagnose(trainer, num_batches=2, time_limit=60)
+    diagnosis = diagnose(trainer, num_batches=2, time_limit=600)
     after = snapshot(trainer)
     assert all(torch.equal(a, b) for a, b in zip(before.pop("weights"), after.pop("weights"), strict=True))
     assert before == after
@@ -470,7 +470,7 @@ def ink_diagnosis(digits_pipeline_master, tmp_path_factory):
         lora_r=2, use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     trainer = RLRTrainer(config, ink, lambda: (digits.PROMPT, {}), copy.deepcopy(digits_pipeline_master))
-    return diagnose(trainer, num_batches=6, time_limit=120)
+    return diagnose(trainer, num_batches=6, time_limit=600)
 
 
 def test_the_missing_shares_of_truncated_backpropagation_are_seen(ink_diagnosis):
@@ -542,7 +542,7 @@ def test_the_table_has_a_line_per_plan(ink_diagnosis):
 
 def test_a_black_box_reward_is_held_against_the_likelihood_ratio(make_trainer, tmp_path):
     trainer = make_trainer(reward_function=jpeg_compressibility, estimator="ddpo")
-    diagnosis = diagnose(trainer, num_batches=5, time_limit=60)
+    diagnosis = diagnose(trainer, num_batches=5, time_limit=600)
     assert diagnosis.settings["black_box"] == BLACK_BOX
     assert diagnosis.settings["reference"] == "likelihood ratio (ddpo)"
     assert {row.fo_steps for row in diagnosis.rows} == {0}
@@ -557,7 +557,7 @@ def test_a_black_box_reward_is_held_against_the_likelihood_ratio(make_trainer, t
 
 
 def test_first_order_configured_for_a_black_box_is_named(make_trainer):
-    diagnosis = diagnose(make_trainer(reward_function=jpeg_compressibility, estimator="rlr"), num_batches=1, time_limit=30)
+    diagnosis = diagnose(make_trainer(reward_function=jpeg_compressibility, estimator="rlr"), num_batches=1, time_limit=600)
     assert any(note.startswith("yours was left out: it needs a differentiable reward") for note in diagnosis.notes)
     assert diagnosis.recommendation.plan is None  # one batch is no measurement
     assert "longer time_limit" in diagnosis.recommendation.reason
@@ -567,7 +567,7 @@ def test_a_reward_with_a_dead_graph_is_a_black_box(make_trainer):
     def counted(images, prompts, metadata):
         return (images * 255).round().mean((1, 2, 3))
 
-    diagnosis = diagnose(make_trainer(reward_function=counted), num_batches=1, time_limit=30)
+    diagnosis = diagnose(make_trainer(reward_function=counted), num_batches=1, time_limit=600)
     assert "gradient is exactly 0" in diagnosis.settings["black_box"]
 
 
@@ -580,7 +580,7 @@ def test_a_partly_detached_reward_is_found_out(make_trainer):
 
     trainer = make_trainer(reward_function=torn, per_device_train_batch_size=8)
     plan = EstimatorPlan.from_preset("rlr", 4, fo_steps=2)
-    diagnosis = diagnose(trainer, num_batches=20, time_limit=60, candidates=[Candidate("rlr", plan, {"estimator": "rlr"})])
+    diagnosis = diagnose(trainer, num_batches=20, time_limit=600, candidates=[Candidate("rlr", plan, {"estimator": "rlr"})])
     assert diagnosis.row("rlr").bias.verdict == "biased"
     assert "cannot be relied on" in diagnosis.recommendation.reason
     assert any("cut from its graph" in remark for remark in diagnosis.recommendation.remarks)
@@ -598,7 +598,7 @@ def test_a_short_time_limit_is_kept_and_said(make_trainer):
 
 def test_a_chain_whose_last_steps_add_no_noise(make_trainer):
     trainer = make_trainer(reward_function=ink, sample_eta=0.0, estimator="full_bp", recompute="graph")
-    diagnosis = diagnose(trainer, num_batches=3, time_limit=30)
+    diagnosis = diagnose(trainer, num_batches=3, time_limit=600)
     assert {row.name for row in diagnosis.rows} >= {"full_bp (yours)", "sqdf", "draft K=1"}
     assert any("ddpo was left out" in note for note in diagnosis.notes)
     assert diagnosis.row("full_bp").peak_bytes > 2 * diagnosis.row("draft K=1").peak_bytes  # four steps in one graph
@@ -819,7 +819,7 @@ def test_the_command_line_writes_and_prints(tmp_path, monkeypatch, capsys):
         "model: digits\nreward: ink\nprompts: a handwritten digit\nsample_num_steps: 3\nsample_guidance_scale: 1.0\n"
         "per_device_train_batch_size: 2\nuse_cpu: true\ndisable_tqdm: true\nlora_r: 2\n"
     )
-    arguments = ["diagnose", "--config", "run.yaml", "--time_limit", "30", "--num_batches", "2", "--output_dir", "found"]
+    arguments = ["diagnose", "--config", "run.yaml", "--time_limit", "600", "--num_batches", "2", "--output_dir", "found"]
     assert main([*arguments, "--fo_steps", "1"]) == 0
     printed = capsys.readouterr().out
     assert "rlr K=1 (yours)" in printed
