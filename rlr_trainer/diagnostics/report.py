@@ -32,7 +32,7 @@ class PlanRow:
         captured: share of the reference gradient that the mean update contains, along the reference; 1 if unbiased.
         std: square root of the total variance of one update, in gradient units.
         largest_share: of the total variance, that of the batch which deviates most; about 1 / num_batches without heavy tails.
-        relative_std: the same over the reference gradient's norm.
+        relative_std: `std` over the reference gradient's norm.
         cosine_of_mean, cosine_of_one: with the reference gradient, of the mean update and (mean) of one.
         seconds: wall time of one update (sampling, reward, backward); None: not timed.
         peak_bytes: most memory of an update beyond the weights; None: not measured.

@@ -143,7 +143,7 @@ def total_variance(p: Products) -> Tensor:
 
 
 def largest_share(p: Products) -> float | None:
-    """Largest share of the sum of squared deviations |c_b - mean|^2 that one batch has; None for fewer than three batches.
+    """Largest share of the sum of squared deviations |c_b - mean|^2 that goes when one batch is left out; None for fewer than three.
 
     About 1 / n without heavy tails. Near 1 the variance is that of one batch, and its jackknife error says little.
     """
