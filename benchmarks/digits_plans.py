@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits
-from rlr_trainer.demo import EVALUATION_SAMPLES, EVALUATION_SEED, DemoOptions, demo_config, digit_reward
+from rlr_trainer.cli.digits_demo import EVALUATION_SAMPLES, EVALUATION_SEED, DemoOptions, demo_config
+from rlr_trainer.digits.rewards import digit_reward
 
 PLANS: dict[str, dict[str, Any]] = {
     "rlr": {"estimator": "rlr"},

@@ -12,10 +12,10 @@ import tempfile
 import torch
 
 from rlr_trainer import EstimatorPlan, RLRConfig, RLRTrainer, digits
-from rlr_trainer.demo import digit_reward
-from rlr_trainer.diagnostics.comparison import compose
-from rlr_trainer.diagnostics.profile import start_profile
-from rlr_trainer.diagnostics.workbench import untouched
+from rlr_trainer.diagnosis.comparison import compose
+from rlr_trainer.diagnosis.profile import start_profile
+from rlr_trainer.diagnosis.workbench import untouched
+from rlr_trainer.digits.rewards import digit_reward
 
 STEPS = 10
 PLANS = {"full_bp": {}, "rlr": {"fo_steps": 3}, "ddpo": {}}

@@ -16,12 +16,12 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from tqdm.auto import tqdm
 
-from rlr_trainer.chain import sample_chain
-from rlr_trainer.chains.ddim import DDIMSchedule
 from rlr_trainer.estimators import Feedback, Sweep
+from rlr_trainer.estimators.chain import sample_chain
+from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.pipelines import Conditioning, PipelineChain, Policy
 from rlr_trainer.pipelines.base import PipelineAdapter
-from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.schedules.ddim import DDIMSchedule
 
 STEPS = 12
 LENGTHS = (1, 2, 4, 8)

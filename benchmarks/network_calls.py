@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits
-from rlr_trainer.demo import ink
+from rlr_trainer.digits.rewards import ink
 
 STEPS = 10
 BATCH = 8

@@ -73,7 +73,7 @@ def pipeline(digits_pipeline_master: Any) -> Any:
 @pytest.fixture(scope="session")
 def seven() -> Callable[..., torch.Tensor]:
     """Differentiable reward: the bundled classifier's probability of a seven."""
-    from rlr_trainer.demo import digit_reward
+    from rlr_trainer.digits.rewards import digit_reward
 
     return digit_reward(7)
 

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits
-from rlr_trainer.demo import digit_reward
+from rlr_trainer.digits.rewards import digit_reward
 
 
 def main():

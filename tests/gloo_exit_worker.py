@@ -6,7 +6,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from rlr_trainer.processes import let_gloo_finish_at_exit
+from rlr_trainer.rollouts.processes import let_gloo_finish_at_exit
 
 
 def leave_operations_behind(rank, store):

@@ -18,8 +18,8 @@ import torch
 torch.set_num_threads(1)
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits  # noqa: E402
-from rlr_trainer.checkpoints import list_checkpoints  # noqa: E402
-from rlr_trainer.demo import digit_reward  # noqa: E402
+from rlr_trainer.digits.rewards import digit_reward  # noqa: E402
+from rlr_trainer.persistence.checkpoints import list_checkpoints  # noqa: E402
 
 UPDATES, KILLS = 160, 24  # no life makes more than 6 updates or so, and the last one has some left
 PIPELINE = digits.load_pipeline()

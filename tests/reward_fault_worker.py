@@ -6,7 +6,7 @@ import sys
 import torch
 
 from rlr_trainer import RewardError, RLRConfig, RLRTrainer, digits
-from rlr_trainer.demo import ink
+from rlr_trainer.digits.rewards import ink
 
 
 def main():

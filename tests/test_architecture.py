@@ -13,24 +13,22 @@ PACKAGE = ROOT / "rlr_trainer"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = ("diffusers", "transformers", "accelerate", "trl", "peft", "datasets")
 
-# Part of the package -> the parts that it may import, itself aside. A part that is not listed may import any but the trainer.
-DIRECTIONS = {
-    "chain": set(),
-    "plan_draw": set(),
-    "plan": {"plan_draw"},
-    "estimators": {"chain", "plan", "plan_draw"},
-    "chains": {"chain"},
-    "pipelines": {"chain", "chains"},
+# Folder of the package -> the folders that it may import, itself aside; lazy imports count.
+_BELOW_ROLLOUTS = {"estimators", "schedules", "pipelines", "rewards"}
+DIRECTIONS: dict[str, set[str]] = {
+    "estimators": set(),
+    "schedules": set(),
     "digits": set(),
-    "rewards": {"estimators", "chain"},
-    "config": {"plan", "compat", "replaced"},
-    "compat": {"replaced"},
-    "replaced": set(),
-    "prompts": {"chain"},
-    "report": set(),
+    "pipelines": {"estimators", "schedules"},
+    "rewards": {"estimators"},
+    "rollouts": _BELOW_ROLLOUTS,
+    "persistence": _BELOW_ROLLOUTS | {"rollouts"},
+    "observing": {"rollouts", "persistence"},
+    "diagnosis": _BELOW_ROLLOUTS | {"rollouts"},
+    "training": _BELOW_ROLLOUTS | {"rollouts", "persistence", "observing", "diagnosis"},
+    "cli": _BELOW_ROLLOUTS | {"rollouts", "persistence", "observing", "diagnosis", "training", "digits"},
 }
-ENTRY_POINTS = {"cli", "demo", "run_config"}  # programs, not library: they may import the trainer
-TORCH_ONLY = {"chain", "plan", "plan_draw", "estimators"}
+TORCH_ONLY = {"estimators", "schedules"}
 
 
 def module_of(path: Path) -> str:
@@ -67,21 +65,25 @@ def imported(tree: ast.AST, nested: bool = True) -> Iterator[str]:
 
 
 def test_the_reader_sees_the_package():
-    assert {"rlr_trainer.chain", "rlr_trainer.plan", "rlr_trainer.estimators.sweep"} <= set(MODULES)
-    assert "rlr_trainer.chain" in set(imported(MODULES["rlr_trainer.estimators.sweep"]))
-    assert set(DIRECTIONS) <= {part_of(module) for module in MODULES}, "a part was renamed: move its rule"
+    assert {"rlr_trainer.estimators.plan", "rlr_trainer.estimators.sweep"} <= set(MODULES)
+    assert "rlr_trainer.estimators.chain" in set(imported(MODULES["rlr_trainer.estimators.sweep"]))
+
+
+def test_the_root_holds_a_dozen_entries_and_each_has_its_rule():
+    entries = {path.name for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")}
+    assert entries == {"__init__.py", *DIRECTIONS} and len(entries) <= 12
+
+
+def test_the_rules_allow_no_circle():
+    assert all(part not in DIRECTIONS[other] for part, others in DIRECTIONS.items() for other in others)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_in_one_direction(module):
     part = part_of(module)
-    if not part:
-        return
-    targets = {part_of(name) for name in imported(MODULES[module]) if name.split(".")[0] == "rlr_trainer"} - {part, ""}
-    if part in DIRECTIONS:
+    if part:
+        targets = {part_of(name) for name in imported(MODULES[module]) if name.split(".")[0] == "rlr_trainer"} - {part, ""}
         assert targets <= DIRECTIONS[part], f"{module} imports {sorted(targets - DIRECTIONS[part])}"
-    if part not in ENTRY_POINTS:
-        assert "trainer" not in targets, f"{module} imports the trainer"
 
 
 def test_the_package_itself_loads_nothing_of_its_own():
@@ -177,7 +179,7 @@ def test_nothing_seeds_the_global_generators():
         for module, tree in MODULES.items()
         for name, line in calls(tree, outside=("torch.random.fork_rng",))
         if name in GLOBAL_SEEDS
-        and (module, name) != ("rlr_trainer.saving", "torch.set_rng_state")  # resuming restores what was saved
+        and (module, name) != ("rlr_trainer.persistence.saving", "torch.set_rng_state")  # resuming restores what was saved
     ]
     assert not found
 

@@ -166,7 +166,7 @@ def test_network_calls_are_those_of_the_table():
 
 def test_every_metric_is_explained():
     page = (ROOT / "docs/logging.md").read_text()
-    sources = "".join(path.read_text() for path in (ROOT / "rlr_trainer").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "rlr_trainer").rglob("*.py"))
     single = "clip_ratio|kl|diversity|(?:eval_)?reward_queries|reward_errors|samples_dropped"
     names = set(re.findall(rf'"((?:estimator|ratio|time)/[\w{{}}]+|{single})"', sources))
     assert len(names) > 6

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from statistics_helpers import DETECTABLE, Estimate, detectable
 from torch import Tensor
 
-from rlr_trainer.chain import Generators, Parameters, PerSampleChain, draw_noise
-from rlr_trainer.chains.linear_gaussian import LinearGaussianChain, quadratic_reward
 from rlr_trainer.estimators import GradientEstimate, estimate_gradient, leave_one_out, sweep
 from rlr_trainer.estimators.advantages import ADVANTAGES, Advantages
-from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.estimators.chain import Generators, Parameters, PerSampleChain, draw_noise
+from rlr_trainer.estimators.linear_gaussian import LinearGaussianChain, quadratic_reward
+from rlr_trainer.estimators.plan import EstimatorPlan
 
 NUM_SAMPLES = 2**17
 MAX_CHUNKS = 16

@@ -81,5 +81,5 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _is_usage_error(error: Exception) -> bool:
-    settings = sys.modules.get("rlr_trainer.run_config")  # not loaded by every subcommand
+    settings = sys.modules.get("rlr_trainer.cli.settings")  # not loaded by every subcommand
     return settings is not None and isinstance(error, settings.SettingsError)

@@ -33,7 +33,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    from rlr_trainer.demo import DemoOptions, run_demo
+    from rlr_trainer.cli.digits_demo import DemoOptions, run_demo
 
     fields = ("target", "reward", "estimator", "max_steps", "output_dir", "seed", "overwrite", "quiet")
     summary = run_demo(DemoOptions(**{name: getattr(options, name) for name in fields}))

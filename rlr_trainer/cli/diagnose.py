@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     from pathlib import Path
 
-    from rlr_trainer.run_config import build_trainer, load_settings
+    from rlr_trainer.cli.settings import build_trainer, load_settings
 
     settings = load_settings(options.config, options.overrides)
     if options.output_dir is not None:

@@ -23,7 +23,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    from rlr_trainer.report import write_report
+    from rlr_trainer.observing.report import write_report
 
     path = write_report(options.folders, options.output)
     print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -57,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     import torch
 
-    from rlr_trainer.image_log import captions, picture_grid, write_pictures
-    from rlr_trainer.run_config import load_reward
+    from rlr_trainer.cli.settings import load_reward
+    from rlr_trainer.observing.pictures import captions, picture_grid, write_pictures
 
     for name in ("num_images", "batch_size"):
         if getattr(options, name) < 1:
@@ -97,8 +97,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _prompt_rows(sources: list[str], repeats: int) -> list[Any]:
     """One row per picture, those of a prompt one after the other."""
-    from rlr_trainer.prompts import DatasetPrompts
-    from rlr_trainer.run_config import load_prompts
+    from rlr_trainer.cli.settings import load_prompts
+    from rlr_trainer.rollouts.prompts import DatasetPrompts
 
     rows = []
     for source in sources:
@@ -130,10 +130,10 @@ def _sample(options: argparse.Namespace, rows: list[Any], device: Any) -> Any:
     """Pictures [N, 3, H, W], in batches."""
     import torch
 
-    from rlr_trainer.callbacks import RolloutBar
-    from rlr_trainer.chain import sample_chain, seeded_generator
-    from rlr_trainer.experience import EVALUATION, condition_rows
+    from rlr_trainer.estimators.chain import sample_chain, seeded_generator
+    from rlr_trainer.observing.callbacks import RolloutBar
     from rlr_trainer.pipelines import PipelineChain, Policy, adapt
+    from rlr_trainer.rollouts.batches import EVALUATION, condition_rows
 
     adapter = adapt(_load_model(options.model, options.lora))
     config = _config(options)
@@ -156,8 +156,8 @@ def _sample(options: argparse.Namespace, rows: list[Any], device: Any) -> Any:
 
 
 def _load_model(model: str, lora: str | None) -> Any:
+    from rlr_trainer.cli.settings import load_model
     from rlr_trainer.pipelines import LORA_FILE, load_pipeline
-    from rlr_trainer.run_config import load_model
 
     pipeline = load_model(model)
     pipeline = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
@@ -182,7 +182,7 @@ def _load_model(model: str, lora: str | None) -> Any:
 
 def _config(options: argparse.Namespace) -> Any:
     """The options of the chain: the command's, or those that the weights were trained with, or the usual ones."""
-    from rlr_trainer.config import RLRConfig
+    from rlr_trainer.training.config import RLRConfig
 
     trained: dict[str, Any] = {}
     for folder in (options.lora, options.model):

@@ -43,9 +43,9 @@ def run(options: argparse.Namespace) -> int:
     import sys
     import threading
 
-    from rlr_trainer.rewards.server import RewardServer
-    from rlr_trainer.rewards.wire import TOKEN_VARIABLE
-    from rlr_trainer.run_config import load_reward
+    from rlr_trainer.cli.settings import load_reward
+    from rlr_trainer.rewards.remote.encoding import TOKEN_VARIABLE
+    from rlr_trainer.rewards.remote.server import RewardServer
 
     server = RewardServer(
         load_reward(options.reward),

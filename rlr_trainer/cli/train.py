@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     from pathlib import Path
 
-    from rlr_trainer.run_config import build_trainer, load_settings
+    from rlr_trainer.cli.settings import build_trainer, load_settings
 
     settings = load_settings(options.config, options.overrides)
     if isinstance(options.resume, str) and not Path(options.resume).is_dir():
@@ -111,7 +111,7 @@ def _what_is_left(trainer: Any) -> str:
     """What a run that was interrupted can go on from."""
     from pathlib import Path
 
-    from rlr_trainer.checkpoints import list_checkpoints
+    from rlr_trainer.persistence.checkpoints import list_checkpoints
 
     done = f"after {trainer.state.global_step} updates"
     kept = list_checkpoints(Path(trainer.args.output_dir))
@@ -126,7 +126,7 @@ def option_lines() -> Iterator[str]:
     import inspect
     import re
 
-    from rlr_trainer.config import RLRConfig
+    from rlr_trainer.training.config import RLRConfig
 
     fields = {field.name: field for field in dataclasses.fields(RLRConfig)}
     yield "the run:"

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlr_trainer.chain import Rollout, sum_over_latent
-from rlr_trainer.plan import PlanError
+from rlr_trainer.estimators.chain import Rollout, sum_over_latent
+from rlr_trainer.estimators.plan import PlanError
 
 # (step, x) -> mean and standard deviation of the next latent under the reference policy
 ReferenceStep = Callable[[int, Tensor], tuple[Tensor, Tensor]]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlr_trainer.chain import next_latent, sum_over_latent
+from rlr_trainer.estimators.chain import next_latent, sum_over_latent
 
 
 def pathwise(adjoint: Tensor, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:

@@ -9,15 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlr_trainer.chain import DenoisingChain, Parameters, PerSampleChain, Rollout, StepFunction, sample_chain
 from rlr_trainer.estimators.advantages import ADVANTAGES
+from rlr_trainer.estimators.chain import DenoisingChain, Parameters, PerSampleChain, Rollout, StepFunction, sample_chain
 from rlr_trainer.estimators.divergence import Penalty, check_noise, leave_one_out_to_go, step_divergences
 from rlr_trainer.estimators.first_order import reward_and_gradient
+from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import ControlVariateScale, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps, zeroth_order
-from rlr_trainer.plan import EstimatorPlan
-from rlr_trainer.plan_draw import PlanDraw
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlr_trainer.chain import gaussian_log_ratio
+from rlr_trainer.estimators.chain import gaussian_log_ratio
 
 
 def likelihood_ratio(

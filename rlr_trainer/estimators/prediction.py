@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlr_trainer.chain import DenoisingChain, Parameters, predict_clean
 from rlr_trainer.estimators.advantages import leave_one_out
+from rlr_trainer.estimators.chain import DenoisingChain, Parameters, predict_clean
 from rlr_trainer.estimators.first_order import pathwise, reward_and_gradient
 
 # (step, x = latents[step]) -> (c [N], g [N, ...])

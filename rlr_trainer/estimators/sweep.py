@@ -23,10 +23,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from rlr_trainer.chain import DenoisingChain, Parameters, Rollout, next_latent
+from rlr_trainer.estimators.chain import DenoisingChain, Parameters, Rollout, next_latent
 from rlr_trainer.estimators.divergence import Penalty, gaussian_divergence
 from rlr_trainer.estimators.first_order import pathwise
 from rlr_trainer.estimators.half_order import likelihood_ratio
+from rlr_trainer.estimators.plan import PlanError
+from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import (
     ControlVariateScale,
     Critic,
@@ -34,8 +36,6 @@ from rlr_trainer.estimators.prediction import (
     leave_one_out_mean,
     prediction_pathwise,
 )
-from rlr_trainer.plan import PlanError
-from rlr_trainer.plan_draw import PlanDraw
 
 RECOMPUTE_MODES = ("recursive", "graph")
 

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from rlr_trainer.chain import DenoisingChain, Parameters, StepFunction, seeded_generator, select_rows
+from rlr_trainer.estimators.chain import DenoisingChain, Parameters, StepFunction, seeded_generator, select_rows
 
 
 @dataclasses.dataclass(frozen=True)

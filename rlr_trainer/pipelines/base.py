@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rlr_trainer.chain import Generators, Parameters, draw_noise
-from rlr_trainer.chains.ddim import DDIMSchedule
+from rlr_trainer.estimators.chain import Generators, Parameters, draw_noise
+from rlr_trainer.schedules.ddim import DDIMSchedule
 
 PROMPT_CACHE_SIZE = 1024  # encoded prompts kept; 118 kB each for Stable Diffusion 1.5 in half precision
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlr_trainer.chain import mix_seed
+from rlr_trainer.estimators.chain import mix_seed
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # What a loader needs to rebuild the adapter. The whole of peft's config would tie the file to one version of peft.

@@ -10,31 +10,31 @@ from rlr_trainer.rewards.compressibility import jpeg_compressibility, jpeg_incom
 from rlr_trainer.rewards.interface import RewardError, RewardFunction, RewardResult, Rewards
 
 if TYPE_CHECKING:
-    from rlr_trainer.rewards.aesthetic import AestheticScore
-    from rlr_trainer.rewards.classifier import ClassifierScore
-    from rlr_trainer.rewards.clip import CLIPScore, HPSv2, PickScore
-    from rlr_trainer.rewards.http_client import RemoteRewardError
-    from rlr_trainer.rewards.image_reward import ImageReward
-    from rlr_trainer.rewards.neural import NeuralReward
-    from rlr_trainer.rewards.questions import QuestionReward
-    from rlr_trainer.rewards.remote import RemoteReward
-    from rlr_trainer.rewards.server import RewardServer
-    from rlr_trainer.rewards.weights import WeightsError
+    from rlr_trainer.rewards.neural.aesthetic import AestheticScore
+    from rlr_trainer.rewards.neural.base import NeuralReward
+    from rlr_trainer.rewards.neural.classifier import ClassifierScore
+    from rlr_trainer.rewards.neural.clip import CLIPScore, HPSv2, PickScore
+    from rlr_trainer.rewards.neural.image_reward import ImageReward
+    from rlr_trainer.rewards.neural.questions import QuestionReward
+    from rlr_trainer.rewards.neural.weights import WeightsError
+    from rlr_trainer.rewards.remote.client import RemoteReward
+    from rlr_trainer.rewards.remote.http_client import RemoteRewardError
+    from rlr_trainer.rewards.remote.server import RewardServer
 
 # Public name -> module. Loaded on first use: most runs need none of them.
 _ON_FIRST_USE = {
-    "AestheticScore": "rlr_trainer.rewards.aesthetic",
-    "CLIPScore": "rlr_trainer.rewards.clip",
-    "ClassifierScore": "rlr_trainer.rewards.classifier",
-    "HPSv2": "rlr_trainer.rewards.clip",
-    "ImageReward": "rlr_trainer.rewards.image_reward",
-    "NeuralReward": "rlr_trainer.rewards.neural",
-    "PickScore": "rlr_trainer.rewards.clip",
-    "QuestionReward": "rlr_trainer.rewards.questions",
-    "RemoteReward": "rlr_trainer.rewards.remote",
-    "RemoteRewardError": "rlr_trainer.rewards.http_client",
-    "RewardServer": "rlr_trainer.rewards.server",
-    "WeightsError": "rlr_trainer.rewards.weights",
+    "AestheticScore": "rlr_trainer.rewards.neural.aesthetic",
+    "CLIPScore": "rlr_trainer.rewards.neural.clip",
+    "ClassifierScore": "rlr_trainer.rewards.neural.classifier",
+    "HPSv2": "rlr_trainer.rewards.neural.clip",
+    "ImageReward": "rlr_trainer.rewards.neural.image_reward",
+    "NeuralReward": "rlr_trainer.rewards.neural.base",
+    "PickScore": "rlr_trainer.rewards.neural.clip",
+    "QuestionReward": "rlr_trainer.rewards.neural.questions",
+    "RemoteReward": "rlr_trainer.rewards.remote.client",
+    "RemoteRewardError": "rlr_trainer.rewards.remote.http_client",
+    "RewardServer": "rlr_trainer.rewards.remote.server",
+    "WeightsError": "rlr_trainer.rewards.neural.weights",
 }
 
 __all__ = [

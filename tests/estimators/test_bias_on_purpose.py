@@ -10,7 +10,7 @@ import torch
 from statistics_helpers import assert_biased, assert_unbiased
 from toy_problems import NUM_STEPS, LinearProblem, OffsetChain, estimate, run
 
-from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.estimators.plan import EstimatorPlan
 
 T = NUM_STEPS
 

@@ -7,7 +7,7 @@ import pytest
 from statistics_helpers import Estimate, calibration, z_scores
 from toy_problems import NUM_STEPS, LinearProblem, group_size, run
 
-from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.estimators.plan import EstimatorPlan
 
 T = NUM_STEPS
 NUM_SEEDS = 200

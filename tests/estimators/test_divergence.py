@@ -7,10 +7,10 @@ import torch
 from statistics_helpers import assert_biased, assert_unbiased
 from toy_problems import NUM_STEPS, LinearProblem, NonlinearChain, estimate, nonlinear_reward, seeded
 
-from rlr_trainer.chain import PerSampleChain
 from rlr_trainer.estimators import estimate_gradient
+from rlr_trainer.estimators.chain import PerSampleChain
 from rlr_trainer.estimators.divergence import gaussian_divergence, leave_one_out_to_go, step_divergences
-from rlr_trainer.plan import EstimatorPlan, PlanError
+from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
 
 COEFFICIENT = 0.3
 T = NUM_STEPS

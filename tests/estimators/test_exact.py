@@ -19,7 +19,6 @@ from toy_problems import (
     unbiased_plans,
 )
 
-from rlr_trainer.chain import PerSampleChain, Rollout, sample_chain
 from rlr_trainer.estimators import (
     ControlVariateScale,
     Feedback,
@@ -41,9 +40,10 @@ from rlr_trainer.estimators import (
     zeroth_order,
 )
 from rlr_trainer.estimators.advantages import ADVANTAGES
+from rlr_trainer.estimators.chain import PerSampleChain, Rollout, sample_chain
+from rlr_trainer.estimators.plan import PRESETS, EstimatorPlan
+from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, leave_one_out_mean
-from rlr_trainer.plan import PRESETS, EstimatorPlan
-from rlr_trainer.plan_draw import PlanDraw
 
 gradient_module = sys.modules["rlr_trainer.estimators.gradient"]
 NAN = float("nan")

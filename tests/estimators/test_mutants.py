@@ -14,12 +14,12 @@ import torch
 from statistics_helpers import Biased, Estimate, Underpowered, assert_biased, assert_unbiased
 from toy_problems import BATCH, NUM_STEPS, LinearProblem, estimate, group_size, run
 
-import rlr_trainer.plan as plan_module
-from rlr_trainer.chain import predict_clean
+import rlr_trainer.estimators.plan as plan_module
 from rlr_trainer.estimators import Sweep, sweep
 from rlr_trainer.estimators.advantages import ADVANTAGES, Advantages
-from rlr_trainer.plan import EstimatorPlan
-from rlr_trainer.plan_draw import PlanDraw
+from rlr_trainer.estimators.chain import predict_clean
+from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.plan_draw import PlanDraw
 
 gradient_module = sys.modules["rlr_trainer.estimators.gradient"]
 T = NUM_STEPS

@@ -24,9 +24,9 @@ from toy_problems import (
     unbiased_plans,
 )
 
-from rlr_trainer.chains.linear_gaussian import LinearGaussianChain, quadratic_reward
 from rlr_trainer.estimators import ControlVariateScale
-from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.estimators.linear_gaussian import LinearGaussianChain, quadratic_reward
+from rlr_trainer.estimators.plan import EstimatorPlan
 
 T = NUM_STEPS
 

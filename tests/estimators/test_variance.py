@@ -12,7 +12,7 @@ import torch
 from statistics_helpers import LIMIT, Ratio, flatten, variance_ratio
 from toy_problems import LinearProblem, OffsetChain, group_size, run, seeded
 
-from rlr_trainer.plan import EstimatorPlan
+from rlr_trainer.estimators.plan import EstimatorPlan
 
 T = 6
 NUM_SAMPLES = 2**16

@@ -93,7 +93,9 @@ def curve(name: str, options: dict[str, Any], folder: Path, pipeline: Any) -> di
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     options["per_device_train_batch_size"] //= processes
     resumed = options.pop("resumed", None)
-    trainer = _trainer(options | ({"max_steps": resumed, "save_strategy": "steps", "save_steps": 2} if resumed else {}), folder, pipeline)
+    trainer = _trainer(
+        options | ({"max_steps": resumed, "save_strategy": "steps", "save_steps": 2} if resumed else {}), folder, pipeline
+    )
     trainer.train()
     if resumed:
         pipeline = copy.deepcopy(_PIPELINE[0])
@@ -155,7 +157,7 @@ def _saved(folder: Path) -> dict[str, Any]:
 def _digest(tensors: dict[str, Any]) -> dict[str, Any]:
     """SHA-256 of all bytes, and the sum of all magnitudes, which tells a rounding from a mistake."""
     state = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for _, tensor in sorted(tensors.items()):
         state.update(tensor.cpu().contiguous().float().numpy().tobytes())
     return {"sha256": state.hexdigest(), "magnitude": sum(float(t.double().abs().sum()) for t in tensors.values())}
 

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import environment, torchrun
-
 from frozen import record
+from programs import environment, torchrun
 
 HERE = Path(__file__).parent
 FILES = {"one process": HERE / "curves.json", "two processes": HERE / "two_processes.json"}
@@ -51,7 +50,9 @@ def differences(recorded, found, exact, where=""):
         both = [key for key in recorded if key in found and (exact or key != "sha256")]
         return missing + [line for key in both for line in differences(recorded[key], found[key], exact, f"{where}.{key}")]
     if isinstance(recorded, list) and isinstance(found, list) and len(recorded) == len(found):
-        return [line for i, pair in enumerate(zip(recorded, found, strict=True)) for line in differences(*pair, exact, f"{where}[{i}]")]
+        return [
+            line for i, pair in enumerate(zip(recorded, found, strict=True)) for line in differences(*pair, exact, f"{where}[{i}]")
+        ]
     same = recorded == found
     if not exact and isinstance(recorded, float) and isinstance(found, float | int):
         same = math.isclose(recorded, found, rel_tol=1e-3, abs_tol=1e-5)

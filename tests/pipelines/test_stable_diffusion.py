@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from rlr_trainer import digits
-from rlr_trainer.chain import sample_chain, seeded_generator
+from rlr_trainer.estimators.chain import sample_chain, seeded_generator
 from rlr_trainer.pipelines import Conditioning, PipelineChain, Policy, ScaledConditioning, adapt
 from rlr_trainer.pipelines import base as pipelines_base
 

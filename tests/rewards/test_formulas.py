@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from rlr_trainer.rewards import AestheticScore, ClassifierScore, CLIPScore, HPSv2, ImageReward, PickScore
-from rlr_trainer.rewards.image_reward import SCORE_MEAN, SCORE_STD, build_model, convert_blip
-from rlr_trainer.rewards.open_clip import convert_open_clip, open_clip_model
-from rlr_trainer.rewards.preprocessing import CLIP_MEAN, CLIP_STD, ImagePreprocessor
+from rlr_trainer.rewards.neural.image_reward import SCORE_MEAN, SCORE_STD, build_model, convert_blip
+from rlr_trainer.rewards.neural.open_clip import convert_open_clip, open_clip_model
+from rlr_trainer.rewards.neural.preprocessing import CLIP_MEAN, CLIP_STD, ImagePreprocessor
 
 PICTURES = tiny_rewards.photographs()
 PROMPTS = tiny_rewards.PROMPTS

@@ -9,8 +9,8 @@ import tiny_rewards
 import torch
 
 from rlr_trainer.rewards import AestheticScore, ClassifierScore, CLIPScore, HPSv2, ImageReward, PickScore, Rewards
-from rlr_trainer.rewards.neural import NeuralReward, PromptCache
-from rlr_trainer.rewards.preprocessing import ImageRangeError
+from rlr_trainer.rewards.neural.base import NeuralReward, PromptCache
+from rlr_trainer.rewards.neural.preprocessing import ImageRangeError
 
 METADATA = ({}, {}, {})
 LOADERS = {

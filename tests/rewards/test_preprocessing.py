@@ -9,7 +9,7 @@ import tiny_rewards
 import torch
 from PIL import Image
 
-from rlr_trainer.rewards.preprocessing import CLIP_MEAN, CLIP_STD, ImagePreprocessor, ImageRangeError, check_images
+from rlr_trainer.rewards.neural.preprocessing import CLIP_MEAN, CLIP_STD, ImagePreprocessor, ImageRangeError, check_images
 
 PICTURES = tiny_rewards.photographs()
 LEVEL = 1 / 255

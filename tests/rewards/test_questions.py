@@ -16,7 +16,7 @@ from PIL import Image
 
 from rlr_trainer.estimators import NonDifferentiableRewardError
 from rlr_trainer.rewards import QuestionReward, RemoteRewardError, RewardError, Rewards
-from rlr_trainer.rewards.questions import parse_score, parse_yes_no, yes_probability
+from rlr_trainer.rewards.neural.questions import parse_score, parse_yes_no, yes_probability
 
 IMAGES = torch.stack([torch.full((3, 8, 8), level / 4) for level in range(5)])  # picture i has the brightness i / 4
 PROMPTS = tuple("abcde")

@@ -26,11 +26,11 @@ from programs import environment
 
 from rlr_trainer.estimators import NonDifferentiableRewardError
 from rlr_trainer.rewards import RewardError, Rewards
-from rlr_trainer.rewards import server as server_module
-from rlr_trainer.rewards.http_client import RETRIED_STATUSES, JsonClient, RemoteRewardError
-from rlr_trainer.rewards.remote import RemoteReward
-from rlr_trainer.rewards.server import RewardServer
-from rlr_trainer.rewards.wire import WireError, decode_images, encode_images, to_json
+from rlr_trainer.rewards.remote import server as server_module
+from rlr_trainer.rewards.remote.client import RemoteReward
+from rlr_trainer.rewards.remote.encoding import WireError, decode_images, encode_images, to_json
+from rlr_trainer.rewards.remote.http_client import RETRIED_STATUSES, JsonClient, RemoteRewardError
+from rlr_trainer.rewards.remote.server import RewardServer
 
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCH = (IMAGES, ("a", "b", "c"), ({"n": 1}, {"n": 2}, {"n": 3}))

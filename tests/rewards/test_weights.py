@@ -8,9 +8,10 @@ import tiny_rewards
 import torch
 from safetensors.torch import save_file
 
-from rlr_trainer.rewards import AestheticScore, ClassifierScore, CLIPScore, HPSv2, ImageReward, PickScore, WeightsError, named
-from rlr_trainer.rewards.weights import companion, find_file, is_local, load_strictly, read_state_dict
-from rlr_trainer.run_config import load_reward
+from rlr_trainer.cli.settings import load_reward
+from rlr_trainer.rewards import AestheticScore, ClassifierScore, CLIPScore, HPSv2, ImageReward, PickScore, WeightsError
+from rlr_trainer.rewards.neural import named
+from rlr_trainer.rewards.neural.weights import companion, find_file, is_local, load_strictly, read_state_dict
 
 
 @pytest.fixture

@@ -1,0 +1,225 @@
+"""Measures candidate plans against each other on the same rollouts, within a time limit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rlr_trainer.diagnosis.candidates import Candidate
+from rlr_trainer.diagnosis.memory import measuring_memory
+from rlr_trainer.diagnosis.profile import ZEROTH_BATCHES, Deadline, ProfileBuilder, StepCost
+from rlr_trainer.diagnosis.statistics import MINIMUM_BATCHES
+from rlr_trainer.diagnosis.workbench import Batch
+from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.prediction import ControlVariateScale
+
+FITTED = 2  # batches after which the control variate's scale is fitted rather than 1
+REFERENCE_SHARE = 1.0  # time for further batches of the reference alone, relative to that of a round ...
+REFERENCE_PER_ROUND = 16  # ... and their largest number ...
+REFERENCE_ERROR = 0.1  # ... while the relative error of the reference's squared norm exceeds this
+
+
+@dataclasses.dataclass
+class Measured:
+    """What the updates of one candidate left behind.
+
+    Attributes:
+        candidate: the plan.
+        is_composed: whether its updates are put together from the per-step shares that all such plans have in common.
+        control_scale: of its control variate.
+        gradients: batch number -> update [P].
+        sweep_seconds: of every timed update, without sampling and reward.
+        sample_seconds: of the rollouts that it sampled itself, because it perturbs parameters.
+        sweep_bytes: most memory of an update beyond weights and rollouts (with sampling, if it samples itself); 0: not measured.
+    """
+
+    candidate: Candidate
+    is_composed: bool
+    control_scale: ControlVariateScale | None = None
+    gradients: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    sweep_seconds: list[float] = dataclasses.field(default_factory=list)
+    sample_seconds: list[float] = dataclasses.field(default_factory=list)
+    sweep_bytes: int = 0
+
+
+def is_composable(plan: EstimatorPlan) -> bool:
+    """Whether an update is a sum of pathwise shares of the last K steps and (or not) the likelihood-ratio shares of all others."""
+    low, high = plan.fo_range
+    rest_lr = plan.rest_estimator == "lr" and plan.rest_num_steps is None and plan.ho_length <= 1 and not plan.control_variate
+    rest_none = plan.rest_estimator == "none" and plan.ho_length == 0
+    return low == high and (rest_lr or rest_none) and plan.fo_weight == plan.ho_weight == plan.rest_weight == 1
+
+
+def compose(plan: EstimatorPlan, first_order: Tensor | None, ratio: Tensor) -> Tensor:
+    """The update [P] of a composable plan, from the shares of every step, [T, P]."""
+    before = plan.num_steps - plan.fo_range[0]
+    update = ratio[:before].sum(0) if plan.rest_estimator == "lr" else torch.zeros_like(ratio[0])
+    return update if first_order is None else update + first_order[before:].sum(0)
+
+
+class Comparison:
+    """Rounds of one update per candidate; in a round all see the same prompts and the same noise.
+
+    Plans of first-order and single likelihood-ratio steps are sums of the same per-step shares: two sweeps give them all. Between the
+    rounds further batches are measured for the reference alone while it is not well known, since its noise enters every comparison.
+    The first round warms up and measures memory (which slows it on the CPU); its gradients count, its times do not.
+
+    Args:
+        builder: of the profile; it takes in every batch. Its plan is the reference.
+        candidates: in the order of importance.
+        own_scale: fitted control variate of the trainer's own plan, or None.
+    """
+
+    def __init__(self, builder: ProfileBuilder, candidates: list[Candidate], own_scale: ControlVariateScale | None = None) -> None:
+        self.builder, self.bench = builder, builder.bench
+        composes = self.bench.trainer.args.recompute == "recursive"  # otherwise time and memory would not be those of the plan
+        self.measured = [Measured(c, composes and is_composable(c.plan)) for c in candidates]
+        self.reference: dict[int, Tensor] = {}  # batch number -> update [P]
+        self.rollout_bytes = 0
+        for entry in self.measured:
+            if entry.candidate.plan.uses_control_variate:
+                is_own = own_scale is not None and entry.candidate.plan == self.bench.trainer.plan
+                entry.control_scale = copy.deepcopy(own_scale) if is_own else ControlVariateScale(self.bench.num_steps)
+
+    def run(self, first_batch: Batch, deadline: Deadline, max_rounds: int) -> list[str]:
+        """Measures until the deadline or `max_rounds`.
+
+        Returns:
+            Notes on what the time did not allow.
+        """
+        self.rollout_bytes = first_batch.num_bytes
+        shared_cost = self._shared(first_batch)
+        costs = self._round(first_batch, deadline, {}, deadline.left / MINIMUM_BATCHES)
+        notes = self._drop_what_does_not_fit(costs, shared_cost, deadline)
+        zeroth = self.builder.moments["zo"]
+        while zeroth.count < ZEROTH_BATCHES and deadline.left > MINIMUM_BATCHES * shared_cost:
+            self.builder.add_zeroth(first_batch.number + zeroth.count)
+        number = first_batch.number + 1
+        for _ in range(1, max_rounds):
+            if deadline.left < shared_cost:
+                break
+            started = self.bench.clock()
+            deadline.report(f"batch {number + 1}, shares of the steps")
+            batch = self.bench.collect(number, self.builder.plan)
+            shared_cost = self._shared(batch) + batch.sample_seconds + batch.reward_seconds
+            costs |= self._round(batch, deadline, costs, deadline.left)
+            number = self._more_reference(number + 1, deadline, REFERENCE_SHARE * (self.bench.clock() - started))
+        return notes
+
+    def _shared(self, batch: Batch) -> float:
+        """Updates of the reference and of all composed plans on a batch; returns the seconds."""
+        started = self.bench.clock()
+        first_order, ratio = self.builder.add(batch)
+        self.reference[batch.number] = compose(self.builder.plan, first_order, ratio)
+        for entry in self.measured:
+            if entry.is_composed:
+                entry.gradients[batch.number] = compose(entry.candidate.plan, first_order, ratio)
+        return self.bench.clock() - started
+
+    def _more_reference(self, number: int, deadline: Deadline, seconds: float) -> int:
+        """Further batches of the reference alone, for about `seconds` if it needs them; returns the next batch number."""
+        ends, cost = self.bench.clock() + seconds, 0.0
+        for _ in range(REFERENCE_PER_ROUND):
+            left = min(ends - self.bench.clock(), deadline.left)
+            if left <= cost or self.builder.reference_relative_error < REFERENCE_ERROR:
+                break
+            deadline.report(f"batch {number + 1}, reference")
+            started = self.bench.clock()
+            self.reference[number] = self.builder.add_reference(self.bench.collect(number, self.builder.plan))
+            cost = self.bench.clock() - started
+            number += 1
+        return number
+
+    def _round(self, batch: Batch, deadline: Deadline, costs: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """Updates of the candidates that are not composed, while `seconds` allow it; returns the seconds of each by name.
+
+        Args:
+            costs: of the round before; without any the round warms up.
+        """
+        started, spent = self.bench.clock(), {}
+        for entry in self.measured:
+            begun, name = self.bench.clock(), entry.candidate.name
+            if entry.is_composed or begun - started + costs.get(name, 0.0) > seconds:
+                continue
+            deadline.report(f"batch {batch.number + 1}, {name}")
+            self._measure(entry, batch, warm_up=not costs)
+            spent[name] = self.bench.clock() - begun
+        return spent
+
+    def _measure(self, entry: Measured, batch: Batch, warm_up: bool) -> None:
+        plan, scale = entry.candidate.plan, entry.control_scale
+        fitted = scale is None or int(scale.updates.max()) >= FITTED
+        if warm_up:
+            with measuring_memory(self.bench.device) as meter:
+                gradient, _ = self.bench.update(plan, self._rollouts(plan, batch), scale)
+                entry.sweep_bytes = meter.peak()
+        else:
+            own = self._rollouts(plan, batch)
+            gradient, seconds = self.bench.update(plan, own, scale)
+            entry.sweep_seconds.append(seconds)
+            entry.sample_seconds.append(own.sample_seconds)
+        if fitted:
+            entry.gradients[batch.number] = gradient
+
+    def _rollouts(self, plan: EstimatorPlan, batch: Batch) -> Batch:
+        """The round's rollouts; for a plan that perturbs parameters rollouts of its own, from the same noise."""
+        return self.bench.collect(batch.number, plan) if plan.uses_zeroth_order else batch
+
+    def _drop_what_does_not_fit(self, costs: Mapping[str, float], shared_cost: float, deadline: Deadline) -> list[str]:
+        """Keeps the most important candidates for which the time allows `MINIMUM_BATCHES` rounds; composed ones cost nothing."""
+        allowed = deadline.left / (MINIMUM_BATCHES - 1)
+        spent, dropped = shared_cost, []
+        kept: list[Measured] = []
+        for entry in self.measured:
+            cost = 0.0 if entry.is_composed else costs.get(entry.candidate.name)
+            if cost is None or (cost and spent + cost > allowed):
+                dropped.append(entry.candidate.name)
+                continue
+            spent += cost
+            kept.append(entry)
+        self.measured = kept
+        if not dropped:
+            return []
+        return [f"not measured, because time_limit={deadline.seconds:g} s does not allow it: {', '.join(dropped)}"]
+
+    def seconds(self, entry: Measured, costs: Mapping[str, StepCost]) -> float | None:
+        """Wall time of one update of a candidate: sampling, reward and backward sweep; medians.
+
+        Composed plans have the sum of the times of their steps.
+        """
+        plan, spent = entry.candidate.plan, self.builder.seconds
+        reward = costs["reward_gradient" if plan.needs_differentiable_reward else "reward"]
+        other = reward.seconds * self.bench.config.sample_num_batches_per_epoch
+        other += statistics.median(entry.sample_seconds if plan.uses_zeroth_order and entry.sample_seconds else spent["sample"])
+        if entry.is_composed:
+            first, rest = plan.fo_range[0], plan.num_steps - plan.fo_range[0] if plan.rest_estimator == "lr" else 0
+            return other + sum(n * statistics.median(spent[kind]) for kind, n in (("fo", first), ("lr", rest)) if n)
+        return other + statistics.median(entry.sweep_seconds) if entry.sweep_seconds else None
+
+    def peak_bytes(self, entry: Measured, costs: Mapping[str, StepCost]) -> int | None:
+        """Most memory of one update of a candidate, beyond the weights: rollouts, and the largest of what is done with them."""
+        plan = entry.candidate.plan
+        sweep = entry.sweep_bytes
+        if entry.is_composed:
+            kinds = ["fo"] * (plan.fo_range[0] > 0) + ["ho"] * (plan.rest_estimator == "lr" and plan.fo_range[0] < plan.num_steps)
+            sweep = max((costs[kind].peak_bytes for kind in kinds), default=0)
+        if not sweep:
+            return None
+        reward = costs["reward_gradient" if plan.needs_differentiable_reward else "reward"]
+        return self.rollout_bytes + max(sweep, costs["sample"].peak_bytes, reward.peak_bytes)
+
+    def matrices(self, entry: Measured) -> tuple[Tensor, Tensor]:
+        """Updates of the candidate [n, P], and of the reference [N, P], those on the same rollouts first; n = N for the reference itself."""
+        if entry.candidate.plan == self.builder.plan:
+            updates = torch.stack(list(self.reference.values()))
+            return updates, updates
+        numbers = sorted(entry.gradients)
+        others = [number for number in self.reference if number not in entry.gradients]
+        reference = torch.stack([self.reference[number] for number in numbers + others])
+        candidate = torch.stack([entry.gradients[n] for n in numbers]) if numbers else reference.new_zeros(0, reference.shape[1])
+        return candidate, reference

@@ -1,0 +1,262 @@
+"""What a diagnosis found: rows, table, recommendation, JSON and figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rlr_trainer.diagnosis.profile import StepCost, VarianceProfile
+from rlr_trainer.diagnosis.statistics import MINIMUM_BATCHES, Estimate, RelativeBias
+
+MEGABYTE = 2**20
+TIE = 2.0  # standard errors within which two plans count as equally good
+HEAVY = 0.5  # share of the variance in one batch from which the std is called rough
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRow:
+    """One plan's measurements. An `Estimate` has None where the data do not say.
+
+    Attributes:
+        name, options: the plan, and the options of `RLRConfig` that make it.
+        is_yours: whether it is the configured plan.
+        fo_steps, ho_length: K (the largest, if random) and h.
+        fo_share: K / T.
+        biases: why the plan is biased by construction; empty for an unbiased one.
+        only_smoothed: zeroth order's smoothing is the only bias.
+        num_batches: updates measured.
+        bias: measured distance of the mean update from the reference gradient, over the latter's norm.
+        captured: share of the reference gradient that the mean update contains, along the reference; 1 if unbiased.
+        std: square root of the total variance of one update, in gradient units.
+        largest_share: of the total variance, that of the batch which deviates most; about 1 / num_batches without heavy tails.
+        relative_std: `std` over the reference gradient's norm.
+        cosine_of_mean, cosine_of_one: with the reference gradient, of the mean update and (mean) of one.
+        seconds: wall time of one update (sampling, reward, backward); None: not timed.
+        peak_bytes: most memory of an update beyond the weights; None: not measured.
+        efficiency: (captured / std)^2 per second, captured = 1 for plans that are unbiased or only smoothed; ranks the plans.
+        signal_per_second: efficiency * |reference|^2, the squared signal-to-noise ratio gained per second.
+        speed: efficiency over that of the configured plan: how many times less time it takes to the same signal-to-noise ratio.
+    """
+
+    name: str
+    options: dict[str, Any]
+    is_yours: bool
+    fo_steps: int
+    ho_length: int
+    fo_share: float
+    biases: list[str]
+    only_smoothed: bool
+    num_batches: int
+    bias: RelativeBias
+    captured: Estimate
+    std: Estimate
+    largest_share: float | None
+    relative_std: Estimate
+    cosine_of_mean: Estimate
+    cosine_of_one: Estimate
+    seconds: float | None
+    peak_bytes: int | None
+    efficiency: Estimate
+    signal_per_second: Estimate
+    speed: Estimate
+
+    @property
+    def is_unbiased(self) -> bool:
+        return not self.biases
+
+    @property
+    def is_heavy_tailed(self) -> bool:
+        """Whether the std is, for the most part, that of a single batch."""
+        return self.num_batches >= MINIMUM_BATCHES and self.largest_share is not None and self.largest_share > HEAVY
+
+    @property
+    def assumes_captured(self) -> bool:
+        """Whether the captured share is known to be 1 rather than measured."""
+        return self.is_unbiased or self.only_smoothed
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """What to use, and what was set aside.
+
+    Attributes:
+        plan: name of the recommended row; None: the measurement does not allow a recommendation.
+        options: its options of `RLRConfig`.
+        reason: one sentence.
+        remarks: alternatives and reservations, a sentence or two each.
+    """
+
+    plan: str | None
+    options: dict[str, Any]
+    reason: str
+    remarks: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """The result of `diagnose`.
+
+    Attributes:
+        rows: one per plan, most signal per second first.
+        profile: size and noise of every step's share.
+        step_costs: time and memory of one step of each kind; see `measure_step_costs`.
+        recommendation: what to use.
+        settings: what was measured, on what.
+        notes: what was left out, and why.
+        versions: of the packages.
+    """
+
+    rows: list[PlanRow]
+    profile: VarianceProfile
+    step_costs: dict[str, StepCost]
+    recommendation: Recommendation
+    settings: dict[str, Any]
+    notes: list[str]
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """As JSON text; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Diagnosis:
+        """Reads what `to_json` wrote."""
+        data = json.loads(text)
+        estimates = [field.name for field in dataclasses.fields(PlanRow) if field.type == "Estimate"]
+        for row in data["rows"]:
+            row |= {name: Estimate(**row[name]) for name in estimates} | {"bias": RelativeBias(**row["bias"])}
+        return cls(
+            **data
+            | {
+                "rows": [PlanRow(**row) for row in data["rows"]],
+                "profile": VarianceProfile(**data["profile"]),
+                "step_costs": {kind: StepCost(**cost) for kind, cost in data["step_costs"].items()},
+                "recommendation": Recommendation(**data["recommendation"]),
+            }
+        )
+
+    def row(self, name: str) -> PlanRow:
+        """The row of a plan, by its name with or without "(yours)".
+
+        Raises:
+            KeyError: no such row.
+        """
+        for row in self.rows:
+            if name in (row.name, row.name.removesuffix(" (yours)")):
+                return row
+        raise KeyError(f"{name!r} was not measured; there are {', '.join(row.name for row in self.rows)}")
+
+    def table(self) -> str:
+        """As text: the comparison, the steps, the recommendation."""
+        lines = [*_align(_plan_cells(self.rows)), "", *LEGEND, "", *_align(_step_cells(self.profile)), ""]
+        lines += [*_align(_cost_cells(self.step_costs)), "", self.recommendation.reason]
+        lines += [f"- {remark}" for remark in [*self.recommendation.remarks, *self.notes]]
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Writes a figure: signal per second of the plans, noise per step, and variance against K."""
+        from rlr_trainer.diagnosis.figure import plot
+
+        plot(self, path)
+
+
+LEGEND = (
+    "bias: distance of the mean update from the reference gradient, over its norm; < x: none seen, and less than x; ?: the batches do",
+    "not tell. captured: share of the reference in the mean update. std: of one update (x?: mostly of a single batch); rel. std: over the",
+    "reference's norm. cos: with the reference, of the mean update and of one. s, MB: of one update, memory beyond the weights. n: updates",
+    "measured.",
+    "signal/s: squared signal-to-noise ratio gained per second; x yours: the same over that of the configured plan.",
+)
+
+
+def _plan_cells(rows: list[PlanRow]) -> list[list[str]]:
+    header = ["plan", "in theory", "bias", "captured", "std", "rel. std", "cos(mean)", "cos(one)", "s", "MB"]
+    header += ["signal/s", "x yours", "n"]
+    return [header] + [
+        [
+            row.name,
+            "unbiased" if row.is_unbiased else "smoothed" if row.only_smoothed else "biased",
+            format_bias(row.bias),
+            format_estimate(row.captured),
+            _number(row.std.value) + ("?" if row.is_heavy_tailed else ""),
+            format_estimate(row.relative_std),
+            format_estimate(row.cosine_of_mean),
+            format_estimate(row.cosine_of_one),
+            _number(row.seconds),
+            _number(None if row.peak_bytes is None else row.peak_bytes / MEGABYTE),
+            format_estimate(row.signal_per_second),
+            format_estimate(row.speed),
+            str(row.num_batches),
+        ]
+        for row in rows
+    ]
+
+
+def _step_cells(profile: VarianceProfile) -> list[list[str]]:
+    header = ["step", "std", "|FO share|", "|LR share|", "FO variance", "LR variance", "K", "variance of FO(K) + LR(rest)"]
+    cells = [header]
+    for step in range(len(profile.stds) + 1):
+        line = [""] * 6
+        if step < len(profile.stds):
+            columns = (profile.stds, profile.fo_norm, profile.lr_norm, profile.fo_variance, profile.lr_variance)
+            line = [str(step), *(_number(column[step]) for column in columns)]
+        total = Estimate(profile.total_variance[step], profile.total_variance_error[step])
+        cells.append([*line, str(step), format_estimate(total)])
+    return cells
+
+
+def _cost_cells(costs: dict[str, StepCost]) -> list[list[str]]:
+    header = ["one step, one sampling batch", "s", "MB held for backward", "MB at the peak"]
+    rows = ((k, c.seconds, c.held_bytes / MEGABYTE, c.peak_bytes / MEGABYTE) for k, c in costs.items())
+    return [header] + [[kind, *(_number(value) for value in values)] for kind, *values in rows]
+
+
+def _align(cells: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0])] + [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)])
+        for row in cells
+    ]
+
+
+def format_bias(bias: RelativeBias) -> str:
+    """`0.98 +- 0.03`, `< 0.40`, `?` or `0 (reference)`."""
+    if bias.verdict == "reference":
+        return "reference"
+    if bias.value is not None:
+        return format_estimate(Estimate(bias.value, bias.error))
+    return "?" if bias.upper is None else f"< {_number(bias.upper)}" + ("?" if bias.verdict == "underpowered" else "")
+
+
+def format_estimate(estimate: Estimate) -> str:
+    """`1.23 +- 0.05`, with a question mark where the error exceeds half of the value."""
+    if estimate.value is None:
+        return "-"
+    if estimate.error is None:
+        return f"{_number(estimate.value)}?"
+    unsure = "?" if abs(estimate.value) < 2 * estimate.error else ""
+    if estimate.value == 0 or estimate.error == 0 or _is_extreme(estimate.value):
+        return f"{_number(estimate.value)} +- {_number(estimate.error)}{unsure}"
+    # two digits of the error, but no more than four of the value
+    decimals = max(0, min(1 - _magnitude(estimate.error), 3 - _magnitude(estimate.value)))
+    return f"{estimate.value:.{decimals}f} +- {max(estimate.error, 10.0**-decimals):.{decimals}f}{unsure}"
+
+
+def _number(value: float | None) -> str:
+    """Two or three digits that count."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    return f"{value:.1e}" if _is_extreme(value) else f"{value:.{max(1 - _magnitude(value), 0)}f}"
+
+
+def _magnitude(value: float) -> int:
+    return math.floor(math.log10(abs(value)))
+
+
+def _is_extreme(value: float) -> bool:
+    return not -4 <= _magnitude(value) <= 6

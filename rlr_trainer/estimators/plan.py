@@ -1,0 +1,367 @@
+"""Which estimator covers which step of the chain: eq. 5 and 6 of arXiv:2502.00639 as a validated object.
+
+A plan splits the T steps of a chain into three disjoint parts: the last `fo_steps` (K) are first-order, a sub-chain of
+`ho_length` (h) steps starting at a random step is half-order, and `rest_estimator` covers what remains. `EstimatorPlan.draw`
+makes the random choices of one batch and returns them as plain masks and weights, which is all that the estimators see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlr_trainer.estimators.plan_draw import PlanDraw, inverse_inclusion_weights
+
+REST_ESTIMATORS = ("lr", "zo", "prediction", "none")
+NAMED_STARTS = ("uniform", "grad_norm")
+
+
+class PlanError(ValueError):
+    """A plan that cannot be: the message names the option, its value, the rule and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimatorPlan:
+    """An assignment of estimators to the steps of a chain.
+
+    Attributes:
+        num_steps: T, at least 1.
+        fo_steps: K, first-order steps at the end of the chain; 0 for none, or `(low, high)` to draw K uniformly once per
+            trajectory (AlignProp, arXiv:2310.03739).
+        ho_length: h, length of the half-order sub-chain; 0 for none.
+        ho_start: where the sub-chain starts: "uniform", "grad_norm" (softmax of running gradient norms, section 3.2 of the
+            paper), `(first, last)` for uniform on a range, or T - K - h + 1 non-negative weights, one per admissible start.
+        rest_estimator: "lr" (likelihood ratio of single steps), "zo" (zeroth-order, as in the paper), "prediction"
+            (pathwise through the one-step prediction, slightly biased) or "none" (biased).
+        rest_num_steps: number of remaining steps that "lr" or "prediction" visits, drawn without replacement and each
+            weighted by 1 / its inclusion probability; None visits all.
+        rest_step_weights: T non-negative weights; the inclusion probability of a step is proportional to its weight (at
+            most 1). None is uniform.
+        control_variate: subtract the reward of the one-step prediction from the reward in every likelihood-ratio term and
+            add its mean back pathwise; unbiased, needs a differentiable reward.
+        fo_weight, ho_weight, rest_weight: factors on the parts. The sum is the gradient only when all are 1.
+        zo_scale: s, standard deviation of the parameter perturbations.
+        zo_num_perturbations: distinct perturbations per batch; each is shared by an equal share of the samples.
+        zo_antithetic: use every perturbation with both signs.
+    """
+
+    num_steps: int
+    fo_steps: int | tuple[int, int] = 0
+    ho_length: int = 0
+    ho_start: str | tuple[float, ...] = "uniform"
+    rest_estimator: str = "none"
+    rest_num_steps: int | None = None
+    rest_step_weights: tuple[float, ...] | None = None
+    control_variate: bool = False
+    fo_weight: float = 1.0
+    ho_weight: float = 1.0
+    rest_weight: float = 1.0
+    zo_scale: float = 0.01
+    zo_num_perturbations: int = 4
+    zo_antithetic: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("fo_steps", "ho_start", "rest_step_weights"):
+            value = getattr(self, name)
+            if isinstance(value, list | Tensor):
+                object.__setattr__(self, name, tuple(value))
+        _check_whole_numbers(self)
+        _check_lengths(self)
+        _check_start(self)
+        _check_rest(self)
+        _check_zeroth_order(self)
+
+    @classmethod
+    def from_preset(cls, name: str, num_steps: int, **options: Any) -> EstimatorPlan:
+        """A named plan (`PRESETS`); every option given (not None) replaces the preset's.
+
+        Raises:
+            PlanError: unknown preset or option, or a value outside the chain.
+        """
+        if name not in PRESETS:
+            raise PlanError(f"estimator={name!r}: unknown; choose one of {', '.join(PRESETS)}")
+        known = {field.name for field in dataclasses.fields(cls)} - {"num_steps"}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise PlanError(f"unknown plan option {', '.join(unknown)}; the options are {', '.join(sorted(known))}")
+        if num_steps < 1:
+            raise PlanError(f"num_steps={num_steps}: a chain has at least one step")
+        given = {key: value for key, value in options.items() if value is not None}
+        chosen = PRESETS[name](num_steps) | given
+        if "ho_length" not in given:
+            # A preset must fit any chain and any K: its sub-chain shrinks; only an explicit h that is too long is an error.
+            longest_fo = chosen.get("fo_steps", 0)
+            longest_fo = max(longest_fo) if isinstance(longest_fo, tuple | list) else longest_fo
+            left = num_steps - longest_fo if _is_whole(longest_fo) else 0  # what is no number is refused below
+            chosen["ho_length"] = max(0, min(chosen.get("ho_length", 0), left))
+        plan = cls(num_steps=num_steps, **chosen)
+        if plan.fo_range[1] == 0 and not plan.ho_length and plan.rest_estimator == "none":
+            raise PlanError(f"estimator={name!r} with these options estimates no step: set fo_steps, ho_length or rest_estimator")
+        return plan
+
+    @property
+    def fo_range(self) -> tuple[int, int]:
+        """Smallest and largest K."""
+        return self.fo_steps if isinstance(self.fo_steps, tuple) else (self.fo_steps, self.fo_steps)
+
+    @property
+    def num_starts(self) -> int:
+        """Number of admissible starts of the sub-chain; 0 without one."""
+        return self.num_steps - self.fo_range[1] - self.ho_length + 1 if self.ho_length else 0
+
+    @property
+    def needs_differentiable_reward(self) -> bool:
+        return self.fo_range[1] > 0 or self.rest_estimator == "prediction" or self.uses_control_variate
+
+    @property
+    def uses_prediction(self) -> bool:
+        """Whether the reward is also asked about one-step predictions."""
+        return self.rest_estimator == "prediction" or self.uses_control_variate
+
+    @property
+    def uses_control_variate(self) -> bool:
+        return self.control_variate and bool(self.scored_steps())
+
+    @property
+    def uses_zeroth_order(self) -> bool:
+        return self.rest_estimator == "zo" and self.num_steps - self.fo_range[0] - self.ho_length > 0
+
+    def scored_steps(self) -> list[int]:
+        """Steps that may get a likelihood-ratio term, and so need a standard deviation above 0."""
+        before_fo = self.num_steps - self.fo_range[0]
+        if self.rest_estimator == "lr" and before_fo > 0:
+            return list(range(before_fo))
+        if not self.ho_length:
+            return []
+        admissible = [start for start, p in enumerate(self.start_probabilities()) if p > 0]
+        return [start + self.ho_length - 1 for start in admissible]
+
+    def check_noise(self, stds: Sequence[float]) -> None:
+        """Refuses a plan that would divide by a standard deviation of 0.
+
+        Args:
+            stds: T standard deviations, in latent units.
+
+        Raises:
+            PlanError: names the step and the remedy.
+        """
+        for step in self.scored_steps():
+            if not stds[step] > 0:
+                raise PlanError(
+                    f"step {step} of {self.num_steps} adds no noise (std = {stds[step]}), so it has no likelihood ratio. Set "
+                    "sample_eta above 0; if only the last step adds none (set_alpha_to_one, or a last timestep of 0), cover "
+                    f"it by first order with fo_steps >= {self.num_steps - step}"
+                )
+
+    def __str__(self) -> str:
+        """In words, for reports and logs."""
+        low, high = self.fo_range
+        parts = []
+        if high:
+            parts.append(f"first order on the last {low if low == high else f'{low} to {high}'} of {self.num_steps} steps")
+        if self.ho_length:
+            parts.append(f"half-order sub-chains of {self.ho_length} (start: {self.ho_start})")
+        if low + self.ho_length < self.num_steps:
+            names = {
+                "lr": "likelihood ratio",
+                "zo": f"zeroth order ({self.zo_num_perturbations} perturbations of {self.zo_scale:g})",
+                "prediction": "one-step prediction",
+                "none": "no estimate",
+            }
+            count = "" if self.rest_num_steps is None else f"{self.rest_num_steps} of "
+            parts.append(f"{names[self.rest_estimator]} on {count}the rest")
+        if self.uses_control_variate:
+            parts.append("with a control variate")
+        return ", ".join(parts)
+
+    def biases(self) -> list[str]:
+        """Why the expected estimate differs from the gradient of the reward; empty for an unbiased plan."""
+        reasons = []
+        low = self.fo_range[0]
+        uncovered = self.num_steps - low - self.ho_length
+        if self.rest_estimator == "none" and uncovered > 0:
+            reasons.append(f"rest_estimator='none' leaves {uncovered} of {self.num_steps} steps without an estimate")
+        if self.rest_estimator == "prediction" and uncovered > 0:
+            reasons.append("the one-step prediction stands in for the sample on the remaining steps")
+        if self.uses_zeroth_order:
+            reasons.append(f"zeroth order differentiates the objective smoothed by zo_scale={self.zo_scale:g}")
+        for name, used in (
+            ("fo_weight", self.fo_range[1] > 0),
+            ("ho_weight", self.ho_length > 0),
+            ("rest_weight", self.rest_estimator != "none" and uncovered > 0),
+        ):
+            if used and getattr(self, name) != 1:
+                reasons.append(f"{name}={getattr(self, name):g} is not 1")
+        return reasons
+
+    def start_probabilities(self) -> list[float]:
+        """Probability of every admissible start, before "grad_norm" has seen any norm (then uniform). Length `num_starts`."""
+        count = self.num_starts
+        if isinstance(self.ho_start, str):
+            return [1 / count] * count
+        if len(self.ho_start) == 2:
+            first, last = self.ho_start
+            return [1 / (last - first + 1) if first <= start <= last else 0.0 for start in range(count)]
+        return [weight / sum(self.ho_start) for weight in self.ho_start]
+
+    def draw(
+        self,
+        num_samples: int,
+        generator: torch.Generator | None = None,
+        *,
+        shared: bool = False,
+        start_probabilities: Sequence[float] | None = None,
+    ) -> PlanDraw:
+        """Makes the random choices: K, the start of the sub-chain and the subset of the remaining steps.
+
+        Args:
+            num_samples: N.
+            generator: source of the choices (a CPU generator).
+            shared: one draw for the whole batch, so that every network call of a step has the full batch.
+            start_probabilities: replaces `start_probabilities()`; "grad_norm" passes its own.
+
+        Returns:
+            One row per sample, or a single row when `shared`.
+        """
+        rows = 1 if shared else num_samples
+        steps = torch.arange(self.num_steps)
+        low, high = self.fo_range
+        fo_steps = torch.randint(low, high + 1, (rows, 1), generator=generator)
+        first_order = steps >= self.num_steps - fo_steps
+        start = torch.full((rows, 1), -1)
+        if self.ho_length:
+            probabilities = torch.tensor(start_probabilities or self.start_probabilities(), dtype=torch.float64)
+            start = torch.multinomial(probabilities, rows, replacement=True, generator=generator)[:, None]
+        end = start + self.ho_length - 1
+        sub_chain = (steps >= start) & (steps <= end) & (start >= 0)
+        rest = ~first_order & ~sub_chain
+        zeros = torch.zeros(rows, self.num_steps)
+        score = torch.where(sub_chain & (steps == end), self.ho_weight, zeros)
+        prediction = zeros
+        if self.rest_estimator in ("lr", "prediction"):
+            weights = self.rest_weight * inverse_inclusion_weights(rest, self.rest_num_steps, self.rest_step_weights, generator)
+            if self.rest_estimator == "lr":
+                score = score + weights
+            else:
+                prediction = weights
+        return PlanDraw(
+            pathwise=first_order | (sub_chain & (steps < end) & (self.ho_weight != 0)),
+            score=score,
+            prediction=prediction,
+            zeroth=rest if self.rest_estimator == "zo" else torch.zeros_like(rest),
+            first_order=first_order,
+            start=start[:, 0],
+        )
+
+
+def _default_fo_steps(num_steps: int) -> int:
+    # 30 % of the steps: the low-noise end, where the likelihood ratio is noisiest (docs/estimators.md has the measurement).
+    return max(1, math.ceil(0.3 * num_steps))
+
+
+# One row per preset: what it sets, as a function of the number of steps.
+PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "rlr": lambda t: {"fo_steps": _default_fo_steps(t), "ho_length": 1, "rest_estimator": "lr"},
+    "rlr_paper": lambda t: {"fo_steps": 1, "ho_length": 2, "rest_estimator": "zo"},
+    "ddpo": lambda t: {"rest_estimator": "lr"},
+    "draft": lambda t: {"fo_steps": 1},
+    "alignprop": lambda t: {"fo_steps": (1, t)},
+    "full_bp": lambda t: {"fo_steps": t},
+    "sqdf": lambda t: {"rest_estimator": "prediction"},
+    "es": lambda t: {"rest_estimator": "zo"},
+}
+
+
+def _check_whole_numbers(plan: EstimatorPlan) -> None:
+    if len(plan.fo_range) != 2 or not all(_is_whole(k) for k in plan.fo_range):
+        raise PlanError(f"fo_steps={plan.fo_steps!r}: K must be a whole number, or a pair (low, high) of whole numbers")
+    for name in ("num_steps", "ho_length", "rest_num_steps", "zo_num_perturbations"):
+        value = getattr(plan, name)
+        if not (_is_whole(value) or (value is None and name == "rest_num_steps")):
+            raise PlanError(f"{name}={value!r}: must be a whole number")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_lengths(plan: EstimatorPlan) -> None:
+    if plan.num_steps < 1:
+        raise PlanError(f"num_steps={plan.num_steps}: a chain has at least one step")
+    low, high = plan.fo_range
+    if not 0 <= low <= high <= plan.num_steps:
+        raise PlanError(
+            f"fo_steps={plan.fo_steps}: K must lie between 0 and the number of steps, {plan.num_steps}; a pair (low, high) "
+            "needs low <= high"
+        )
+    if not 0 <= plan.ho_length <= plan.num_steps - high:
+        raise PlanError(
+            f"ho_length={plan.ho_length}: the sub-chain must fit before the first-order steps, so h lies between 0 and "
+            f"num_steps - fo_steps = {plan.num_steps} - {high} = {plan.num_steps - high}; shorten it or lower fo_steps"
+        )
+    if low != high and plan.ho_length:
+        raise PlanError(f"fo_steps={plan.fo_steps} with ho_length={plan.ho_length}: a random K needs ho_length=0")
+
+
+def _check_start(plan: EstimatorPlan) -> None:
+    if isinstance(plan.ho_start, str):
+        if plan.ho_start not in NAMED_STARTS:
+            raise PlanError(f"ho_start={plan.ho_start!r}: must be one of {NAMED_STARTS}, [first, last], or weights per start")
+        return
+    if not plan.ho_length:
+        raise PlanError(f"ho_start={list(plan.ho_start)} has no effect without a sub-chain; set ho_length to at least 1")
+    count = plan.num_starts
+    if len(plan.ho_start) == 2:
+        first, last = plan.ho_start
+        if not (0 <= first <= last < count and first == int(first) and last == int(last)):
+            raise PlanError(
+                f"ho_start=[{first}, {last}]: a range of starts lies within 0..{count - 1} (steps count from the noisy end; "
+                f"num_steps={plan.num_steps}, fo_steps={plan.fo_range[1]}, ho_length={plan.ho_length})"
+            )
+    elif len(plan.ho_start) != count or min(plan.ho_start) < 0 or not 0 < sum(plan.ho_start) < math.inf:
+        raise PlanError(
+            f"ho_start has {len(plan.ho_start)} entries: weights need one non-negative number per admissible start, {count} "
+            "of them, not all 0; a range is [first, last]"
+        )
+
+
+def _check_rest(plan: EstimatorPlan) -> None:
+    if plan.rest_estimator not in REST_ESTIMATORS:
+        raise PlanError(f"rest_estimator={plan.rest_estimator!r}: must be one of {REST_ESTIMATORS}")
+    remaining = plan.num_steps - plan.fo_range[0] - plan.ho_length
+    sampled = plan.rest_estimator in ("lr", "prediction")
+    for name in ("rest_num_steps", "rest_step_weights"):
+        if getattr(plan, name) is not None and not sampled:
+            raise PlanError(f"{name}={getattr(plan, name)} has no effect with rest_estimator={plan.rest_estimator!r}; use 'lr'")
+    if plan.rest_num_steps is not None and not 1 <= plan.rest_num_steps <= max(remaining, 1):
+        raise PlanError(
+            f"rest_num_steps={plan.rest_num_steps}: must lie between 1 and the number of remaining steps, {remaining}; leave it "
+            "unset to visit all"
+        )
+    weights = plan.rest_step_weights
+    if weights is not None:
+        if plan.rest_num_steps is None:
+            raise PlanError("rest_step_weights has no effect when every step is visited; set rest_num_steps")
+        if len(weights) != plan.num_steps or not all(0 < weight < math.inf for weight in weights):
+            raise PlanError(
+                f"rest_step_weights has {len(weights)} entries: needs one positive finite weight per step, {plan.num_steps} of "
+                "them (a step of weight 0 would never be estimated)"
+            )
+    if plan.control_variate and not (plan.rest_estimator == "lr" or plan.ho_length):
+        raise PlanError("control_variate=True has no effect: the plan has no likelihood-ratio step; use rest_estimator='lr'")
+    for name in ("fo_weight", "ho_weight", "rest_weight"):
+        if not math.isfinite(getattr(plan, name)):
+            raise PlanError(f"{name}={getattr(plan, name)}: must be a finite number (1 is the gradient)")
+
+
+def _check_zeroth_order(plan: EstimatorPlan) -> None:
+    if not 0 < plan.zo_scale < math.inf:
+        raise PlanError(f"zo_scale={plan.zo_scale}: the perturbation scale must be a positive number, for instance 0.01")
+    if plan.zo_num_perturbations < 1:
+        raise PlanError(f"zo_num_perturbations={plan.zo_num_perturbations}: needs at least one perturbation per batch")

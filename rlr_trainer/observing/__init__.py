@@ -1,0 +1,1 @@
+"""What a run shows: callbacks, files, pictures, warnings, and the report."""

@@ -1,0 +1,162 @@
+"""Grids of the fixed prompts' pictures over time, embedded in the page."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import warnings
+from pathlib import Path
+
+from rlr_trainer.observing.report.reading import Pictures, Run
+from rlr_trainer.observing.report.wording import number, shorten
+
+MOST_BYTES = 4_000_000  # of all pictures of a report, before base64
+MOST_COLUMNS = 6  # that a phone shows side by side
+MOST_ROWS = 8
+LARGEST_SIDE = 224  # pixels
+PIXELATED_BELOW = 97  # pixels: smaller pictures are enlarged without smoothing, and stay PNG
+LONGEST_PROMPT = 300
+NEGLIGIBLE = 1e-4  # of the largest reward of the grid
+
+
+class UnreadablePicture(ValueError):
+    """The file is not there or is no picture."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One picture with its reward as text; `source` is a data URI, or None where the file cannot be read."""
+
+    source: str | None
+    step: int
+    text: str
+    pixelated: bool
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt over time; `prompt` is empty where it is that of the row above."""
+
+    prompt: str
+    cells: list[Cell | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The pictures of one run.
+
+    Attributes:
+        steps: updates of the columns.
+        large: pictures that are not pixelated need wider columns.
+        notes: what was left out.
+    """
+
+    steps: list[int]
+    rows: list[Row]
+    large: bool
+    notes: list[str]
+
+
+def grid_of(run: Run, most_bytes: int = MOST_BYTES, most_columns: int = MOST_COLUMNS, most_rows: int = MOST_ROWS) -> Grid | None:
+    """The grid of a run, or None if it has no pictures.
+
+    Args:
+        most_bytes: of the encoded pictures; rows that would exceed it are left out.
+        most_columns: points in time, evenly spread, the first and the last among them.
+        most_rows: prompts, the first ones.
+    """
+    taken = [pictures for pictures in run.pictures if pictures.files]
+    if not taken:
+        return None
+    columns = spread(taken, most_columns)
+    order = _rows_of(columns)
+    rows: list[Row] = []
+    used, unreadable, reduced, last_prompt = 0, 0, False, None
+    largest = max((abs(reward) for pictures in columns for reward in pictures.rewards if reward is not None), default=0.0)
+    for prompt, places in order[:most_rows]:
+        cells: list[Cell | None] = []
+        size = 0
+        for pictures, place in zip(columns, places, strict=True):
+            if place is None:
+                cells.append(None)
+                continue
+            text = reward_text(pictures.rewards[place], largest)
+            try:
+                cell, shrunk = encode(pictures.files[place], pictures.step, text)
+            except UnreadablePicture:
+                cell, shrunk = Cell(None, pictures.step, text, False, 1, 1), False
+                unreadable += 1
+            reduced |= shrunk
+            size += len(cell.source or "") * 3 // 4
+            cells.append(cell)
+        if rows and used + size > most_bytes:
+            break
+        used += size
+        rows.append(Row("" if prompt == last_prompt else shorten(prompt, LONGEST_PROMPT), cells))
+        last_prompt = prompt
+    notes = []
+    if len(columns) < len(taken):
+        notes.append(f"{len(columns)} of {len(taken)} points in time are shown.")
+    if len(rows) < len(order):
+        notes.append(f"{len(rows)} of {len(order)} pictures are shown at each; all are in {run.name}/samples.")
+    if reduced:
+        notes.append(f"Pictures are reduced to {LARGEST_SIDE} pixels.")
+    if unreadable:
+        notes.append(f"{unreadable} picture files are missing or damaged.")
+    large = any(cell is not None and not cell.pixelated and cell.source for row in rows for cell in row.cells)
+    return Grid([pictures.step for pictures in columns], rows, large, notes)
+
+
+def spread(items: list[Pictures], most: int) -> list[Pictures]:
+    """At most `most` (2 or more) of them, evenly spread by their updates, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    first, last = items[0].step, items[-1].step
+    wanted = [first + (last - first) * i / (most - 1) for i in range(most)]
+    nearest = {min(range(len(items)), key=lambda k: abs(items[k].step - goal)) for goal in wanted}
+    return [items[k] for k in sorted(nearest)]
+
+
+def reward_text(reward: float | None, largest: float) -> str:
+    """A reward; one that is nothing beside the largest is called so, rather than 3e-18."""
+    if reward is not None and 0 < abs(reward) < NEGLIGIBLE * largest:
+        return "\N{ALMOST EQUAL TO} 0"
+    return number(reward)
+
+
+def encode(path: Path, step: int, text: str) -> tuple[Cell, bool]:
+    """Reads a picture and embeds it, reduced where it is large. Returns the cell, and whether it was reduced.
+
+    Raises:
+        UnreadablePicture: missing, damaged, or absurdly large.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as opened:
+                image = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadablePicture(f"{path}: {error}") from error
+    reduced = max(image.size) > LARGEST_SIDE
+    if reduced:
+        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    pixelated = max(image.size) < PIXELATED_BELOW
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG" if pixelated else "JPEG", **({"optimize": True} if pixelated else {"quality": 82}))
+    kind = "png" if pixelated else "jpeg"
+    source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Cell(source, step, text, pixelated, *image.size), reduced
+
+
+def _rows_of(columns: list[Pictures]) -> list[tuple[str, list[int | None]]]:
+    """(prompt, its place in each column). Place i is row i, as long as its prompt stays the same; others get rows of their own."""
+    order: dict[tuple[int, str], list[int | None]] = {}
+    for k, pictures in enumerate(columns):
+        for place, prompt in enumerate(pictures.prompts):
+            order.setdefault((place, prompt), [None] * len(columns))[k] = place
+    return [(prompt, places) for (_, prompt), places in order.items()]

@@ -1,0 +1,1 @@
+"""What a run leaves behind: checkpoints, state, weights, model card, and uploads."""

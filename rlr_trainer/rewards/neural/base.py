@@ -1,0 +1,187 @@
+"""What every neural reward shares: device, precision, micro-batches, and features of prompts that are computed once."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rlr_trainer.rewards.neural.preprocessing import check_images
+
+logger = logging.getLogger(__name__)
+
+CACHED_PROMPTS = 4096  # of 1,024 float32 numbers each: 16 MB
+PROMPTS_PER_PASS = 64  # through a text tower
+
+
+class PromptCache:
+    """Features of prompts, [D] each, computed once a distinct prompt, without a graph.
+
+    Args:
+        encode: prompts -> [N, D].
+        size: prompts kept; the least recently used go first.
+
+    Attributes:
+        computed: prompts that went through `encode` so far.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], Tensor], size: int = CACHED_PROMPTS) -> None:
+        self.encode = encode
+        self.size = size
+        self.computed = 0
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[str], device: torch.device | str) -> Tensor:
+        """[B, D], one row a prompt, on `device`; rows that were computed on another are brought there."""
+        rows = {prompt: self._kept.pop(prompt, None) for prompt in dict.fromkeys(prompts)}
+        new = [prompt for prompt, row in rows.items() if row is None]
+        with torch.no_grad():
+            for start in range(0, len(new), PROMPTS_PER_PASS):
+                part = new[start : start + PROMPTS_PER_PASS]
+                rows |= zip(
+                    part, (row.clone() for row in self.encode(part)), strict=True
+                )  # a view would keep those of the whole part
+        self.computed += len(new)
+        self._kept.update(rows)  # type: ignore[arg-type]
+        while len(self._kept) > self.size:
+            self._kept.popitem(last=False)
+        return torch.stack([rows[prompt].to(device) for prompt in prompts])  # type: ignore[union-attr]
+
+
+class ModelOptions(TypedDict, total=False):
+    """Options that every neural reward passes on to `NeuralReward`, which explains them."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    batch_size: int | None
+    recompute: bool
+
+
+class NeuralReward:
+    """A frozen network that scores pictures: callable `(images, prompts, metadata) -> [B]`, differentiable in the images.
+
+    Subclasses give `conditions` (what a sample is scored against) and `score`.
+
+    Args:
+        model: the network; it is put into evaluation mode and frozen.
+        preprocess: images [B, 3, H, W] in [0, 1] -> pixels of the network.
+        name: of the metric `rewards/<name>/mean`.
+        device: where the network stays; None: it follows the images.
+        dtype: of its parameters; None leaves them as they are. Pixels are prepared, and features compared, in at least float32.
+        batch_size: pictures per pass of the network; None: all at once.
+        recompute: with a graph, keep the activations of one pass at a time and compute them again in the backward pass: the
+            memory of `batch_size` pictures for a third more time.
+
+    Raises:
+        ValueError: batch_size below 1, or a model without parameters.
+    """
+
+    reads_prompts = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[[Tensor], Tensor],
+        *,
+        name: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int | None = None,
+        recompute: bool = False,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: must be at least 1, or None for all pictures at once")
+        if next(model.parameters(), None) is None:
+            raise ValueError(f"reward {name!r}: {type(model).__name__} has no parameters; pass a plain function as it is")
+        self.model: Any = model.requires_grad_(False).eval()
+        self.preprocess = preprocess
+        self.batch_size = batch_size
+        self.recompute = recompute
+        self.device = None if device is None else torch.device(device)
+        self.__name__ = name
+        self.model.to(device=self.device)
+        if dtype is not None:
+            self.cast(dtype)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.__name__!r}>"
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Brings the parameters to `dtype`."""
+        self.model.to(dtype=dtype)
+
+    def conditions(self, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor | None:
+        """What each sample is scored against, [B, ...], or None if pictures alone are scored."""
+        return None
+
+    def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
+        """Scores [B] of preprocessed pixels [B, 3, h, w]."""
+        raise NotImplementedError
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+        """Scores [B], on the images' device.
+
+        Args:
+            images: [B, 3, H, W] float in [0, 1]; a graph of theirs is kept.
+            prompts: B of them; each picture is scored against its own.
+            metadata: B of them.
+
+        Raises:
+            ImageRangeError: images of another shape, type or range.
+            ValueError: another number of prompts than images.
+        """
+        check_images(self.__name__, images)
+        if prompts is not None and len(prompts) != len(images):
+            raise ValueError(f"reward {self.__name__!r}: {len(prompts)} prompts for {len(images)} images")
+        if self.reads_prompts and prompts is None:
+            raise ValueError(f"reward {self.__name__!r}: scores pictures against prompts, so prompts=None will not do")
+        if self.device is None and self.parameter.device != images.device:
+            with torch.inference_mode(False):  # parameters made in inference mode could not enter a graph later
+                self.model.to(images.device)
+        device = self.parameter.device
+        with torch.autocast(device.type, enabled=False):
+            conditions = self.conditions(prompts, metadata)
+            scores = [
+                self._pass(images[rows].to(device), None if conditions is None else conditions[rows])
+                for rows in self._rows(len(images))
+            ]
+        return torch.cat(scores).to(images.device)
+
+    def _rows(self, count: int) -> list[slice]:
+        step = self.batch_size or count
+        return [slice(start, start + step) for start in range(0, count, step)]
+
+    def _pass(self, images: Tensor, conditions: Tensor | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled() and images.requires_grad:
+            return checkpoint(self._forward, images, conditions, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+        return self._forward(images, conditions)
+
+    def _forward(self, images: Tensor, conditions: Tensor | None) -> Tensor:
+        return self.score(self.preprocess(images).to(self.parameter.dtype), conditions)
+
+    @property
+    def parameter(self) -> Tensor:
+        """A parameter of the network, for its device and precision."""
+        return next(self.model.parameters())
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, *, pad_to_length: bool) -> Any:
+    """Tokens of prompts, cut at `length` as the references do; a prompt that is cut is named in the log.
+
+    Returns:
+        the tokenizer's output, with `input_ids` and `attention_mask` [B, L].
+    """
+    tokens = tokenizer(
+        list(prompts), padding="max_length" if pad_to_length else True, truncation=True, max_length=length, return_tensors="pt"
+    )
+    for prompt, mask in zip(prompts, tokens["attention_mask"], strict=True):
+        if int(mask.sum()) == length and len(tokenizer(prompt, verbose=False)["input_ids"]) > length:
+            logger.warning(
+                "prompt %.60r... is longer than the %d tokens that the reward model reads: the rest is cut", prompt, length
+            )
+    return tokens

@@ -1,0 +1,232 @@
+"""Rewards that are a cosine of CLIP embeddings: CLIP score, PickScore and HPSv2.
+
+With unit image and text embeddings u and v of a picture and its prompt:
+
+| reward    | formula              | reference                                                                            |
+|-----------|----------------------|--------------------------------------------------------------------------------------|
+| CLIPScore | max(100 u.v, 0)      | arXiv:2104.08718, equation 1, with w = 100 as torchmetrics has it (the paper: w = 2.5) |
+| PickScore | exp(logit_scale) u.v | arXiv:2305.01569; github.com/yuvalkirstain/PickScore, README                            |
+| HPSv2     | u.v                  | arXiv:2306.09341; github.com/tgxs002/HPSv2, hpsv2/img_score.py                         |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward, PromptCache, token_ids
+from rlr_trainer.rewards.neural.open_clip import convert_open_clip, open_clip_model
+from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor
+from rlr_trainer.rewards.neural.weights import companion, find_file, load_pretrained, load_strictly, load_tokenizer, read_state_dict
+
+CLIP_L14 = "openai/clip-vit-large-patch14"
+CLIP_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def image_embeddings(model: Any, pixels: Tensor) -> Tensor:
+    """Unit embeddings [B, D], at least float32, of pixels [B, 3, h, w], by a transformers `CLIPModel`."""
+    return _unit(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
+
+
+def text_embeddings(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Unit embeddings [B, D], at least float32, of tokens [B, L], by a transformers `CLIPModel`."""
+    hidden = model.text_model(input_ids=input_ids, attention_mask=attention_mask)
+    return _unit(model.text_projection(hidden.pooler_output))
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+
+
+class CosineReward(NeuralReward):
+    """A function of the cosine between a picture's and its prompt's embedding; the text tower runs once a distinct prompt.
+
+    Args:
+        model: a transformers `CLIPModel`.
+        tokenizer: its tokenizer.
+        preprocess, name, options: as `NeuralReward`.
+    """
+
+    reads_prompts = True
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        preprocess: Callable[[Tensor], Tensor],
+        *,
+        name: str,
+        **options: Unpack[ModelOptions],
+    ) -> None:
+        self.logit_scale = float(model.logit_scale.detach().exp())  # before the model may become bfloat16: 99 there instead of 100
+        super().__init__(model, preprocess, name=name, **options)
+        self.tokenizer = tokenizer
+        self.prompt_cache = PromptCache(self._encode)
+
+    def conditions(self, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+        return self.prompt_cache(prompts, self.parameter.device)
+
+    def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
+        assert conditions is not None
+        return self.from_cosine((image_embeddings(self.model, pixels) * conditions).sum(-1))
+
+    def from_cosine(self, cosine: Tensor) -> Tensor:
+        """The reward [B] of cosines [B]."""
+        return cosine
+
+    def _encode(self, prompts: list[str]) -> Tensor:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = token_ids(self.tokenizer, prompts, length, pad_to_length=False).to(self.parameter.device)
+        return text_embeddings(self.model, tokens["input_ids"], tokens["attention_mask"])
+
+
+class CLIPScore(CosineReward):
+    """CLIP score: max(100 cos, 0), in [0, 100]; about 15 to 35 for pictures and prompts that belong together. Differentiable where
+    the cosine is positive."""
+
+    SCALE = 100.0
+
+    def from_cosine(self, cosine: Tensor) -> Tensor:
+        return (self.SCALE * cosine).clamp_min(0)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path = CLIP_L14,
+        *,
+        eight_bit: bool = False,
+        **options: Unpack[ModelOptions],
+    ) -> CLIPScore:
+        """Loads any transformers CLIP model with its tokenizer and image processor.
+
+        Args:
+            source: folder or hub id.
+            eight_bit: see `ImagePreprocessor`.
+            options: device, dtype, batch_size, recompute; see `NeuralReward`.
+
+        Raises:
+            WeightsError: something is missing or damaged.
+        """
+        from transformers import AutoTokenizer, CLIPModel
+
+        name = "clip_score"
+        model = load_pretrained(CLIPModel, source, name)
+        return cls(
+            model,
+            load_tokenizer(AutoTokenizer, source, model.config.text_config.vocab_size, name),
+            load_preprocessor(source, name, eight_bit),
+            name=name,
+            **options,
+        )
+
+
+class PickScore(CosineReward):
+    """PickScore: exp(logit_scale) cos, about 15 to 25 with the published weights (logit scale 100). Differentiable."""
+
+    HUB_ID = "yuvalkirstain/PickScore_v1"
+
+    def from_cosine(self, cosine: Tensor) -> Tensor:
+        return self.logit_scale * cosine
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path = HUB_ID,
+        *,
+        processor: str | Path | None = None,
+        eight_bit: bool = False,
+        **options: Unpack[ModelOptions],
+    ) -> PickScore:
+        """Loads a transformers CLIP model, and the tokenizer and image processor of the model that it was fine-tuned from.
+
+        Args:
+            source: folder or hub id of the weights.
+            processor: folder or hub id of tokenizer and image processor; None: `source`, if it is a folder that has them, else
+                the published laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+            eight_bit: see `ImagePreprocessor`.
+            options: device, dtype, batch_size, recompute; see `NeuralReward`.
+
+        Raises:
+            WeightsError: something is missing or damaged.
+        """
+        from transformers import AutoTokenizer, CLIPModel
+
+        name = "pickscore"
+        model = load_pretrained(CLIPModel, source, name)
+        words = companion(source, processor, CLIP_H14, TOKENIZER_FILES)
+        return cls(
+            model,
+            load_tokenizer(AutoTokenizer, words, model.config.text_config.vocab_size, name),
+            load_preprocessor(companion(source, processor, CLIP_H14, PROCESSOR_FILES), name, eight_bit),
+            name=name,
+            **options,
+        )
+
+
+class HPSv2(CosineReward):
+    """Human Preference Score v2: the cosine itself, about 0.2 to 0.35. Differentiable.
+
+    The published tables give 100 times this; to train on that scale, set `reward_weights`. Scores of v2.0 and v2.1 are not comparable.
+    """
+
+    HUB_ID = "xswu/HPSv2"
+    NAMES = {"v2.0": "hpsv2", "v2.1": "hpsv2.1"}
+    FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path = HUB_ID,
+        *,
+        version: str = "v2.1",
+        tokenizer: str | Path | None = None,
+        eight_bit: bool = False,
+        **options: Unpack[ModelOptions],
+    ) -> HPSv2:
+        """Loads a checkpoint in OpenCLIP's layout into a transformers `CLIPModel`.
+
+        Args:
+            source: folder or hub id that has the version's file, or the file itself.
+            version: "v2.0" or "v2.1".
+            tokenizer: folder or hub id; None: the weights' folder, if it has one, else laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+            eight_bit: see `ImagePreprocessor`.
+            options: device, dtype, batch_size, recompute; see `NeuralReward`.
+
+        Raises:
+            ValueError: another version.
+            WeightsError: something is missing, damaged, or not in OpenCLIP's layout.
+        """
+        from transformers import AutoTokenizer
+
+        if version not in cls.FILES:
+            raise ValueError(f"version={version!r}: must be {' or '.join(cls.FILES)}")
+        name = cls.NAMES[version]
+        path = find_file(source, cls.FILES[version], name)
+        state = read_state_dict(path, name)
+        vocabulary = len(state.get("token_embedding.weight", ()))
+        words = load_tokenizer(AutoTokenizer, companion(source, tokenizer, CLIP_H14, TOKENIZER_FILES), vocabulary, name)
+        model = open_clip_model(state, path, name, end_of_text=words.eos_token_id)
+        load_strictly(model, convert_open_clip(state), path, name, unused=("attn_mask", r".*position_ids"))
+        return cls(
+            model,
+            words,
+            ImagePreprocessor.hpsv2(model.config.vision_config.image_size, eight_bit=eight_bit),
+            name=name,
+            **options,
+        )
+
+
+def load_preprocessor(source: str | Path, reward: str, eight_bit: bool) -> ImagePreprocessor:
+    """The steps of a source's image processor.
+
+    Raises:
+        WeightsError: it has none, or one with a step that has no differentiable counterpart.
+    """
+    return load_pretrained(ImagePreprocessor, source, reward, eight_bit=eight_bit)

@@ -1,0 +1,45 @@
+"""Rewards by name, for the command line: `aesthetic`, `hpsv2.1:some/folder`, `classifier:some/folder:cat`. Loaded on use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Name -> (module, class, options of its from_pretrained).
+NEURAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "aesthetic": ("aesthetic", "AestheticScore", {}),
+    "clip_score": ("clip", "CLIPScore", {}),
+    "hpsv2": ("clip", "HPSv2", {"version": "v2.0"}),
+    "hpsv2.1": ("clip", "HPSv2", {"version": "v2.1"}),
+    "image_reward": ("image_reward", "ImageReward", {}),
+    "pickscore": ("clip", "PickScore", {}),
+}
+CLASSIFIER = "classifier"
+NAMES = (*NEURAL, CLASSIFIER)
+
+
+def is_named(name: str) -> bool:
+    """Whether `load_named` knows it: a name of `NAMES`, alone or followed by a colon and a source."""
+    return name.partition(":")[0] in NAMES
+
+
+def load_named(name: str) -> Any:
+    """The reward `kind` from its published weights, `kind:source` from a folder or hub id, or `classifier:source:class`.
+
+    Raises:
+        ValueError: a classifier without a source and a class.
+        WeightsError: something is missing or damaged.
+    """
+    kind, _, source = name.partition(":")
+    if kind == CLASSIFIER:
+        from rlr_trainer.rewards.neural.classifier import ClassifierScore
+
+        folder, _, target = source.rpartition(":")
+        if not folder or not target:
+            raise ValueError(
+                f"reward={name!r}: must be classifier:SOURCE:CLASS, with a folder or hub id and a class's number or label"
+            )
+        return ClassifierScore.from_pretrained(folder, int(target) if target.isdigit() else target)
+    module, reward, options = NEURAL[kind]
+    load = getattr(importlib.import_module(f"rlr_trainer.rewards.{module}"), reward).from_pretrained
+    return load(source, **options) if source else load(**options)

@@ -1,0 +1,267 @@
+"""A reward that asks a vision-language model about every picture, through a chat endpoint (docs/remote_rewards.md)."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import json
+import logging
+import math
+import re
+import string
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rlr_trainer.rewards.remote.encoding import encode_png
+from rlr_trainer.rewards.remote.http_client import JsonClient, RemoteRewardError
+from rlr_trainer.rewards.values import RewardError
+
+logger = logging.getLogger(__name__)
+
+CHAT_PATH = "/chat/completions"
+TOP_LOGPROBS = 20  # the most that the protocol allows
+MAX_UNREADABLE_IN_A_ROW = 32
+_NUMBER = re.compile(r"(?<![\w.,])[-+]?\d+(?:\.\d+)?(?![\w]|[.,]\d)")
+_THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
+
+
+class QuestionReward:
+    """Asks a question about every picture and makes a number of the answer; needs an OpenAI-compatible endpoint, such as vLLM's.
+
+    With answer="yes_no" the reward is P(yes) / (P(yes) + P(no)) at the first word of the answer, where the endpoint gives
+    log-probabilities, and otherwise 1 for an answer that begins with yes, 0 for no. With answer="score" the model is to write one number
+    in `score_range`, which is mapped to [0, 1]. An answer that cannot be read gives None: the sample is dropped and counted.
+
+    Not differentiable. The metadata beside the rewards is `{"answers": [text, ...]}`.
+
+    Args:
+        url: of the API, such as "http://127.0.0.1:8000/v1"; `/chat/completions` is added.
+        model: its name there.
+        question: template; `{prompt}` stands for the prompt and any other name for a key of the metadata. Double braces stand for braces.
+        answer: "yes_no", "score", or a function text -> float or None (None: cannot be read).
+        score_range: lowest and highest score, for answer="score".
+        system: system message, or None.
+        logprobs: ask for log-probabilities; only for "yes_no". False for an endpoint that refuses the option.
+        request_options: fields of the request's body that replace or join the usual ones (temperature 0, max_tokens 16); one with
+            the value None is left out. A model that thinks aloud needs more max_tokens, and logprobs=False.
+        concurrency: questions under way at the same time.
+        timeout: seconds for each of connecting, sending, waiting for the answer, and reading it.
+        retries, backoff: as for `RemoteReward`.
+        token: API key; none is taken from the environment.
+        name: of the reward in logs.
+
+    Raises:
+        ValueError: an argument outside its range, or a template that cannot be filled in.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        question: str = "Does this picture show: {prompt}? Answer with one word, yes or no.",
+        *,
+        answer: str | Callable[[str], float | None] = "yes_no",
+        score_range: tuple[float, float] = (0, 10),
+        system: str | None = None,
+        logprobs: bool = True,
+        request_options: Mapping[str, Any] | None = None,
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        retries: int = 8,
+        backoff: float = 0.5,
+        token: str | None = None,
+        name: str = "question",
+    ) -> None:
+        if not (callable(answer) or answer in ("yes_no", "score")):
+            raise ValueError(f"answer={answer!r}: must be 'yes_no', 'score', or a function text -> number or None")
+        low, high = score_range
+        if not low < high:
+            raise ValueError(f"score_range={score_range}: must be (lowest, highest)")
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(f"concurrency={concurrency!r}: must be a whole number of at least 1")
+        self.client = JsonClient(url, timeout=timeout, retries=retries, backoff=backoff, token=token)
+        if not self.client.url.endswith(CHAT_PATH):
+            self.client.url += CHAT_PATH
+        self.model, self.question, self.system = model, question, system
+        self.fields = _fields(question)
+        self.answer, self.score_range = answer, (float(low), float(high))
+        self.concurrency = concurrency
+        self.options: dict[str, Any] = {"temperature": 0, "max_tokens": 16}
+        if logprobs and answer == "yes_no":
+            self.options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        self.options |= request_options or {}
+        self._readable = 0
+        self._unreadable_in_a_row = 0
+        self.__name__ = name
+
+    def __repr__(self) -> str:
+        return f"QuestionReward({self.client.url.removesuffix(CHAT_PATH)!r}, {self.model!r})"
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
+    ) -> tuple[list[float | None], dict[str, list[str]]]:
+        """Rewards, one per picture, and the answers.
+
+        Args:
+            images: [B, 3, H, W], or [B, F, 3, H, W]: all frames of a video go into one message.
+
+        Raises:
+            RemoteRewardError: the endpoint does not answer, or not as its protocol says.
+            RewardError: a key that the question needs is not in the metadata; or no answer so far, or none of the last 32, could be read.
+        """
+        questions = [self._fill_in(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
+        bodies = [self._body(question, picture) for question, picture in zip(questions, images, strict=True)]
+        answers = self._ask_all(bodies)
+        rewards, texts = [], []
+        for choice in answers:
+            text = self._text(choice)
+            reward = self._read(text, choice)
+            self._unreadable_in_a_row = 0 if reward is not None else self._unreadable_in_a_row + 1
+            self._readable += reward is not None
+            rewards.append(reward)
+            texts.append(text)
+        self._check_readable(rewards, texts)
+        return rewards, {"answers": texts}
+
+    def _fill_in(self, prompt: str, row: Any) -> str:
+        known = {**row, "prompt": prompt} if isinstance(row, dict) else {"prompt": prompt}
+        missing = self.fields - known.keys()
+        if missing:
+            raise RewardError(
+                f"reward {self.__name__!r}: the question needs {', '.join(sorted(missing))}, but the metadata of prompt {prompt!r:.60} "
+                f"has {', '.join(map(str, known))}; change the template, or bring it as a column of the dataset"
+            )
+        return self.question.format_map(known)
+
+    def _body(self, question: str, picture: Tensor) -> bytes:
+        frames = [picture] if picture.dim() == 3 else list(picture)
+        urls = ["data:image/png;base64," + base64.b64encode(encode_png(frame)).decode("ascii") for frame in frames]
+        content = [{"type": "text", "text": question}, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        fields = {"model": self.model, "messages": messages, **self.options}
+        return json.dumps({name: value for name, value in fields.items() if value is not None}).encode("ascii")
+
+    def _ask_all(self, bodies: Sequence[bytes]) -> list[dict[str, Any]]:
+        """The first choice of each answer, in the order of the questions; the first failure ends the others' attempts."""
+        stop = threading.Event()
+
+        def ask(body: bytes) -> dict[str, Any]:
+            try:
+                return self._first_choice(self.client.post(body, stop))
+            except RemoteRewardError:
+                stop.set()
+                raise
+
+        with concurrent.futures.ThreadPoolExecutor(min(self.concurrency, max(1, len(bodies)))) as pool:
+            futures = [pool.submit(ask, body) for body in bodies]
+            try:
+                concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+                if stop.is_set():
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise next(error for f in futures if not f.cancelled() and (error := f.exception()) is not None)
+            except RemoteRewardError as error:
+                if error.status in (400, 422) and "logprob" in str(error):
+                    raise RemoteRewardError(f"{error}; set logprobs=False", error.url, error.status, error.attempts) from error
+                raise
+            finally:  # at an interrupt, too: leaving the pool waits for what is under way
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+        return [future.result() for future in futures]
+
+    def _first_choice(self, answer: Any) -> dict[str, Any]:
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+            raise RemoteRewardError(
+                f"{self.client.url}: answered with {json.dumps(answer)[:200]}, which has no choices[0].message: is it a chat endpoint?",
+                self.client.url,
+                200,
+            )
+        return choice
+
+    def _text(self, choice: dict[str, Any]) -> str:
+        """What the model wrote; the reason instead when it refused."""
+        message = choice["message"]
+        text = message.get("content") or message.get("refusal") or ""
+        return text if isinstance(text, str) else json.dumps(text)
+
+    def _read(self, text: str, choice: dict[str, Any]) -> float | None:
+        if callable(self.answer):
+            return self.answer(text)
+        if self.answer == "score":
+            score = parse_score(text, *self.score_range)
+            return None if score is None else (score - self.score_range[0]) / (self.score_range[1] - self.score_range[0])
+        probability = yes_probability(choice.get("logprobs"))
+        return parse_yes_no(text) if probability is None else probability
+
+    def _check_readable(self, rewards: Sequence[float | None], texts: Sequence[str]) -> None:
+        unreadable = [text for text, reward in zip(texts, rewards, strict=True) if reward is None]
+        if not unreadable:
+            return
+        shown = ", ".join(f"{text[:80]!r}" for text in unreadable[:3])
+        if not self._readable or self._unreadable_in_a_row >= MAX_UNREADABLE_IN_A_ROW:
+            wanted = {"yes_no": "yes or no", "score": f"one number from {self.score_range[0]:g} to {self.score_range[1]:g}"}
+            needed = wanted[self.answer] if isinstance(self.answer, str) else "something that the given function reads"
+            raise RewardError(
+                f"reward {self.__name__!r}: the last {self._unreadable_in_a_row} answers of {self.model} could not be read, such as {shown}; "
+                f"they must be {needed}: say so in the question, or raise max_tokens (request_options) if they are cut off"
+            )
+        logger.warning("reward %r: %d of %d answers could not be read: %s", self.__name__, len(unreadable), len(rewards), shown)
+
+
+def _fields(template: str) -> set[str]:
+    try:
+        parts = [(name, spec) for _, name, spec, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"question={template!r}: cannot be read as a template ({error}); write {{{{ and }}}} for braces"
+        ) from error
+    wrong = [name for name, spec in parts if not re.fullmatch(r"\w+", name) or name.isdigit() or "{" in (spec or "")]
+    if wrong:
+        raise ValueError(
+            f"question={template!r}: {{{wrong[0]}}} must be {{prompt}} or a key of the metadata; write {{{{ and }}}} for braces"
+        )
+    return {name for name, _ in parts}
+
+
+def parse_yes_no(text: str) -> float | None:
+    """1 for a text whose first word is yes, 0 for no, else None; a leading <think>...</think> does not count."""
+    word = re.match(r"\W*(yes|no)\b", _THINKING.sub("", text), re.IGNORECASE)
+    return None if word is None else float(word[1].lower() == "yes")
+
+
+def parse_score(text: str, low: float, high: float) -> float | None:
+    """The one number in a text, "8", "Score: 8.5", "8/10" or "8 out of 10"; None if there are several, none, or one outside the range."""
+    limit = f"{high:g}"
+    text = re.sub(rf"(?:/|\bout of\b)\s*{re.escape(limit)}(?!\w|\.\d)", " ", _THINKING.sub("", text))
+    numbers = _NUMBER.findall(text)
+    if len(numbers) != 1:
+        return None
+    score = float(numbers[0])
+    return score if low <= score <= high else None
+
+
+def yes_probability(logprobs: Any) -> float | None:
+    """P(yes) / (P(yes) + P(no)) from a choice's `logprobs`, or None without usable ones.
+
+    Taken at the first token of the answer that holds a letter. All spellings count ("Yes", " yes", "YES"). If only one of the two words
+    is among the listed tokens, the other counts as 0: its probability is below the smallest that is listed.
+    """
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    for token in content if isinstance(content, list) else []:
+        if not re.search(r"\w", str(token.get("token", ""))):
+            continue
+        listed = {str(top.get("token")): top.get("logprob") for top in [token, *(token.get("top_logprobs") or [])]}
+        sums = {"yes": 0.0, "no": 0.0}
+        for text, logprob in listed.items():
+            word = re.sub(r"[\W_]", "", text).lower()
+            if word in sums and isinstance(logprob, int | float):
+                sums[word] += math.exp(logprob)
+        total = sums["yes"] + sums["no"]
+        return sums["yes"] / total if total > 0 else None
+    return None

@@ -1,0 +1,125 @@
+"""A reward that another process computes, on this machine or another: the client of `rlr-trainer serve-reward`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlr_trainer.rewards.remote.encoding import (
+    PROTOCOL_VERSION,
+    SCORE_PATH,
+    TOKEN_VARIABLE,
+    WireError,
+    dump_json,
+    encode_images,
+    read_answer,
+    to_json,
+)
+from rlr_trainer.rewards.remote.http_client import JsonClient, RemoteRewardError
+from rlr_trainer.rewards.values import merge_notes
+
+__all__ = ["RemoteReward", "RemoteRewardError"]
+
+
+class RemoteReward:
+    """A reward `(images, prompts, metadata)` that a server computes (docs/remote_rewards.md).
+
+    Pictures travel as PNG files with 8 bits per channel: the server sees each value rounded to the nearest of k / 255, at most
+    1/510 = 0.002 away. No gradient comes back: use a plan for black-box rewards, such as estimator="ddpo" or fo_steps=0.
+
+    Args:
+        url: of the server, such as "http://127.0.0.1:8000".
+        timeout: seconds for each of connecting, sending, waiting for the rewards, and reading them.
+        retries: attempts after a first one that failed for a reason that may pass: no connection, no answer in time, a server that
+            is busy or whose reward raised an exception. 8 of them bridge about two minutes.
+        backoff: seconds before the second attempt; doubles with every further one, up to a minute, and is varied at random.
+        token: that the server asks for; None takes that of the environment variable RLR_REWARD_TOKEN, if there is one.
+        batch_size: most pictures per request; None sends a batch in one. The requests of a batch follow each other.
+        metadata_keys: which keys of the metadata to send; None sends all.
+        groupwise: the server's function compares the pictures of one prompt and is to get all of them at once, see
+            `rlr_trainer.rewards.groupwise`.
+        name: of the reward in logs.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 60.0,
+        retries: int = 8,
+        backoff: float = 0.5,
+        token: str | None = None,
+        batch_size: int | None = None,
+        metadata_keys: Sequence[str] | None = None,
+        groupwise: bool = False,
+        name: str = "remote",
+    ) -> None:
+        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size={batch_size!r}: must be a whole number of at least 1, or None")
+        if groupwise and batch_size is not None:
+            raise ValueError(f"batch_size={batch_size} with groupwise=True would tear groups apart: leave one of them out")
+        if isinstance(metadata_keys, str):
+            raise ValueError(f"metadata_keys={metadata_keys!r}: must be a list of keys")
+        self.client = JsonClient(
+            url, timeout=timeout, retries=retries, backoff=backoff, token=token or os.environ.get(TOKEN_VARIABLE) or None
+        )
+        self.client.url += SCORE_PATH
+        self.batch_size = batch_size
+        self.metadata_keys = None if metadata_keys is None else list(metadata_keys)
+        self.needs_group = groupwise
+        self.__name__ = name
+
+    def __repr__(self) -> str:
+        return f"RemoteReward({self.client.url.removesuffix(SCORE_PATH)!r})"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> tuple[Tensor, Any]:
+        """Rewards [B] float32 on the CPU, NaN where the server gave none, and the server's metadata.
+
+        With several requests, lists of the metadata with one entry per picture are joined; other values become a list with one entry
+        per request.
+
+        Raises:
+            RemoteRewardError: no rewards, after all attempts.
+            WireError: pictures or metadata that cannot be sent; names the key.
+        """
+        rows = [self._row(number, row) for number, row in enumerate(metadata)]
+        size = self.batch_size or max(1, len(prompts))
+        rewards: list[float | None] = []
+        notes, counts = [], []
+        for first in range(0, len(prompts), size):
+            part = slice(first, first + size)
+            values, note = self._ask(images[part], list(prompts[part]), rows[part])
+            rewards.extend(values)
+            notes.append(note)
+            counts.append(len(values))
+        return torch.tensor([torch.nan if value is None else value for value in rewards], dtype=torch.float32), merge_notes(
+            notes, counts
+        )
+
+    def _row(self, number: int, row: Any) -> Any:
+        if self.metadata_keys is not None:
+            if not isinstance(row, dict):
+                raise WireError(f"metadata[{number}] is a {type(row).__name__}: metadata_keys needs a dict")
+            missing = [key for key in self.metadata_keys if key not in row]
+            if missing:
+                raise WireError(f"metadata[{number}] lacks {missing}, which metadata_keys names; it has {list(row)}")
+            row = {key: row[key] for key in self.metadata_keys}
+        try:
+            return to_json(row, f"metadata[{number}]")
+        except WireError as error:
+            raise WireError(f"{self!r}: {error}; or name the keys to send in metadata_keys") from None
+
+    def _ask(self, images: Tensor, prompts: list[str], metadata: list[Any]) -> tuple[list[float | None], Any]:
+        request = {"version": PROTOCOL_VERSION, "images": encode_images(images), "prompts": prompts, "metadata": metadata}
+        answer = self.client.post(dump_json(request))
+        try:
+            return read_answer(answer, len(prompts))
+        except WireError as error:
+            raise RemoteRewardError(f"{self.client.url}: {error}", self.client.url, 200) from None

@@ -1,0 +1,1 @@
+"""`RLRTrainer`, its options, and what an update does."""

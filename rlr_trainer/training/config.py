@@ -1,0 +1,423 @@
+"""`RLRConfig`: every option of the trainer, its unit, default and source. All checks are in `__post_init__`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from transformers import TrainingArguments
+
+from rlr_trainer.estimators.plan import NAMED_STARTS, EstimatorPlan, PlanError
+from rlr_trainer.training.trl import compat
+from rlr_trainer.training.trl import names as replaced
+
+logger = logging.getLogger(__name__)
+
+ADVANTAGE_NAMES = ("none", "leave_one_out", "normalize", "per_prompt")
+RECOMPUTE_NAMES = ("recursive", "graph")
+AGGREGATION_NAMES = ("sum_then_normalize", "normalize_then_sum")
+NORMALIZING_ADVANTAGES = ("normalize", "per_prompt")
+ON_REWARD_ERROR_NAMES = ("raise", "skip")
+AUTO = "auto"  # value of fo_steps and ho_length: measure and choose
+
+# Options of RLRConfig that go to EstimatorPlan under the same name.
+PLAN_OPTIONS = (
+    "fo_steps",
+    "ho_length",
+    "ho_start",
+    "rest_estimator",
+    "rest_num_steps",
+    "rest_step_weights",
+    "control_variate",
+    "fo_weight",
+    "ho_weight",
+    "rest_weight",
+    "zo_scale",
+    "zo_num_perturbations",
+    "zo_antithetic",
+)
+
+
+def _option(default: Any, help_text: str) -> Any:
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class RLRConfig(TrainingArguments):
+    """Options of `RLRTrainer`, beside those of `transformers.TrainingArguments`.
+
+    An *update* is one optimizer step, a *rollout* one round of sampling. By default a rollout feeds one update:
+    `per_device_train_batch_size * gradient_accumulation_steps` samples per process. With `sample_batch_size *
+    sample_num_batches_per_epoch` larger than that, or `num_inner_epochs` above 1, a rollout feeds several updates, the later ones
+    off-policy (as in DDPO).
+
+    Without a dataset an epoch is one rollout, as in DDPO; with `train_dataset` an epoch is one pass over the prompts.
+
+    Raises:
+        ValueError: an option outside its range, or a combination that cannot be; names field, value, rule and way out.
+    """
+
+    # Of a union of three types and more, transformers.HfArgumentParser and trl.TrlParser take the second: it must be str.
+
+    # ---- estimator ----
+    estimator: str = _option(
+        "rlr", "Preset plan: rlr, rlr_paper, ddpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md)."
+    )
+    fo_steps: int | str | list[int] | tuple[int, int] | None = _option(
+        None,
+        "K: first-order steps at the end of the chain: an integer, [low, high] to draw it per sampling batch, or 'auto' to pick the K of least "
+        "measured variance before the first update. Default: preset.",
+    )
+    ho_length: str | int | None = _option(
+        None,
+        "h: length of the half-order sub-chain, 0 for none, or 'auto' for formula (8) of the paper with measured constants and "
+        "memory_budget_gb. Default: preset.",
+    )
+    memory_budget_gb: float | None = _option(None, "Memory for the chain's steps in GB (10^9 bytes), for ho_length='auto'.")
+    ho_start: list[float] | str | tuple[float, ...] | None = _option(
+        None, "Start of the sub-chain: 'uniform', 'grad_norm', [first, last], or one weight per start. Default: uniform."
+    )
+    rest_estimator: str | None = _option(None, "Estimator of the remaining steps: lr, zo, prediction or none. Default: preset.")
+    rest_num_steps: int | None = _option(
+        None, "How many of the remaining steps lr visits, drawn at random and weighted by 1 / probability. Default: all."
+    )
+    rest_step_weights: list[float] | None = _option(
+        None, "One weight per step: inclusion probabilities of rest_num_steps are proportional to them. Default: uniform."
+    )
+    control_variate: bool | None = _option(
+        None, "Subtract the reward of the one-step prediction in likelihood-ratio terms; unbiased, differentiable rewards only."
+    )
+    zo_num_perturbations: int | None = _option(None, "Distinct zeroth-order perturbations per sampling batch. Default: 4.")
+    zo_scale: float | None = _option(None, "Standard deviation of the parameter perturbations. Default: 0.01.")
+    zo_antithetic: bool | None = _option(None, "Use every perturbation with both signs, on common noise. Default: true.")
+    fo_weight: float | None = _option(None, "Factor on the first-order part; the sum is the gradient only at 1. Default: 1.")
+    ho_weight: float | None = _option(None, "Factor on the half-order part. Default: 1.")
+    rest_weight: float | None = _option(None, "Factor on the part of the remaining steps. Default: 1.")
+    recompute: str = _option("recursive", "recursive: memory of one step for any K and h; graph: one graph per segment.")
+
+    # ---- reward and advantage ----
+    advantage: str | None = _option(
+        None, "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for the ddpo preset."
+    )
+    adv_clip_max: float | None = _option(None, "Limit of the advantage's magnitude. Default: none; 5 for the ddpo preset.")
+    reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
+    reward_aggregation: str = _option(
+        "sum_then_normalize",
+        "sum_then_normalize: the advantage of the weighted sum of the rewards; normalize_then_sum: the weighted sum of each reward's own "
+        "normalized advantage (GDPO).",
+    )
+    reward_batch_size: int | None = _option(None, "Pictures per call of a reward function. Default: the sampling batch.")
+    reward_timeout: float | None = _option(None, "Seconds that one call of a reward function may take. Default: no limit.")
+    on_reward_error: str = _option(
+        "raise", "raise: a reward that fails ends the run; skip: go on without the samples of that call, and count them."
+    )
+    async_rewards: bool = _option(
+        False, "Compute rewards in threads while the next batch is sampled; only for plans that need no reward gradient."
+    )
+    reward_workers: int = _option(1, "Reward calls at a time with async_rewards; above 1 the functions must be thread-safe.")
+    num_images_per_prompt: int = _option(1, "Samples per prompt (group size); leave_one_out then compares within the group.")
+    per_prompt_buffer_size: int = _option(16, "Rewards kept per prompt by advantage='per_prompt'.")
+    per_prompt_min_count: int = _option(16, "Rewards a prompt needs before its own statistics are used.")
+    check_reward: bool = _option(True, "Try the reward on one batch of noise pictures before the first rollout (one query each).")
+
+    # ---- policy-gradient updates ----
+    clip_range: float | None = _option(
+        1e-4, "PPO clip range of the ratio of per-entry mean log-densities (as DDPO); none: unclipped."
+    )
+    num_inner_epochs: int = _option(1, "Passes over each rollout.")
+
+    kl_coef: float | None = _option(
+        None,
+        "Weight of the Kullback-Leibler divergence from the reference policy (the model before LoRA, or a copy of it), in units of the "
+        "advantage per nat of the whole chain. 0 only logs the metric kl. Default: neither.",
+    )
+    ema_decay: float | None = _option(
+        None, "Decay of an average of the trained weights, which evaluation, pictures and the saved result then use. Default: none."
+    )
+
+    # ---- sampling ----
+    sample_num_steps: int = _option(50, "T: denoising steps.")
+    sample_eta: float = _option(1.0, "Noise of DDIM, from 0 (none) to 1 (that of DDPM).")
+    sample_guidance_scale: float = _option(5.0, "Classifier-free guidance weight; 1 or less switches it off.")
+    sample_batch_size: int = _option(None, "Samples per process and sampling batch. Default: per_device_train_batch_size.")
+    sample_num_batches_per_epoch: int = _option(
+        None, "Sampling batches per process and rollout. Default: as many as one update takes."
+    )
+    negative_prompt: str = _option("", "Negative prompt of every sample, unless a dataset row brings its own.")
+    prompt_scales: list[int] | None = _option(
+        None,
+        "Diffusive Chain-of-Thought: steps at which the next, finer scale begins, e.g. [15, 35] for coarse, mid and fine; "
+        "a prompt function then returns one prompt per scale, a dataset brings a column scale_prompts.",
+    )
+    height: int | None = _option(None, "Picture height in pixels. Default: the model's.")
+    width: int | None = _option(None, "Picture width in pixels. Default: the model's.")
+    shuffle_prompts: bool = _option(True, "Shuffle the prompts of train_dataset anew in every pass.")
+
+    offload_rollouts: bool = _option(False, "Keep sampled chains in CPU memory until their update.")
+
+    # ---- trained weights ----
+    use_lora: bool = _option(True, "Train LoRA weights; false trains the whole network.")
+    lora_r: int = _option(16, "Rank of the LoRA weights.")
+    lora_alpha: int | None = _option(None, "LoRA scaling numerator. Default: lora_r.")
+    lora_target_modules: list[str] | None = _option(None, "Module names that get LoRA weights. Default: the attention projections.")
+
+    # ---- logging and output ----
+    log_estimator_norms: bool = _option(
+        True, "Log the gradient norm of each part (needs one copy of the trainable gradients per part)."
+    )
+    log_step_norms: bool = _option(
+        False, "Log the gradient norm of every denoising step, estimator/step_grad_norm/<step>; needs log_estimator_norms."
+    )
+    num_log_images: int = _option(
+        8, "Pictures of fixed prompts and noise, scored, before and after training, for samples/ and the trackers; 0 for none."
+    )
+    log_images_steps: int | None = _option(
+        None, "Updates between two such sets of pictures. Default: only before and after training."
+    )
+    eval_images_per_prompt: int = _option(1, "Pictures per prompt of eval_dataset; their noise is the same in every evaluation.")
+    overwrite: bool = _option(False, "Allow an output_dir that holds another run; without it such a folder is refused.")
+
+    # ---- TrainingArguments' defaults that do not fit reinforcement learning of a diffusion model ----
+    output_dir: str = _option("rlr-output", "Folder of checkpoints, logs and the final weights.")
+    learning_rate: float = _option(3e-4, "Initial learning rate of AdamW (DDPO's default).")
+    weight_decay: float = _option(1e-4, "Weight decay of AdamW (DDPO's default).")
+    num_train_epochs: float = _option(100, "Epochs: rollouts without a dataset, passes over the prompts with one.")
+    logging_steps: float = _option(1, "Updates between two log lines.")
+    save_steps: float = _option(100, "Updates between two checkpoints.")
+    report_to: list[str] | str | None = _option("none", "Trackers: tensorboard, wandb, trackio, mlflow, ..., all or none.")
+
+    def __post_init__(self) -> None:
+        self._changed = tuple(f.name for f in dataclasses.fields(self) if f.init and getattr(self, f.name) != _default(f))
+        for line in replaced.check_options({name: getattr(self, name) for name in self._changed}):
+            logger.warning(line)
+        self._check_own_options()
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0  # how transformers 5 writes "no limit"
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_reward"  # Trainer's default is a loss, which no evaluation here has
+        super().__post_init__()
+        if self.sample_batch_size is None:
+            self.sample_batch_size = self.per_device_train_batch_size
+        per_update = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.sample_num_batches_per_epoch is None:
+            self.sample_num_batches_per_epoch = max(1, per_update // self.sample_batch_size)
+        if self.rollout_size % per_update:
+            raise ValueError(
+                f"sample_batch_size * sample_num_batches_per_epoch = {self.sample_batch_size} * "
+                f"{self.sample_num_batches_per_epoch} = {self.rollout_size} samples per rollout must be a multiple of "
+                f"per_device_train_batch_size * gradient_accumulation_steps = {self.per_device_train_batch_size} * "
+                f"{self.gradient_accumulation_steps} = {per_update}, the samples of one update"
+            )
+        self._check_plan()
+
+    @classmethod
+    def from_trl(cls, config: Any, **options: Any) -> RLRConfig:
+        """The run that a DDPOConfig or AlignPropConfig of TRL 0.23.1 describes; `options` replace what it says.
+
+        Raises:
+            ValueError: a setting that cannot be honoured, see `compat.options_of_trl_config`.
+        """
+        converted = cls(**(compat.options_of_trl_config(config) | options))
+        if compat.trl_config_kind(config) == converted.estimator == "ddpo":
+            # the trainer, which knows the latents' size, brings them to the unit of its gradient
+            compat.mark_mean_density(converted, {"max_grad_norm", "adam_epsilon"} - options.keys())
+        return converted
+
+    from_ddpo = from_trl
+
+    @property
+    def rollout_size(self) -> int:
+        """Samples per process and rollout."""
+        return self.sample_batch_size * self.sample_num_batches_per_epoch
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps per rollout."""
+        per_update = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.rollout_size // per_update * self.num_inner_epochs
+
+    @property
+    def plan(self) -> EstimatorPlan:
+        """The plan that the options describe, see `make_plan`."""
+        return self.make_plan()
+
+    def make_plan(self, **chosen: Any) -> EstimatorPlan:
+        """The plan that the options describe, with `chosen` in place of some of them.
+
+        An option that is "auto" and not chosen stands for the preset's own value.
+
+        Raises:
+            PlanError: a K, h, start or subset that does not fit the chain.
+        """
+        options = {name: chosen.get(name, getattr(self, name)) for name in PLAN_OPTIONS}
+        options = {name: None if value == AUTO else value for name, value in options.items()}
+        return EstimatorPlan.from_preset(self.estimator, self.sample_num_steps, **options)
+
+    @property
+    def advantage_name(self) -> str:
+        """The advantage in force: the option, or the preset's own; normalize where rewards are normalized before they are summed."""
+        normalizes = self.estimator == "ddpo" or self.reward_aggregation == "normalize_then_sum"
+        return self.advantage or ("normalize" if normalizes else "leave_one_out")
+
+    @property
+    def normalizes_each_reward(self) -> bool:
+        """Whether every reward is normalized by itself before they are summed."""
+        return self.reward_aggregation == "normalize_then_sum" and self.advantage_name in NORMALIZING_ADVANTAGES
+
+    @property
+    def advantage_limit(self) -> float | None:
+        """adv_clip_max in force."""
+        if self.adv_clip_max is None and self.estimator == "ddpo":
+            return 5.0
+        return self.adv_clip_max
+
+    def rlr_options(self) -> dict[str, Any]:
+        """The options that RLRConfig adds to TrainingArguments, name -> value (for model cards and reports)."""
+        base = {f.name for f in dataclasses.fields(TrainingArguments)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in base}
+
+    def changed_options(self) -> dict[str, Any]:
+        """The options that were given another value than their default, name -> value; those of TrainingArguments too, tokens masked."""
+        values = self.to_dict()
+        return {name: values[name] for name in self._changed}
+
+    def _check_own_options(self) -> None:
+        for name in ("fo_steps", "ho_length"):
+            if getattr(self, name) != AUTO:
+                setattr(self, name, _numbers(name, getattr(self, name), int))
+        if (self.ho_length == AUTO) != (self.memory_budget_gb is not None):
+            raise ValueError(
+                f"ho_length={self.ho_length!r} with memory_budget_gb={self.memory_budget_gb}: formula (8) needs both; set ho_length='auto' and "
+                "memory_budget_gb, or neither"
+            )
+        if self.ho_start not in NAMED_STARTS:
+            self.ho_start = _numbers("ho_start", self.ho_start, float)
+        _check_choice("recompute", self.recompute, RECOMPUTE_NAMES)
+        self._check_rewards()
+        if self.advantage is not None:
+            _check_choice("advantage", self.advantage, ADVANTAGE_NAMES)
+        self._check_counts()
+        if self.log_step_norms and not self.log_estimator_norms:
+            raise ValueError(
+                "log_step_norms=True with log_estimator_norms=False: both need the same measurement; set the latter to True"
+            )
+        if isinstance(self.ho_start, str) and self.ho_start == "grad_norm" and not self.log_estimator_norms:
+            raise ValueError(
+                "ho_start='grad_norm' with log_estimator_norms=False: the starts are drawn by these norms; set the latter to True, or "
+                "ho_start='uniform'"
+            )
+        scales = self.prompt_scales
+        if scales is not None and not (scales and all(0 < a < b for a, b in pairwise([*scales, self.sample_num_steps]))):
+            raise ValueError(
+                f"prompt_scales={scales}: must be increasing step numbers between 1 and sample_num_steps - 1 = {self.sample_num_steps - 1}, "
+                "the first step of every scale but the coarsest"
+            )
+        for name in ("clip_range", "adv_clip_max"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: must be a positive number, or None for no clipping")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay={self.ema_decay}: must lie between 0 and 1, for instance 0.99, or be None for no averaging"
+            )
+        if self.kl_coef is not None and not 0 <= self.kl_coef < math.inf:
+            raise ValueError(f"kl_coef={self.kl_coef}: must be 0 (log only), a positive number, or None for no reference policy")
+        if not 0 <= self.sample_eta <= 1:
+            raise ValueError(f"sample_eta={self.sample_eta}: must lie between 0 (no noise) and 1 (the noise of DDPM)")
+        if not math.isfinite(self.sample_guidance_scale):
+            raise ValueError(f"sample_guidance_scale={self.sample_guidance_scale}: must be finite; 1 or less is no guidance")
+
+    def _check_counts(self) -> None:
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "sample_num_steps",
+            "num_inner_epochs",
+            "num_images_per_prompt",
+            "per_prompt_buffer_size",
+            "per_prompt_min_count",
+            "lora_r",
+            "reward_workers",
+            "eval_images_per_prompt",
+        ):
+            _check_positive_integer(name, getattr(self, name))
+        for name in (
+            "sample_batch_size",
+            "sample_num_batches_per_epoch",
+            "lora_alpha",
+            "height",
+            "width",
+            "reward_batch_size",
+            "log_images_steps",
+        ):
+            if getattr(self, name) is not None:
+                _check_positive_integer(name, getattr(self, name))
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0: must be a number of updates, or -1 to train for num_train_epochs")
+        if isinstance(self.num_log_images, bool) or not isinstance(self.num_log_images, int) or self.num_log_images < 0:
+            raise ValueError(f"num_log_images={self.num_log_images!r}: must be a whole number, 0 for no pictures")
+
+    def _check_rewards(self) -> None:
+        _check_choice("reward_aggregation", self.reward_aggregation, AGGREGATION_NAMES)
+        _check_choice("on_reward_error", self.on_reward_error, ON_REWARD_ERROR_NAMES)
+        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
+            raise ValueError(f"reward_timeout={self.reward_timeout}: must be a positive number of seconds, or None for no limit")
+        if self.reward_workers != 1 and not self.async_rewards:
+            raise ValueError(f"reward_workers={self.reward_workers}: is the number of async calls; set async_rewards=True as well")
+        if self.reward_aggregation == "normalize_then_sum" and self.advantage not in (None, *NORMALIZING_ADVANTAGES):
+            raise ValueError(
+                f"reward_aggregation='normalize_then_sum' with advantage={self.advantage!r}: it divides by no standard deviation, so both "
+                "aggregations would be the same; set advantage='normalize' or 'per_prompt'"
+            )
+
+    def _check_plan(self) -> None:
+        plan = self.plan
+        if plan.uses_prediction and self.normalizes_each_reward:
+            raise ValueError(
+                f"reward_aggregation='normalize_then_sum' with rest_estimator={plan.rest_estimator!r}, "
+                f"control_variate={plan.uses_control_variate}: predictions are scored with the plain weighted sum, another objective than the "
+                "normalized one; set reward_aggregation='sum_then_normalize', or choose a plan without predictions"
+            )
+        if self.sample_eta == 0 and plan.scored_steps():
+            raise PlanError(
+                f"sample_eta=0 with estimator={self.estimator!r}: the chain adds no noise, so its steps {plan.scored_steps()[0]} to "
+                f"{plan.scored_steps()[-1]} have no likelihood ratio. Set sample_eta above 0 (1 is usual), or cover every step by "
+                "first order (estimator='full_bp')"
+            )
+        if plan.uses_zeroth_order and self.updates_per_rollout > 1:
+            raise ValueError(
+                f"a zeroth-order plan needs one update per rollout, but this has {self.updates_per_rollout}: set num_inner_epochs=1 "
+                "and sample_batch_size * sample_num_batches_per_epoch to the samples of one update"
+            )
+
+
+def _default(option: Any) -> Any:
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+
+
+def _numbers(name: str, value: Any, kind: type) -> Any:
+    """A number, or several in a string such as "2,5" (the command line's form of a list)."""
+    if not isinstance(value, str):
+        return value
+    try:
+        numbers = [kind(part) for part in value.strip("[]() ").split(",")]
+    except ValueError:
+        named = f"; or one of {', '.join(NAMED_STARTS)}" if name == "ho_start" else ""
+        raise ValueError(f"{name}={value!r}: must be a number, or numbers separated by commas{named}") from None
+    return numbers[0] if len(numbers) == 1 and name in ("fo_steps", "ho_length") else numbers
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
+
+
+def _check_positive_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")

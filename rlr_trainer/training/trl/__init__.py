@@ -1,0 +1,1 @@
+"""Scripts, configs and names of TRL's trainers of diffusion models."""

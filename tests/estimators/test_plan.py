@@ -1,0 +1,499 @@
+"""Plans cover every step once, draw what they promise, and refuse what cannot be with a message that helps."""
+
+import dataclasses
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_problems import seeded, unbiased_plans
+
+from rlr_trainer.estimators.plan import PRESETS, EstimatorPlan, PlanError
+from rlr_trainer.estimators.plan_draw import PlanDraw, StartDistribution, inclusion_probabilities, inverse_inclusion_weights
+
+QUICK = settings(max_examples=150, derandomize=True, deadline=None, database=None)
+any_plan = st.integers(1, 7).flatmap(unbiased_plans)
+
+
+# ---- what a draw covers ----
+
+
+@QUICK
+@given(any_plan, st.booleans(), st.integers(0, 10))
+def test_each_step_of_each_sample_is_covered_exactly_once(plan, shared, seed):
+    """First order, the sub-chain (pathwise inside, scored at its end) and the rest are disjoint and leave nothing out."""
+    draw = plan.draw(5, seeded(seed), shared=shared)
+    assert draw.pathwise.shape == (1 if shared else 5, plan.num_steps)
+    for row in range(draw.pathwise.shape[0]):
+        last_k = int(draw.first_order[row].sum())
+        assert plan.fo_range[0] <= last_k <= plan.fo_range[1]
+        assert draw.first_order[row].tolist() == [step >= plan.num_steps - last_k for step in range(plan.num_steps)]
+        start = int(draw.start[row])
+        covered = range(start, start + plan.ho_length) if plan.ho_length else range(0)
+        assert (start >= 0) == bool(plan.ho_length)
+        assert not covered or covered[-1] < plan.num_steps - last_k
+        rest = [step for step in range(plan.num_steps - last_k) if step not in covered]
+        scored = [step for step in rest if draw.score[row, step] != 0]
+        for step in range(plan.num_steps):
+            first_order = bool(draw.first_order[row, step])
+            inside, end = step in covered and step != covered[-1], bool(covered) and step == covered[-1]
+            assert bool(draw.pathwise[row, step]) == (first_order or inside)
+            assert bool(draw.zeroth[row, step]) == (plan.rest_estimator == "zo" and step in rest)
+            assert float(draw.prediction[row, step]) == 0
+            if end:
+                assert float(draw.score[row, step]) == plan.ho_weight
+            elif step not in rest or plan.rest_estimator != "lr":
+                assert float(draw.score[row, step]) == 0
+        if plan.rest_estimator == "lr":
+            wanted = len(rest) if plan.rest_num_steps is None else min(plan.rest_num_steps, len(rest))
+            assert len(scored) == wanted
+            assert all(draw.score[row, step] >= 1 - 1e-6 for step in scored)
+            if plan.rest_num_steps is None:
+                assert all(float(draw.score[row, step]) == 1 for step in rest)
+
+
+@QUICK
+@given(any_plan, st.integers(0, 10))
+def test_a_prediction_rest_has_the_weights_of_a_likelihood_ratio_rest(plan, seed):
+    if plan.rest_estimator != "lr":
+        return
+    changed = dataclasses.replace(plan, rest_estimator="prediction", ho_length=0, ho_start="uniform", control_variate=False)
+    other = dataclasses.replace(changed, rest_estimator="lr")
+    predicted, scored = changed.draw(4, seeded(seed)), other.draw(4, seeded(seed))
+    assert torch.equal(predicted.prediction, scored.score)
+    assert not predicted.score.any()
+
+
+def test_weights_of_the_parts_are_in_the_draw():
+    plan = EstimatorPlan(5, fo_steps=1, ho_length=2, ho_start=(1.0, 0.0, 0.0), rest_estimator="lr", ho_weight=3.0, rest_weight=0.5)
+    assert plan.draw(1).score.tolist() == [[0, 3.0, 0.5, 0.5, 0]]
+    assert not dataclasses.replace(plan, ho_weight=0.0).draw(1).pathwise[:, :4].any()
+
+
+def test_a_draw_is_reproducible_and_rows_can_be_picked_and_joined():
+    plan = EstimatorPlan(6, fo_steps=(0, 3), rest_estimator="lr", rest_num_steps=2)
+    names = [field.name for field in dataclasses.fields(PlanDraw)]
+    first, again = plan.draw(8, seeded(3)), plan.draw(8, seeded(3))
+    assert all(torch.equal(getattr(first, n), getattr(again, n)) for n in names)
+    rows = torch.tensor([5, 0])
+    joined = PlanDraw.concatenate([first.select(rows), again])
+    assert joined.pathwise.shape[0] == 10
+    assert all(torch.equal(getattr(joined, n)[:2], getattr(first, n)[rows]) for n in names)
+    shared = plan.draw(8, seeded(3), shared=True)
+    assert shared.select(rows) is shared
+    assert all(getattr(shared.expand(8), n).shape[0] == 8 for n in names)
+    assert first.active_steps() == [s for s in range(6) if (first.pathwise[:, s] | (first.score[:, s] != 0)).any()]
+
+
+# ---- probabilities ----
+
+
+def assert_frequencies(counts: torch.Tensor, probabilities: torch.Tensor, draws: int) -> None:
+    """Counts of a binomial within 5 standard deviations, and exactly 0 or all where nothing else can be."""
+    spread = (draws * probabilities * (1 - probabilities)).sqrt()
+    assert ((counts - draws * probabilities).abs() <= 5 * spread + 1e-6).all(), (counts / draws, probabilities)
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ("uniform", [1 / 4] * 4),
+        ("grad_norm", [1 / 4] * 4),
+        ((1, 2), [0, 1 / 2, 1 / 2, 0]),
+        ((3, 3), [0, 0, 0, 1]),
+        ((1.0, 0.0, 2.0, 1.0), [1 / 4, 0, 1 / 2, 1 / 4]),
+        ([0.5, 0.25, 0.25, 0.0], [1 / 2, 1 / 4, 1 / 4, 0]),
+        (torch.tensor([1.0, 1.0, 1.0, 5.0]), [1 / 8, 1 / 8, 1 / 8, 5 / 8]),
+    ],
+    ids=str,
+)
+def test_starts_are_drawn_as_told(start, expected):
+    plan = EstimatorPlan(6, fo_steps=1, ho_length=2, ho_start=start)
+    assert plan.num_starts == 4
+    assert plan.start_probabilities() == pytest.approx(expected)
+    draw = plan.draw(20_000, seeded(1))
+    counts = torch.bincount(draw.start, minlength=4).double()
+    assert_frequencies(counts, torch.tensor(expected, dtype=torch.float64), 20_000)
+
+
+def test_start_probabilities_can_be_replaced_for_a_draw():
+    plan = EstimatorPlan(6, fo_steps=1, ho_length=2, ho_start="grad_norm")
+    counts = torch.bincount(plan.draw(20_000, seeded(1), start_probabilities=[0.1, 0.2, 0.3, 0.4]).start, minlength=4).double()
+    assert_frequencies(counts, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), 20_000)
+
+
+def test_a_random_k_is_uniform_on_its_range():
+    draw = EstimatorPlan(6, fo_steps=(1, 4)).draw(20_000, seeded(1))
+    counts = torch.bincount(draw.first_order.sum(1), minlength=7).double()
+    assert_frequencies(counts, torch.tensor([0, 1, 1, 1, 1, 0, 0], dtype=torch.float64) / 4, 20_000)
+
+
+@pytest.mark.parametrize(
+    "weights", [None, (1.0, 1.0, 4.0, 1.0, 1.0), (1.0, 2.0, 3.0, 4.0, 5.0), (9.0, 1.0, 1.0, 1.0, 7.0)], ids=str
+)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def testinclusion_probabilities_are_those_that_the_weights_invert(count, weights):
+    """Drawn `count` steps each time, each step as often as 1 over the weight that it gets."""
+    draws = 20_000
+    eligible = torch.ones(draws, 5, dtype=torch.bool)
+    drawn = inverse_inclusion_weights(eligible, count, weights, seeded(2))
+    assert ((drawn > 0).sum(1) == count).all()
+    probability = inclusion_probabilities(eligible[:1], count, weights)[0]
+    assert float(probability.sum()) == pytest.approx(count)
+    for step in range(5):
+        given_weights = drawn[drawn[:, step] > 0, step]
+        assert torch.allclose(given_weights.double(), 1 / probability[step], rtol=1e-6)
+    assert_frequencies((drawn > 0).sum(0).double(), probability, draws)
+
+
+@QUICK
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.data())
+def testinclusion_probabilities_are_proportional_to_the_weights_up_to_one(weights, data):
+    size = len(weights)
+    eligible = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    count = data.draw(st.integers(1, size))
+    found = inclusion_probabilities(torch.tensor([eligible]), count, [float(w) for w in weights])[0].tolist()
+    total = min(count, sum(eligible))
+    assert sum(found) == pytest.approx(total)
+    assert all(p == 0 for p, able in zip(found, eligible, strict=True) if not able)
+    ratios = [p / w for p, w, able in zip(found, weights, eligible, strict=True) if able and p < 1 - 1e-9]
+    assert all(r == pytest.approx(ratios[0]) for r in ratios)
+    for p, w, able in zip(found, weights, eligible, strict=True):
+        if able and p >= 1 - 1e-9 and ratios:  # certain, because its share would be more than 1
+            assert w * ratios[0] >= 1 - 1e-6
+
+
+@QUICK
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 8), st.integers(0, 1000))
+def test_exactly_so_many_steps_are_drawn_whatever_the_offset(weights, count, seed):
+    count = min(count, len(weights))
+    eligible = torch.ones(50, len(weights), dtype=torch.bool)
+    drawn = inverse_inclusion_weights(eligible, count, [float(w) for w in weights], seeded(seed))
+    assert ((drawn > 0).sum(1) == count).all()
+
+
+@pytest.mark.parametrize("num_steps", [50, 1000])
+def test_a_subset_of_a_long_chain_keeps_its_size(num_steps):
+    """Rounding in a long running sum must not lose or add a step."""
+    weights = tuple(1 / (1 + step) for step in range(num_steps))
+    plan = EstimatorPlan(num_steps, fo_steps=num_steps // 5, rest_estimator="lr", rest_num_steps=7, rest_step_weights=weights)
+    assert ((plan.draw(2000, seeded(4)).score > 0).sum(1) == 7).all()
+
+
+@pytest.mark.parametrize("offset", [1e-9, 0.5, 1 - 1e-9], ids=str)
+@pytest.mark.parametrize("weights", [None, (0.1, 0.2, 0.3, 0.7, 0.7, 0.1, 0.1)], ids=str)
+def test_no_offset_of_the_comb_loses_a_step_to_rounding(offset, weights, monkeypatch):
+    """The running sum of probabilities such as 1/7 or 0.1 misses its whole number by a rounding; the comb must not notice."""
+    monkeypatch.setattr(torch, "rand", lambda rows, columns, **options: torch.full((rows, columns), offset, dtype=torch.float64))
+    for count in range(1, 8):
+        for eligible in ([True] * 7, [True] * 5 + [False] * 2, [False] * 3 + [True] * 4):
+            drawn = inverse_inclusion_weights(torch.tensor([eligible]), count, weights, None)
+            assert int((drawn > 0).sum()) == min(count, sum(eligible))
+            assert not drawn[0][~torch.tensor(eligible)].any()
+
+
+# ---- start distribution of running norms ----
+
+
+def test_the_start_distribution_is_a_softmax_of_running_norms_over_their_mean():
+    distribution = StartDistribution(3, decay=0.5, temperature=2.0)
+    assert distribution.probabilities() == pytest.approx([1 / 3] * 3)
+    distribution.update(0, 4.0)
+    distribution.update(0, 8.0)  # 0.5 * 4 + 0.5 * 8 = 6
+    distribution.update(2, 2.0)
+    logits = [6 / 4 / 2, 1 / 2, 2 / 4 / 2]  # the start that was never seen counts as the mean
+    total = sum(math.exp(logit) for logit in logits)
+    assert distribution.probabilities() == pytest.approx([math.exp(logit) / total for logit in logits])
+
+
+def test_the_start_distribution_does_not_depend_on_the_reward_s_scale():
+    both = []
+    for scale in (1.0, 1e6):
+        distribution = StartDistribution(4)
+        for start, norm in ((0, 1.0), (1, 2.0), (3, 5.0), (1, 0.5)):
+            distribution.update(start, scale * norm)
+        both.append(distribution.probabilities())
+    assert both[0] == pytest.approx(both[1])
+    assert both[0][3] == max(both[0])
+
+
+def test_the_start_distribution_stays_uniform_on_norms_of_zero_and_survives_saving():
+    distribution = StartDistribution(3)
+    distribution.update(1, 0.0)
+    assert distribution.probabilities() == [1 / 3] * 3
+    distribution.update(2, 3.0)
+    seen = distribution.probabilities()
+    for overflowed in (math.inf, math.nan):  # an update of fp16 that the optimizer skips
+        distribution.update(2, overflowed)
+    assert distribution.probabilities() == seen
+    copy = StartDistribution(3)
+    copy.load_state_dict(distribution.state_dict())
+    for each in (copy, distribution):
+        each.update(2, 1.0)
+    assert copy.probabilities() == distribution.probabilities()
+    assert sum(copy.probabilities()) == pytest.approx(1)
+
+
+# ---- presets ----
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 10, 50, 1000])
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_any_chain(name, num_steps):
+    plan = EstimatorPlan.from_preset(name, num_steps)
+    draw = plan.draw(2, seeded(0))
+    touched = draw.pathwise | (draw.score != 0) | (draw.prediction != 0) | draw.zeroth
+    if name not in ("draft", "alignprop"):
+        assert touched.all(), "every step has an estimator"
+    assert plan.num_steps == num_steps
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("rlr", {"fo_steps": 3, "ho_length": 1, "rest_estimator": "lr"}),
+        ("rlr_paper", {"fo_steps": 1, "ho_length": 2, "rest_estimator": "zo"}),
+        ("ddpo", {"fo_steps": 0, "ho_length": 0, "rest_estimator": "lr"}),
+        ("draft", {"fo_steps": 1, "ho_length": 0, "rest_estimator": "none"}),
+        ("alignprop", {"fo_steps": (1, 10), "ho_length": 0, "rest_estimator": "none"}),
+        ("full_bp", {"fo_steps": 10, "ho_length": 0, "rest_estimator": "none"}),
+        ("sqdf", {"fo_steps": 0, "ho_length": 0, "rest_estimator": "prediction"}),
+        ("es", {"fo_steps": 0, "ho_length": 0, "rest_estimator": "zo"}),
+    ],
+)
+def test_presets_are_the_points_of_the_design_space_that_the_table_names(name, expected):
+    plan = EstimatorPlan.from_preset(name, 10)
+    assert {key: getattr(plan, key) for key in expected} == expected
+    assert plan.fo_weight == plan.ho_weight == plan.rest_weight == 1
+
+
+def test_options_replace_a_preset_s_own_and_none_leaves_it():
+    plan = EstimatorPlan.from_preset("rlr", 10, fo_steps=2, ho_length=None, rest_num_steps=3, control_variate=True)
+    assert (plan.fo_steps, plan.ho_length, plan.rest_num_steps, plan.control_variate) == (2, 1, 3, True)
+    assert EstimatorPlan.from_preset("rlr_paper", 10, fo_steps=9).ho_length == 1, "a preset's sub-chain shrinks to what is left"
+    assert EstimatorPlan.from_preset("rlr_paper", 10, fo_steps=10).ho_length == 0
+    assert EstimatorPlan.from_preset("alignprop", 10, fo_steps=[2, 5]).fo_range == (2, 5)
+
+
+def test_a_plan_is_a_value():
+    """Equal, hashable and frozen, also when its options came as lists or tensors."""
+    from_list = EstimatorPlan(6, ho_length=2, ho_start=[0, 2], rest_estimator="lr", rest_num_steps=1, rest_step_weights=[1.0] * 6)
+    from_tuple = EstimatorPlan(6, ho_length=2, ho_start=(0, 2), rest_estimator="lr", rest_num_steps=1, rest_step_weights=(1.0,) * 6)
+    assert from_list == from_tuple and hash(from_list) == hash(from_tuple)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        from_list.fo_steps = 1
+
+
+# ---- what a plan says of itself ----
+
+
+@pytest.mark.parametrize(
+    ("plan", "differentiable", "prediction", "zeroth", "scored"),
+    [
+        (EstimatorPlan(4, fo_steps=4), True, False, False, []),
+        (EstimatorPlan(4, rest_estimator="lr"), False, False, False, [0, 1, 2, 3]),
+        (EstimatorPlan(4, rest_estimator="lr", control_variate=True), True, True, False, [0, 1, 2, 3]),
+        (EstimatorPlan(4, rest_estimator="prediction"), True, True, False, []),
+        (EstimatorPlan(4, rest_estimator="zo"), False, False, True, []),
+        (EstimatorPlan(4, fo_steps=1, ho_length=2, rest_estimator="zo"), True, False, True, [1, 2]),
+        (EstimatorPlan(4, fo_steps=1, ho_length=3, rest_estimator="zo"), True, False, False, [2]),
+        (EstimatorPlan(4, ho_length=2, ho_start=(0, 1)), False, False, False, [1, 2]),
+        (EstimatorPlan(4, fo_steps=1, ho_length=1, ho_start=(0.0, 1.0, 0.0)), True, False, False, [1]),
+        (EstimatorPlan(4, fo_steps=(1, 3), rest_estimator="lr"), True, False, False, [0, 1, 2]),
+        (EstimatorPlan(4, fo_steps=(0, 0), rest_estimator="zo"), False, False, True, []),
+    ],
+    ids=str,
+)
+def test_what_a_plan_needs(plan, differentiable, prediction, zeroth, scored):
+    assert plan.needs_differentiable_reward == differentiable
+    assert plan.uses_prediction == prediction
+    assert plan.uses_zeroth_order == zeroth
+    assert plan.scored_steps() == scored
+
+
+@QUICK
+@given(any_plan, st.integers(0, 5))
+def test_scored_steps_are_those_that_a_draw_can_score(plan, seed):
+    draw = plan.draw(200, seeded(seed))
+    seen = {step for step in range(plan.num_steps) if (draw.score[:, step] != 0).any()}
+    assert seen <= set(plan.scored_steps())
+    assert plan.uses_zeroth_order == bool(draw.zeroth.any())
+
+
+def test_noise_is_asked_for_where_it_is_scored_and_nowhere_else():
+    stds = [1.0, 0.5, 0.2, 0.0]
+    EstimatorPlan(4, fo_steps=1, ho_length=2, rest_estimator="lr").check_noise(stds)
+    EstimatorPlan(4, fo_steps=4).check_noise([0.0] * 4)
+    EstimatorPlan(4, rest_estimator="zo").check_noise([0.0] * 4)
+    EstimatorPlan(4, rest_estimator="prediction").check_noise([0.0] * 4)
+    EstimatorPlan(5, fo_steps=1, ho_length=2, ho_start=(1.0, 0.0, 0.0)).check_noise([0.0, 1.0, 0.0, 0.0, 0.0])
+    with pytest.raises(PlanError, match=r"step 3 of 4 adds no noise \(std = 0.0\).*sample_eta above 0.*fo_steps >= 1"):
+        EstimatorPlan(4, rest_estimator="lr").check_noise(stds)
+    with pytest.raises(PlanError, match="step 1 of 4 .*fo_steps >= 3"):
+        EstimatorPlan(4, ho_length=2).check_noise([1.0, 0.0, 0.0, 0.0])
+    with pytest.raises(PlanError, match="step 0"):
+        EstimatorPlan(4, rest_estimator="lr").check_noise([float("nan")] * 4)
+
+
+@pytest.mark.parametrize(
+    ("plan", "reasons"),
+    [
+        (EstimatorPlan(4, fo_steps=4), []),
+        (EstimatorPlan(4, rest_estimator="lr"), []),
+        (EstimatorPlan(4, fo_steps=1, ho_length=2, rest_estimator="lr", rest_num_steps=1, control_variate=True), []),
+        (EstimatorPlan(4, ho_length=4), []),
+        (EstimatorPlan(4, fo_steps=(0, 4), rest_estimator="lr"), []),
+        (EstimatorPlan(4, fo_steps=1, ho_length=3, rest_estimator="zo"), []),
+        (EstimatorPlan(4, fo_steps=2), ["leaves 2 of 4 steps"]),
+        (EstimatorPlan(4, fo_steps=(1, 4)), ["leaves 3 of 4 steps"]),
+        (EstimatorPlan(4, fo_steps=1, ho_length=2), ["leaves 1 of 4 steps"]),
+        (EstimatorPlan(4, rest_estimator="prediction"), ["one-step prediction"]),
+        (EstimatorPlan(4, rest_estimator="zo", zo_scale=0.25), ["zo_scale=0.25"]),
+        (EstimatorPlan(4, fo_steps=4, fo_weight=0.5, ho_weight=2.0, rest_weight=2.0), ["fo_weight=0.5"]),
+        (EstimatorPlan(4, rest_estimator="lr", rest_weight=0.1), ["rest_weight=0.1"]),
+        (
+            EstimatorPlan(4, fo_steps=1, ho_length=1, rest_estimator="zo", fo_weight=2.0, ho_weight=0.0, rest_weight=0.1),
+            ["zo_scale", "fo_weight=2", "ho_weight=0", "rest_weight=0.1"],
+        ),
+    ],
+    ids=str,
+)
+def test_the_reasons_for_a_bias_are_named(plan, reasons):
+    found = plan.biases()
+    assert len(found) == len(reasons), found
+    for text, part in zip(found, reasons, strict=True):
+        assert part in text
+
+
+# ---- refusals: option, value, rule and the way out ----
+
+REFUSED = [
+    ({"num_steps": 0}, "num_steps=0: a chain has at least one step"),
+    ({"fo_steps": 5}, "fo_steps=5: K must lie between 0 and the number of steps, 4"),
+    ({"fo_steps": -1}, "fo_steps=-1: K must lie between 0 and"),
+    ({"fo_steps": (3, 2)}, r"fo_steps=(3, 2): K must lie .* a pair (low, high) needs low <= high"),
+    ({"fo_steps": (0, 5)}, r"fo_steps=(0, 5): K must lie between 0 and the number of steps, 4"),
+    (
+        {"fo_steps": 2, "ho_length": 3},
+        "ho_length=3: .* between 0 and num_steps - fo_steps = 4 - 2 = 2; shorten it or lower fo_steps",
+    ),
+    ({"ho_length": -1}, "ho_length=-1: .* between 0 and"),
+    ({"fo_steps": (1, 2), "ho_length": 1}, r"fo_steps=(1, 2) with ho_length=1: a random K needs ho_length=0"),
+    (
+        {"ho_length": 1, "ho_start": "late"},
+        r"ho_start='late': must be one of ('uniform', 'grad_norm'), [first, last], or weights per start",
+    ),
+    ({"ho_start": (0, 1)}, r"ho_start=[0, 1] has no effect without a sub-chain; set ho_length to at least 1"),
+    (
+        {"ho_length": 1, "ho_start": (2, 1)},
+        r"ho_start=[2, 1]: a range of starts lies within 0..3 .*num_steps=4, fo_steps=0, ho_length=1",
+    ),
+    ({"ho_length": 1, "ho_start": (0, 4)}, r"ho_start=[0, 4]: a range of starts lies within 0..3"),
+    ({"ho_length": 1, "ho_start": (0.5, 2)}, r"ho_start=[0.5, 2]: a range of starts lies within 0..3"),
+    (
+        {"ho_length": 1, "ho_start": (1.0, 1.0, 1.0)},
+        "ho_start has 3 entries: weights need one non-negative number per admissible start, 4",
+    ),
+    ({"ho_length": 1, "ho_start": (1.0, 1.0, -1.0, 1.0)}, "ho_start has 4 entries: .* one non-negative number"),
+    ({"ho_length": 1, "ho_start": (0.0,) * 4}, "ho_start has 4 entries: .* not all 0"),
+    ({"ho_length": 1, "ho_start": (math.inf,) + (1.0,) * 3}, "ho_start has 4 entries"),
+    ({"ho_length": 1, "ho_start": ()}, "ho_start has 0 entries"),
+    ({"rest_estimator": "ppo"}, r"rest_estimator='ppo': must be one of ('lr', 'zo', 'prediction', 'none')"),
+    ({"rest_num_steps": 1}, "rest_num_steps=1 has no effect with rest_estimator='none'; use 'lr'"),
+    (
+        {"rest_estimator": "zo", "rest_step_weights": (1.0,) * 4},
+        r"rest_step_weights=(.*) has no effect with rest_estimator='zo'; use 'lr'",
+    ),
+    (
+        {"rest_estimator": "lr", "rest_num_steps": 0},
+        "rest_num_steps=0: must lie between 1 and the number of remaining steps, 4; leave it unset",
+    ),
+    (
+        {"rest_estimator": "lr", "fo_steps": 2, "rest_num_steps": 3},
+        "rest_num_steps=3: must lie between 1 and the number of remaining steps, 2",
+    ),
+    (
+        {"rest_estimator": "lr", "rest_step_weights": (1.0,) * 4},
+        "rest_step_weights has no effect when every step is visited; set rest_num_steps",
+    ),
+    (
+        {"rest_estimator": "lr", "rest_num_steps": 1, "rest_step_weights": (1.0,) * 3},
+        "rest_step_weights has 3 entries: needs one positive finite weight per step, 4",
+    ),
+    (
+        {"rest_estimator": "lr", "rest_num_steps": 1, "rest_step_weights": (1.0, 0.0, 1.0, 1.0)},
+        "rest_step_weights has 4 entries: .*a step of weight 0 would never be estimated",
+    ),
+    (
+        {"fo_steps": 2, "control_variate": True},
+        "control_variate=True has no effect: .*no likelihood-ratio step; use rest_estimator='lr'",
+    ),
+    ({"fo_weight": math.nan}, r"fo_weight=nan: must be a finite number (1 is the gradient)"),
+    ({"ho_weight": math.inf}, r"ho_weight=inf: must be a finite number"),
+    ({"rest_weight": -math.inf}, r"rest_weight=-inf: must be a finite number"),
+    ({"zo_scale": 0.0}, "zo_scale=0.0: the perturbation scale must be a positive number, for instance 0.01"),
+    ({"zo_scale": math.inf}, "zo_scale=inf: the perturbation scale must be a positive number"),
+    ({"ho_length": 1.5}, "ho_length=1.5: must be a whole number"),
+    ({"ho_length": 2.0}, "ho_length=2.0: must be a whole number"),
+    ({"rest_estimator": "lr", "rest_num_steps": 1.5}, "rest_num_steps=1.5: must be a whole number"),
+    ({"zo_num_perturbations": 2.5}, "zo_num_perturbations=2.5: must be a whole number"),
+    ({"zo_num_perturbations": 0}, "zo_num_perturbations=0: needs at least one perturbation per batch"),
+]
+
+
+def as_pattern(text: str) -> str:
+    """The text itself, with `.*` standing for anything."""
+    return ".*".join(re.escape(part) for part in text.split(".*"))
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(PlanError, match=as_pattern(message)):
+        EstimatorPlan(**{"num_steps": 4, **options})
+
+
+def test_presets_refuse_unknown_names_and_options():
+    with pytest.raises(PlanError, match=r"estimator='ppo': unknown; choose one of rlr, rlr_paper, ddpo"):
+        EstimatorPlan.from_preset("ppo", 4)
+    with pytest.raises(PlanError, match=r"unknown plan option fo_step; the options are .*fo_steps"):
+        EstimatorPlan.from_preset("rlr", 4, fo_step=2)
+    with pytest.raises(PlanError, match="num_steps=0: a chain has at least one step"):
+        EstimatorPlan.from_preset("rlr", 0)
+    with pytest.raises(PlanError, match="ho_length=4"):
+        EstimatorPlan.from_preset("rlr", 4, ho_length=4)
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0, math.nan, True, (1, 2, 3), (0.5, 2), "3"], ids=str)
+def test_a_k_that_is_no_number_of_steps_is_refused_by_name(value):
+    with pytest.raises(PlanError, match="fo_steps="):
+        EstimatorPlan(4, fo_steps=value).draw(2)
+    with pytest.raises(PlanError, match="fo_steps="):
+        EstimatorPlan.from_preset("rlr", 4, fo_steps=value)
+
+
+def test_a_range_of_starts_is_a_range_also_where_there_are_two_starts():
+    """ho_start=[0, 1] says "between 0 and 1" whatever T, K and h are; read as weights it never draws start 0."""
+    for num_steps in (4, 3, 2):
+        plan = EstimatorPlan(num_steps, ho_length=1, ho_start=(0, 1))
+        assert plan.start_probabilities()[:2] == [0.5, 0.5], num_steps
+
+
+def test_every_plan_that_is_accepted_can_be_drawn():
+    """All combinations of a small chain: whatever passes the checks also works."""
+    accepted = 0
+    lengths = itertools.product([0, 1, 2, (0, 2)], [0, 1, 2], ["none", "lr", "zo", "prediction"], [None, 1, 2], [False, True])
+    for fo_steps, ho_length, rest, count, control in lengths:
+        try:
+            plan = EstimatorPlan(3, fo_steps, ho_length, rest_estimator=rest, rest_num_steps=count, control_variate=control)
+        except PlanError:
+            continue
+        accepted += 1
+        for shared in (False, True):
+            draw = plan.draw(3, seeded(0), shared=shared)
+            assert torch.isfinite(draw.score).all() and torch.isfinite(draw.prediction).all()
+        plan.biases()
+        plan.scored_steps()
+    assert accepted > 50

@@ -1,0 +1,554 @@
+"""The report: what it reads, what it says, and that the page is sound in a real browser."""
+
+import html
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import chromium
+import numpy as np
+import pytest
+from PIL import Image
+
+from rlr_trainer.cli import main
+from rlr_trainer.observing.report import ReportError, write_report
+from rlr_trainer.observing.report.charts import before_and_after
+from rlr_trainer.observing.report.facts import Mean, facts_of, remarks_of, reward_at
+from rlr_trainer.observing.report.pictures import LARGEST_SIDE, UnreadablePicture, encode, grid_of
+from rlr_trainer.observing.report.reading import read_run
+from rlr_trainer.observing.report.series import BUCKETS, ends, mean_of, moving_mean, robust_range, thin, ticks
+from rlr_trainer.observing.report.tables import comparison, differing_settings
+from rlr_trainer.observing.report.wording import duration, letters, number, tick, value_text, with_error
+
+HOSTILE = """<script>document.title = 'taken'</script><img src=x onerror="alert(1)">' " & </style> </title> {{ 7 * 7 }}"""
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rising(count=40, seed=0, **more):
+    """Log lines whose reward rises from 0 to 1; `more` are functions of the progress from 0 to 1."""
+    noise = np.random.default_rng(seed)
+    return [
+        {
+            "step": step,
+            "reward": step / count + 0.05 * noise.normal(),
+            "reward_std": 0.3,
+            "loss": -step / count,
+            "grad_norm": float(noise.uniform(0.5, 1)),
+            "estimator/fo_grad_norm": float(noise.uniform(0.01, 0.02)),
+            "estimator/ho_grad_norm": float(noise.uniform(1, 2)),
+            "reward_queries": 32 * step,
+            "seconds": 1.5 * step,
+            "samples_dropped": 0.0,
+        }
+        | {name: function(step / count) for name, function in more.items()}
+        for step in range(1, count + 1)
+    ]
+
+
+CLOSING = {"step": 40, "train_runtime": 60.0, "train_loss": -0.5}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Writes a run's folder; `lines` are those of metrics.jsonl without the closing one."""
+
+    def make(name="run", lines=None, closing=True):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        write_lines(folder / "metrics.jsonl", [*(rising() if lines is None else lines), *([CLOSING] if closing else [])])
+        return folder
+
+    return make
+
+
+def add_everything(folder, prompt="a red panda", size=24):
+    """The files beside metrics.jsonl, as a trainer and `rlr-trainer diagnose` write them."""
+    noise = np.random.default_rng(1)
+    write_lines(
+        folder / "rewards.jsonl",
+        [
+            {"rollout": n, "step": n, "rewards": [None if i == 0 else float(noise.normal(n / 40, 0.1)) for i in range(8)]}
+            for n in range(40)
+        ],
+    )
+    for step in (0, 20, 40):
+        pictures = folder / "samples" / f"step_{step:06d}"
+        pictures.mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(noise.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(pictures / f"{i:03d}.png")
+        record = {
+            "step": step,
+            "seconds": 1.5 * step,
+            "prompts": [prompt, "a lighthouse"],
+            "rewards": [step / 40, None],
+            "diversity": 0.3,
+            "files": [f"{pictures.name}/{i:03d}.png" for i in range(2)],
+        }
+        (folder / "samples" / f"{pictures.name}.json").write_text(json.dumps(record))
+    options = {"learning_rate": 1e-3, "seed": 0, "estimator": "rlr", "hub_token": "hf_abc", "output_dir": str(folder)}
+    run = {
+        "format": 1,
+        "started": "2026-11-22T10:00:00+00:00",
+        "model": prompt,
+        "rewards": ["panda"],
+        "plan": prompt,
+        "options": options,
+        "changed": {"learning_rate": 1e-3, "negative_prompt": prompt},
+        "versions": {"torch": "2.13.0", "python": "3.11.7"},
+        "device": "cpu",
+        "processes": 1,
+        "trainable_parameters": 9984,
+        "resumed": [
+            {
+                "at": "2026-11-22T11:00:00+00:00",
+                "update": 17,
+                "changed": {"max_grad_norm": [None, 0.5], "rewards": [["panda"], ["bear"]], "hub_token": ["hf_abc", "hf_abcd"]},
+            }
+        ],
+    }
+    (folder / "run.json").write_text(json.dumps(run))
+    row = {
+        "name": prompt,
+        "biases": ["truncation"],
+        "only_smoothed": False,
+        "bias": {"value": 0.98, "error": 0.03, "upper": None, "verdict": "biased"},
+        "captured": {"value": 0.02, "error": 0.03},
+        "seconds": 2.3,
+        "peak_bytes": 3 * 2**20,
+        "speed": {"value": 2.5, "error": 0.5},
+        "num_batches": 9,
+    }
+    advice = {"plan": "x", "options": {}, "reason": "Use it.", "remarks": [prompt]}
+    (folder / "diagnosis.json").write_text(json.dumps({"rows": [row], "recommendation": advice, "notes": []}))
+    (folder / "summary.json").write_text(json.dumps({"reward_before": 0.1, "reward_after": 0.9, "target": prompt}))
+    return folder
+
+
+def report(*folders):
+    path = write_report(folders, folders[0].parent / "report.html")
+    return path.read_text(encoding="utf-8")
+
+
+def text_of(page):
+    """What a reader sees: no tags, styles and scripts."""
+    body = re.sub(r"<(style|script)>.*?</\1>", " ", page[page.index("<body>") :], flags=re.S)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+# ---- numbers ----
+
+
+def test_the_moving_mean_neither_lags_nor_shifts():
+    line = np.linspace(2.0, 5.0, 31)
+    np.testing.assert_allclose(moving_mean(line, 7), line, atol=1e-12)
+    noisy = np.random.default_rng(0).normal(size=31)
+    np.testing.assert_allclose(moving_mean(noisy, 7)[10], noisy[7:14].mean(), atol=1e-12)
+    np.testing.assert_array_equal(moving_mean(noisy, 1), noisy)
+    first = np.polynomial.Polynomial.fit(np.arange(4), noisy[:4], 1)(0)
+    np.testing.assert_allclose(moving_mean(noisy, 7)[0], first, atol=1e-12)
+
+
+def test_thinning_keeps_extremes_and_ends():
+    y = np.random.default_rng(0).normal(size=5000)
+    y[1234], y[4321], y[77] = 50.0, -50.0, np.nan
+    line = thin(np.arange(5000.0), y)
+    assert line.count == 4999
+    assert len(line.x) == BUCKETS and len(line.raw_x) <= 2 * BUCKETS + 2
+    assert {50.0, -50.0, y[0], y[-1]} <= set(line.raw_y)
+    assert (np.diff(line.raw_x) > 0).all()
+
+
+def test_means_and_ends():
+    assert mean_of(np.array([np.nan])) is None
+    mean = mean_of(np.array([1.0, 2.0, 3.0, 4.0, np.nan]))
+    assert mean is not None and (mean.value, mean.count) == (2.5, 4)
+    assert mean.error == pytest.approx(np.std([1, 2, 3, 4], ddof=1) / 2)
+    assert mean_of(np.array([1.0, 2.0])).error is None
+    first, last = ends(np.arange(100.0))
+    assert (first.value, last.value, first.count) == (4.5, 94.5, 10)
+    assert ends(np.array([3.0]))[1].value == 3.0
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 17), (0.98, 1.02), (1e-9, 3e-9), (0, 1e8), (5, 5)])
+def test_ticks_are_few_round_and_inside(low, high):
+    found = ticks(low, high, 5)
+    assert 1 <= len(found) <= 6
+    assert all(low - 1e-9 * abs(low) <= t <= high * (1 + 1e-9) for t in found)
+    if len(found) > 1:
+        mantissa = (found[1] - found[0]) / 10 ** math.floor(math.log10(found[1] - found[0]) + 1e-9)
+        assert any(mantissa == pytest.approx(m) for m in (1, 2, 2.5, 5, 10))
+
+
+def test_one_spike_does_not_flatten_the_others():
+    values = np.append(np.random.default_rng(0).normal(size=200), 1e6)
+    low, high = robust_range(values)
+    assert low == values.min() and high < 20
+
+
+def test_wording():
+    assert [number(v) for v in (None, 0, 0.12345, 1234567, 1.5e-9, -2.0)] == [
+        "\N{EN DASH}",
+        "0",
+        "0.123",
+        "1,234,567",
+        "1.50e-9",
+        "\u22122.00",
+    ]
+    assert with_error(Mean(0.9948, 0.0052, 5)) == "0.9948 ± 0.0052"
+    assert with_error(Mean(12.0, None, 1)) == "12.0"
+    assert with_error(Mean(0.99994, 3e-5, 5)) == "0.9999 ± 0.0001"
+    assert with_error(Mean(-1234.5, 67.8, 5)) == "\u22121,234 ± 68"
+    assert (number(0.9999), number(99.99)) == ("1.00", "100")
+    assert [duration(s) for s in (3.21, 59.7, 200, 20320, 3e5)] == ["3.2 s", "1 min", "3 min 20 s", "5 h 38 min", "3 d 11 h"]
+    assert [letters(i) for i in (0, 25, 26, 27)] == ["A", "Z", "AA", "AB"]
+    assert [tick(v, s) for v, s in ((0.25, 0.25), (0.5, 0.5), (20000, 5000))] == ["0.25", "0.5", "20,000"]
+    assert [value_text(v) for v in (None, True, 3e-4, [1, 2], "x")] == ["none", "true", "0.0003", "[1, 2]", "x"]
+
+
+# ---- reading ----
+
+
+def test_a_folder_with_metrics_alone_gives_a_report_that_says_what_is_missing(make_run):
+    text = text_of(report(make_run()))
+    for part in ("log_images_steps", "rewards.jsonl", "kl_coef", "run.json", "rlr-trainer diagnose", "eval_dataset"):
+        assert part in text
+    assert "Fixed prompts over time" not in text and "Distribution of rewards before" not in text
+
+
+def test_old_metrics_without_queries_and_seconds(make_run):
+    lines = [{"step": row["step"], "reward": row["reward"]} for row in rising()]
+    page = report(make_run(lines=lines))
+    assert page.count(" disabled>") == 2  # the axes that nobody recorded
+    assert "no seconds in metrics.jsonl" in text_of(page)
+
+
+def test_a_run_with_one_line(make_run):
+    text = text_of(report(make_run(lines=rising()[:1])))
+    assert "noise not known" in text
+
+
+def test_rewards_that_are_not_finite_at_the_end(make_run):
+    lines = [row | {"reward": None} if row["step"] > 30 else row for row in rising()]
+    text = text_of(report(make_run(lines=lines)))
+    assert "reward in 10 log lines. The last finite reward is that of update 30" in text
+    assert "10 values that are not finite left out." in text
+    assert "The last finite reward" not in text_of(report(make_run("middle", [*lines[:30], *rising()[35:]])))
+
+
+def test_updates_are_marked_at_whole_numbers(make_run):
+    page = report(make_run(lines=rising()[:2]))
+    chart = page[page.index('class="on-updates"') : page.index('class="on-queries"')]
+    assert re.findall(r'text-anchor="middle">([^<]+)<', chart)[:3] == ["1", "2", "updates"]
+
+
+def test_everything_appears(make_run):
+    page = report(add_everything(make_run()))
+    text = text_of(page)
+    for part in (
+        "Fixed prompts over time",
+        "The reward rose for 1 of 1 pictures",
+        "Distribution of rewards before and after",
+        "Gradient norm of the parts",
+        "Estimators measured on this model",
+        "0.980 ± 0.030",
+        "Use it.",
+        "negative_prompt",
+        "2.13.0",
+        "9,984 trained parameters",
+        "resumed once",
+        "Changed when resumed",
+        "max_grad_norm default 0.5 17",
+        "40 (12 %)",
+        "Summary",
+    ):
+        assert part in text, part
+    assert page.count("data:image/png;base64,") == 6
+    assert "hf_abc" not in page and "(hidden)" in text
+
+
+def test_several_evaluations_of_one_update(make_run):
+    lines = rising() + [{"step": s, f"eval_{name}_reward": s / 40} for s in (20, 40) for name in ("seen", "unseen")]
+    text = text_of(report(make_run(lines=lines)))
+    assert "Evaluation reward, seen" in text and "Evaluation reward, unseen" in text
+    assert "repeat an update" not in text
+
+
+def test_damaged_files_are_left_out_with_a_note(make_run):
+    folder = add_everything(make_run(closing=False))
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('[1, 2]\n{"step": "x"}\n{"step": 41, "rew')
+    with open(folder / "rewards.jsonl", "a") as file:
+        file.write('{"rollout": 40, "step": 40, "rewards": [0.1, ')
+    (folder / "run.json").write_text("{")
+    (folder / "summary.json").write_text("[]")
+    (folder / "samples" / "step_000020.json").write_text('{"prompts": 3}')
+    (folder / "samples" / "step_000040" / "001.png").write_bytes(b"no picture")
+    text = text_of(report(folder))
+    for note in (
+        "metrics.jsonl: 3 damaged lines left out (line 41, 42, 43)",
+        "rewards.jsonl: 1 damaged line left out (line 41)",
+        "run.json: left out",
+        "summary.json: left out",
+        "samples/step_000020.json: left out",
+        "1 picture files are missing or damaged",
+        "No closing line",
+    ):
+        assert note in text, note
+
+
+def test_pictures_outside_the_folder_are_not_read(make_run, tmp_path):
+    folder = add_everything(make_run())
+    Image.new("RGB", (24, 24), "red").save(tmp_path / "secret.png")
+    path = folder / "samples" / "step_000000.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"files": ["../../secret.png", str(tmp_path / "secret.png")]}))
+    run = read_run(folder)
+    assert run.pictures[0].files == []
+    assert any("outside its folder" in note for note in run.notes)
+
+
+def test_a_file_left_out_does_not_shift_the_others(make_run):
+    folder = add_everything(make_run())
+    path = folder / "samples" / "step_000000.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"files": [7, record["files"][1]]}))
+    pictures = read_run(folder).pictures[0]
+    assert (pictures.prompts, pictures.rewards, [f.name for f in pictures.files]) == (["a lighthouse"], [None], ["001.png"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "has no metrics.jsonl"),
+        ("", "no line with a finite reward"),
+        ('{"step": 1, "reward": null}\n', "no line with a finite reward"),
+    ],
+)
+def test_a_folder_without_a_run_is_an_error(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ReportError, match=message):
+        write_report([tmp_path], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_outputs_that_cannot_be(make_run, tmp_path):
+    folder = make_run()
+    with pytest.raises(ReportError, match=r"must end in \.html"):
+        write_report([folder], folder / "metrics.jsonl")
+    with pytest.raises(ReportError, match="given twice"):
+        write_report([folder, tmp_path / "." / "run"], tmp_path / "report.html")
+    (tmp_path / "x.html").mkdir()
+    with pytest.raises(ReportError, match="is a folder"):
+        write_report([folder], tmp_path / "x.html")
+    with pytest.raises(ReportError, match="no such folder"):
+        write_report([tmp_path / "nothing"], tmp_path / "report.html")
+
+
+def test_the_command(make_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_run()
+    assert main(["report", "run"]) == 0
+    assert "written to report.html" in capsys.readouterr().out
+    assert main(["report", "run", "--output", "deep/er/r.html"]) == 0
+    assert Path("deep/er/r.html").is_file()
+    assert main(["report", "nothing"]) != 0
+    assert "no such folder" in capsys.readouterr().err
+
+
+# ---- what it says ----
+
+
+def titles(folder):
+    run = read_run(folder)
+    return [remark.title for remark in remarks_of(run, facts_of(run))]
+
+
+def test_a_healthy_run_has_no_remarks(make_run):
+    assert titles(make_run(lines=rising(diversity=lambda p: 0.3, clip_ratio=lambda p: 0.1, kl=lambda p: p))) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "title"),
+    [
+        ({"diversity": lambda p: 0.3 - 0.2 * p}, "The reward rose while diversity fell"),
+        ({"clip_ratio": lambda p: p}, "Many ratios clipped"),
+        ({"loss": lambda p: None if p == 0.5 else 0.0}, "Values that are not finite"),
+        ({"reward": lambda p: -p + 0.01 * math.sin(99 * p)}, "The reward fell"),
+        ({"reward": lambda p: min(p, 1.4 - p) + 0.01 * math.sin(99 * p)}, "The reward fell at the end"),
+        ({"reward": lambda p: math.sin(80 * p)}, "No clear change of the reward"),
+        ({"reward": lambda p: min(p, 0.5) + 0.001 * math.sin(99 * p), "kl": lambda p: p**4}, "KL grew without reward"),
+    ],
+)
+def test_remarks(make_run, more, title):
+    assert title in titles(make_run(lines=rising(**more)))
+
+
+def test_noise_alone_is_seldom_called_a_fall(make_run):
+    """The best window is the luckiest of many: its distance from the last must not be judged as if it had been chosen beforehand."""
+    found = []
+    for seed in range(100):
+        noise = np.random.default_rng(seed).normal(size=60)
+        lines = [{"step": step + 1, "reward": value} for step, value in enumerate(noise)]
+        found += titles(make_run(f"run{seed}", lines))
+    assert found.count("The reward fell at the end") <= 5
+    assert found.count("No clear change of the reward") >= 80
+
+
+def test_remarks_from_other_files(make_run):
+    lines = rising() + [{"step": step, "eval_reward": 1 - step / 40} for step in (10, 20, 30, 40)]
+    folder = add_everything(make_run(lines=lines, closing=False))
+    (folder / "summary.json").write_text(json.dumps({"judge_before": 0.5, "judge_after": 0.2}))
+    assert titles(folder) == [
+        "Many samples dropped",
+        "No closing line",
+        "The reward rose in training, not in evaluation",
+        "The reward rose, the independent judge's score fell",
+    ]
+
+
+def test_facts(make_run):
+    lines = [{"step": s, "reward": float(s), "reward_queries": 10 * s, "seconds": 2.0 * s} for s in range(1, 101)]
+    run = read_run(make_run(lines=lines))
+    facts = facts_of(run)
+    assert (facts.updates, facts.window, facts.queries, facts.seconds) == (100, 10, 1000, 200)
+    assert (facts.start.value, facts.end.value, facts.change.value) == (5.5, 95.5, 90)
+    assert facts.best == pytest.approx(95.5) and facts.best_step == 95
+    assert reward_at(run, "reward_queries", 500).value == 45.5  # lines 41 to 50
+    assert reward_at(run, "seconds", 40).value == 15.5
+    assert reward_at(run, "seconds", 1) is None
+
+
+def test_before_and_after_are_the_two_ends(make_run):
+    folder = make_run()
+    write_lines(folder / "rewards.jsonl", [{"rollout": n, "step": n, "rewards": [float(n), None]} for n in range(40)])
+    before, after = before_and_after(read_run(folder))
+    assert list(before) == list(range(10)) and list(after) == list(range(30, 40))
+
+
+def test_runs_are_compared_at_equal_queries_and_time(make_run):
+    slow = make_run("slow", [row | {"reward": row["reward"] / 2, "kl": 0.1} for row in rising()])
+    fast = make_run("fast", [row | {"seconds": row["step"] * 0.5} for row in rising(20, extra=lambda p: p)])
+    for folder, rate in ((slow, 1e-3), (fast, 1e-4)):
+        changed = {"learning_rate": rate, "output_dir": folder.name} | ({"max_steps": 20} if folder is fast else {})
+        (folder / "run.json").write_text(json.dumps({"options": {"fo_steps": None}, "changed": changed}))  # as a run writes it
+    runs = [read_run(folder) for folder in (slow, fast)]
+    rows = {row[0]: row[1:] for row in comparison(runs, [facts_of(run) for run in runs]).rows}
+    assert "Reward after 640 queries" in rows and "Reward after 10 s" in rows
+    assert rows["Training time"] == ["1 min", "10 s"]
+    assert rows["KL, end"] == ["0.100", "\N{EN DASH}"]
+    assert differing_settings(runs).rows == [["learning_rate", "0.001", "0.0001"], ["max_steps", "default", "20"]]
+    text = text_of(report(slow, fast))
+    for part in ("2 runs compared", "slow", "fast", "extra", "KL from the initial model"):
+        assert part in text
+
+
+def test_runs_of_one_name_are_told_apart(make_run):
+    text = text_of(report(make_run("a/run"), make_run("b/run")))
+    assert "a/run" in text and "b/run" in text
+
+
+# ---- pictures ----
+
+
+def test_pictures_are_reduced_and_small_ones_kept(tmp_path):
+    Image.new("RGB", (1024, 512), "red").save(tmp_path / "large.png")
+    Image.new("L", (32, 32)).save(tmp_path / "small.png")
+    cell, reduced = encode(tmp_path / "large.png", 0, "1")
+    assert reduced and (cell.width, cell.height) == (LARGEST_SIDE, LARGEST_SIDE // 2) and not cell.pixelated
+    assert cell.source.startswith("data:image/jpeg;base64,")
+    cell, reduced = encode(tmp_path / "small.png", 0, "1")
+    assert not reduced and cell.pixelated and cell.source.startswith("data:image/png;base64,")
+    with pytest.raises(UnreadablePicture):
+        encode(tmp_path / "none.png", 0, "1")
+
+
+def test_the_pictures_size_is_capped(make_run):
+    run = read_run(add_everything(make_run(), size=200))
+    whole = grid_of(run)
+    assert len(whole.rows) == 2 and whole.steps == [0, 20, 40] and whole.notes == []
+    capped = grid_of(run, most_bytes=1000, most_columns=2)
+    assert len(capped.rows) == 1 and capped.steps == [0, 40]
+    assert "1 of 2 pictures are shown at each" in " ".join(capped.notes)
+
+
+# ---- the page ----
+
+
+def test_text_of_users_is_escaped_everywhere(make_run):
+    folder = add_everything(make_run(f"run {HOSTILE}".replace("/", "_"), rising(**{f"metric {HOSTILE}": lambda p: p})), HOSTILE)
+    other = add_everything(make_run("other"), HOSTILE)
+    for page in (report(folder), report(folder, other)):
+        assert page.count("<script>") == 1 and page.count("<style>") == 1
+        assert "onerror=" in text_of(page)  # it is there, as text
+        assert not re.search(r"<img(?! class=\"(pixelated)?\" src=\"data:image/)", page)
+        assert "{{ 7 * 7 }}" in text_of(page) and " 49 " not in re.findall(r"<title>.*?</title>", page)[0]
+
+
+def test_a_prompt_that_is_no_valid_unicode(make_run):
+    assert "panda ? end" in text_of(report(add_everything(make_run(), "panda \ud800 end")))
+
+
+def test_the_page_asks_for_nothing(make_run):
+    page = report(add_everything(make_run()))
+    assert "default-src 'none'" in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]*\"", page)
+    assert not re.findall(r"@import|url\((?!#)", page)
+
+
+def test_a_long_run_gives_a_small_file_in_seconds(make_run):
+    folder = make_run(lines=rising(100_000, kl=lambda p: p, diversity=lambda p: 0.3))
+    started = time.monotonic()
+    path = write_report([folder], folder / "report.html")
+    assert time.monotonic() - started < 60  # some 4 s on a quiet machine
+    assert path.stat().st_size < 2_000_000
+
+
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed (apt-get install chromium)")
+def test_in_a_browser(make_run, tmp_path):
+    """No complaint in the console, no request, nothing wider than a phone; the switch works without a script, print shows updates."""
+    long_name = "a_very_long_name_of_a_run_without_any_spaces_" * 3
+    folder = add_everything(make_run(long_name, rising(**{"other/metric": lambda p: p})), HOSTILE)
+    pages = {"one.html": [folder], "two.html": [folder, make_run("second")]}
+    for name, folders in pages.items():
+        write_report(folders, tmp_path / name)
+    shown = "[...document.querySelectorAll('#reward .on-updates, #reward .on-queries')].map(e => getComputedStyle(e).display)"
+    with chromium.browser(tmp_path / "profile") as page:
+        for name in pages:
+            for width, dark in ((360, False), (360, True), (1280, False)):
+                page.open(tmp_path / name, width, dark=dark)
+                assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert page.evaluate(shown) == ["block", "none"]
+            page.evaluate("document.querySelector('label[for=axis-queries]').click()")
+            assert page.evaluate(shown) == ["none", "block"]
+            page.call("Emulation.setEmulatedMedia", media="print")
+            assert page.evaluate(shown) == ["block", "none"]
+            assert page.pdf().startswith(b"%PDF")
+            page.call("Emulation.setEmulatedMedia", media="")
+        assert page.evaluate("document.title").endswith("training report")
+        page.open(tmp_path / "one.html", 1280)
+        page.evaluate("document.querySelector('#reward').scrollIntoView()")
+        where = page.evaluate(
+            "(r => [r.left + r.width / 2, r.top + 60])(document.querySelector('#reward svg').getBoundingClientRect())"
+        )
+        page.call("Input.dispatchMouseEvent", type="mouseMoved", x=where[0], y=where[1])
+        tip = page.evaluate("document.querySelector('.tip').innerText")
+        update, reward = (float(part) for part in re.fullmatch(r"updates (\S+)\n(\S+)", tip).groups())
+        assert abs(reward - update / 40) < 0.1  # what `rising` logs
+        assert page.errors == []
+        assert {url.split(":")[0] for url in page.requests} == {"file", "data"}
+        assert {url for url in page.requests if url.startswith("file")} == {(tmp_path / name).as_uri() for name in pages}
+
+
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed (apt-get install chromium)")
+def test_the_browser_check_sees_errors_and_requests(tmp_path):
+    (tmp_path / "bad.html").write_text("<script>console.error('no'); fetch('file:///nothing'); undefined_name()</script>")
+    with chromium.browser(tmp_path / "profile") as page:
+        page.open(tmp_path / "bad.html")
+        assert len(page.errors) >= 2
+        assert any("nothing" in url for url in page.requests)
