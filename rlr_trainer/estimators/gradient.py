@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ from rlr_trainer.estimators.divergence import Penalty, check_noise, leave_one_ou
 from rlr_trainer.estimators.first_order import reward_and_gradient
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_draw import PlanDraw
-from rlr_trainer.estimators.prediction import ControlVariateScale, prediction_critic
+from rlr_trainer.estimators.prediction import ControlVariateScale
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps, zeroth_order
 
@@ -73,71 +72,41 @@ def estimate_gradient(
 
     Raises:
         PlanError: the plan scores a step without noise, or there is one beside a reference.
-        ValueError: the plan has another number of steps; an unknown advantage.
+        ValueError: the plan has another number of steps; an unknown advantage; all rewards are NaN.
         NonDifferentiableRewardError: the plan needs dR/dx_0 and the reward has no graph.
     """
-    if plan.num_steps != chain.num_steps:
-        raise ValueError(f"plan.num_steps={plan.num_steps} but the chain has {chain.num_steps} steps; make the plan for it")
-    if advantage not in ADVANTAGES:
-        raise ValueError(f"advantage={advantage!r}: must be one of {', '.join(ADVANTAGES)}")
+    _check_arguments(chain, plan, advantage, reference)
     base = {name: p.detach() for name, p in chain.parameters().items()}
-    draw = plan.draw(num_samples, generator)
-    zeroth, blocks = None, None
+    draw, pairs = plan.draw(num_samples, generator), None
+    if plan.uses_zeroth_order and plan.zo_antithetic:
+        pairs = torch.arange(num_samples) // 2
+        draw = draw.select(pairs)  # a pair shares its random choices as well as its noise
+    zeroth: _SharedZerothOrder | _PerSampleZerothOrder | None = None
     if plan.uses_zeroth_order:
-        if plan.zo_antithetic:
-            blocks = torch.arange(num_samples) // 2
-            draw = draw.select(blocks)  # a pair shares its random choices as well as its noise
         kind = _PerSampleZerothOrder if per_sample else _SharedZerothOrder
         zeroth = kind(chain, base, plan, draw, num_samples, generator)
-    rollout = sample_chain(
-        chain,
-        num_samples,
-        generator,
-        step_function=zeroth.step_function if zeroth else None,
-        paired=plan.uses_zeroth_order and plan.zo_antithetic,
-    )
+    step_function = zeroth.step_function if zeroth else None
+    rollout = sample_chain(chain, num_samples, generator, step_function=step_function, paired=pairs is not None)
     plan.check_noise([float(std.min()) for std in rollout.stds])
-
-    reward_gradient = None
-    if plan.needs_differentiable_reward:
-        rewards, reward_gradient = reward_and_gradient(reward, rollout.sample)
-    else:
-        with torch.no_grad():
-            rewards = reward(rollout.sample)
-    share = 1.0 if per_sample else 1.0 / num_samples
-    if per_sample:
-        runner: DenoisingChain = PerSampleChain(chain)
-        leaves = {name: p.expand(num_samples, *p.shape).clone().requires_grad_(True) for name, p in base.items()}
-    else:
-        runner = chain
-        leaves = {name: p.clone().requires_grad_(True) for name, p in base.items()}
-    penalty = None
-    if reference is not None:
-        if plan.uses_zeroth_order:
-            raise ValueError(
-                "reference with a zeroth-order plan: perturbed steps have no divergence of their own; use rest_estimator='lr'"
-            )
-        smallest = [float(std.min()) for std in rollout.stds]
-        check_noise(smallest, "reference", "give every step noise, or leave reference unset")
-        step_of_reference = functools.partial(_reference_step, chain, dict(reference))
-        to_go = leave_one_out_to_go(step_divergences(rollout, step_of_reference))
-        penalty = Penalty(step_of_reference, torch.full_like(rewards, kl_coef * share), to_go)
-    scored = ADVANTAGES[advantage](rewards, None, blocks)
-    feedback = Feedback(
-        advantage=scored.values * share,
-        reward_gradient=None if reward_gradient is None else plan.fo_weight * share * _scale_rows(reward_gradient, scored.scale),
-        scale=scored.scale * share,
-        blocks=blocks,
+    rewards, reward_gradient = _score(reward, rollout.sample, plan)
+    valid = float((~torch.isnan(rewards)).float().mean())
+    if valid == 0:
+        raise ValueError(f"reward: all {num_samples} values are NaN, so there is no gradient to estimate; check the reward")
+    share = (1.0 if per_sample else 1.0 / num_samples) / valid
+    runner: DenoisingChain = PerSampleChain(chain) if per_sample else chain
+    leaves = {name: _leaf(p, num_samples if per_sample else None) for name, p in base.items()}
+    weight = torch.full_like(rewards, kl_coef * share * valid)  # of all samples, rewarded or not
+    penalty = None if reference is None else _penalty(chain, dict(reference), rollout, weight)
+    feedback = Feedback.of(
+        plan,
+        ADVANTAGES[advantage](rewards, None, pairs),
+        share,
+        reward_gradient=reward_gradient,
+        blocks=pairs,
         penalty=penalty,
     )
-    Sweep(
-        runner,
-        leaves,
-        backward=_plain_backward,
-        recompute=recompute,
-        critic=prediction_critic(runner, leaves, reward) if plan.uses_prediction else None,
-        control_scale=(control_scale or ControlVariateScale(plan.num_steps)) if plan.uses_control_variate else None,
-    ).run(rollout, draw, feedback)
+    sweep = Sweep.of_plan(plan, runner, leaves, _plain_backward, reward, control_scale=control_scale, recompute=recompute)
+    sweep.run(rollout, draw, feedback)
     gradient = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in leaves.items()}
     if zeroth is not None:
         perturbed = ADVANTAGES[advantage](rewards, None, zeroth.blocks)
@@ -148,8 +117,37 @@ def estimate_gradient(
     return GradientEstimate({name: g.mean(0) for name, g in gradient.items()}, gradient, rewards, rollout)
 
 
-def _reference_step(chain: DenoisingChain, params: Parameters, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    return chain.transition(step, x, params)
+def _check_arguments(chain: DenoisingChain, plan: EstimatorPlan, advantage: str, reference: Parameters | None) -> None:
+    if plan.num_steps != chain.num_steps:
+        raise ValueError(f"plan.num_steps={plan.num_steps} but the chain has {chain.num_steps} steps; make the plan for it")
+    if advantage not in ADVANTAGES:
+        raise ValueError(f"advantage={advantage!r}: must be one of {', '.join(ADVANTAGES)}")
+    if reference is not None and plan.uses_zeroth_order:
+        raise ValueError(
+            "reference with a zeroth-order plan: perturbed steps have no divergence of their own; use rest_estimator='lr'"
+        )
+
+
+def _score(reward: Callable[[Tensor], Tensor], sample: Tensor, plan: EstimatorPlan) -> tuple[Tensor, Tensor | None]:
+    """Rewards [N], and their gradient [N, ...] where the plan needs it."""
+    if plan.needs_differentiable_reward:
+        return reward_and_gradient(reward, sample)
+    with torch.no_grad():
+        return reward(sample), None
+
+
+def _leaf(parameter: Tensor, copies: int | None) -> Tensor:
+    leaf = parameter if copies is None else parameter.expand(copies, *parameter.shape)
+    return leaf.clone().requires_grad_(True)
+
+
+def _penalty(chain: DenoisingChain, reference: Parameters, rollout: Rollout, weight: Tensor) -> Penalty:
+    check_noise([float(std.min()) for std in rollout.stds], "reference", "give every step noise, or leave reference unset")
+
+    def step_of_reference(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        return chain.transition(step, x, reference)
+
+    return Penalty(step_of_reference, weight, leave_one_out_to_go(step_divergences(rollout, step_of_reference)))
 
 
 def _plain_backward(surrogate: Tensor) -> float:
@@ -158,8 +156,7 @@ def _plain_backward(surrogate: Tensor) -> float:
 
 
 def _scale_rows(tensor: Tensor, factor: Tensor) -> Tensor:
-    factor = factor.reshape(-1, *[1] * (tensor.dim() - 1))
-    return torch.where(factor == 0, 0.0, tensor * factor)  # a sample without a reward may have a gradient of NaN
+    return tensor * factor.reshape(-1, *[1] * (tensor.dim() - 1))
 
 
 class _SharedZerothOrder:

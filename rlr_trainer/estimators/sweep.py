@@ -19,21 +19,24 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.chain import DenoisingChain, Parameters, Rollout, next_latent
 from rlr_trainer.estimators.divergence import Penalty, gaussian_divergence
 from rlr_trainer.estimators.first_order import pathwise
 from rlr_trainer.estimators.half_order import likelihood_ratio
-from rlr_trainer.estimators.plan import PlanError
+from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
 from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import (
     ControlVariateScale,
     Critic,
     control_variate,
     leave_one_out_mean,
+    prediction_critic,
     prediction_pathwise,
 )
 
@@ -59,20 +62,59 @@ class Feedback:
     blocks: Tensor | None = None
     penalty: Penalty | None = None
 
+    @classmethod
+    def of(
+        cls,
+        plan: EstimatorPlan,
+        advantages: Advantages,
+        share: float,
+        *,
+        reward_gradient: Tensor | None = None,
+        blocks: Tensor | None = None,
+        penalty: Penalty | None = None,
+    ) -> Feedback:
+        """What the rewards of a batch say under `plan`.
+
+        Args:
+            plan: whose `fo_weight` counts.
+            advantages: of the N samples.
+            share: weight of one sample in the estimate: 1 / number of samples with a reward.
+            reward_gradient: dR/dx_0 [N, ...] of the plain reward; not counted where `advantages.scale` is 0.
+            blocks, penalty: as they are.
+        """
+        scale = advantages.scale * share
+        if reward_gradient is not None:
+            weighted = plan.fo_weight * reward_gradient * _rows(scale, reward_gradient)
+            reward_gradient = torch.where(_rows(scale, weighted) == 0, 0.0, weighted)  # without a reward it may be NaN
+        return cls(advantages.values * share, reward_gradient, scale, blocks, penalty)
+
 
 @dataclasses.dataclass
 class SweepResult:
     """What a sweep saw.
 
     Attributes:
+        surrogates: step -> advantage * ratio, clipped where the sweep clips, [N] of every scored step, before the plan's weights.
+        divergence: the penalty's part of the objective, summed over steps and samples: -weight * divergence. 0 without one.
         log_ratios: step -> log-ratio [N] of every scored step (all rows; those with weight 0 too).
         critic_values: step -> c [N] of every step that asked the one-step prediction.
         adjoint: gradient of the whole surrogate with respect to the first latent touched, [N, ...] or None.
     """
 
+    surrogates: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    divergence: Tensor | float = 0.0
     log_ratios: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     critic_values: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     adjoint: Tensor | None = None
+
+    @property
+    def objective(self) -> float:
+        """The value of the surrogate objective on this batch: the mean over scored steps of the summed surrogates, plus the penalty's part.
+
+        The first-order part has no value of its own to add: its reward is that of the rollout, whatever the parameters are.
+        """
+        scored = torch.stack(list(self.surrogates.values())).sum(1).mean() if self.surrogates else 0.0
+        return float(scored) + float(self.divergence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +141,36 @@ class Sweep:
     control_scale: ControlVariateScale | None = None
     clip_range: float | None = None
     mean_density: bool = False
+
+    @classmethod
+    def of_plan(
+        cls,
+        plan: EstimatorPlan,
+        chain: DenoisingChain,
+        params: Parameters,
+        backward: Callable[[Tensor], float],
+        reward: Callable[[Tensor], Tensor],
+        *,
+        control_scale: ControlVariateScale | None = None,
+        reward_loss_scale: float = 1.0,
+        **how: Any,
+    ) -> Sweep:
+        """The sweep of a plan, with the one-step prediction where the plan asks it.
+
+        Args:
+            plan: the plan.
+            chain, params, backward: see the class.
+            reward: final latents [N, ...] -> rewards [N], differentiable; called only for predictions.
+            control_scale: fitted factors of the control variate; None takes 1 where the plan has one.
+            reward_loss_scale: see `prediction_critic`.
+            how: the other attributes.
+        """
+        critic = prediction_critic(chain, params, reward, reward_loss_scale) if plan.uses_prediction else None
+        if plan.uses_control_variate and control_scale is None:
+            control_scale = ControlVariateScale(plan.num_steps)
+        return cls(
+            chain, params, backward, critic=critic, control_scale=control_scale if plan.uses_control_variate else None, **how
+        )
 
     def run(self, rollout: Rollout, draw: PlanDraw, feedback: Feedback) -> SweepResult:
         """Accumulates the gradient of the whole surrogate, summed over the batch.
@@ -146,7 +218,9 @@ class Sweep:
             if feedback.penalty is not None:
                 with torch.set_grad_enabled(x.requires_grad):  # its parameters are not trained, but its input may carry the adjoint
                     reference = feedback.penalty.reference(step, x)
-                total = total - (feedback.penalty.weight * gaussian_divergence(mean, std, *reference)).sum()
+                penalty = (feedback.penalty.weight * gaussian_divergence(mean, std, *reference)).sum()
+                result.divergence = result.divergence - penalty.detach()
+                total = total - penalty
             if step == last:
                 if draw.pathwise[:, step].any() and adjoint is not None:
                     masked = adjoint * _rows(draw.pathwise[:, step], adjoint)
@@ -235,6 +309,7 @@ class Sweep:
                 mean_density=self.mean_density,
             )
             result.log_ratios[step] = log_ratio
+            result.surrogates[step] = surrogate.detach() / (mean[0].numel() if self.mean_density else 1)
             total = total + (score * surrogate).sum()
         return total
 
