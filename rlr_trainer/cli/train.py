@@ -109,12 +109,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _what_is_left(trainer: Any) -> str:
     """What a run that was interrupted can go on from."""
-    from pathlib import Path
 
-    from rlr_trainer.persistence.checkpoints import list_checkpoints
+    from rlr_trainer.persistence.checkpoints import CheckpointStore
 
     done = f"after {trainer.state.global_step} updates"
-    kept = list_checkpoints(Path(trainer.args.output_dir))
+    kept = CheckpointStore(trainer.args.output_dir).checkpoints()
     if not kept:
         return f"{done}; no checkpoint was saved before (save_steps={trainer.args.save_steps:g}), so nothing can be resumed"
     return f"{done}; --resume goes on from {kept[-1].name}"

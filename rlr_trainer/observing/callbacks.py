@@ -9,16 +9,17 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 from transformers.utils import is_in_notebook
 
-from rlr_trainer.persistence.checkpoints import find_best, supersede
+from rlr_trainer.persistence.checkpoints import CheckpointStore
 from rlr_trainer.persistence.run_state import OPTIMIZER_ARGUMENTS
 
 logger = logging.getLogger(__name__)
@@ -48,41 +49,79 @@ class RLRCallback(TrainerCallback):
         """
 
 
-def call_rollout_end(handler: Any, args: Any, state: Any, control: Any, **about: Any) -> Any:
-    """Tells the callbacks of `handler` (Trainer's) that have the method `on_rollout_end`; returns the control."""
-    names = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
-    about |= {name: getattr(handler, name, None) for name in names}
-    for callback in handler.callbacks:
-        method = getattr(callback, "on_rollout_end", None)
-        if method is not None:
-            control = method(args, state, control, **about) or control
-    return control
+class RolloutCallbackHandler(CallbackHandler):
+    """Trainer's, with three differences.
 
+    The run's own observers come first, in their order: what callbacks look at (averaged weights, files) is there by then, and the
+    trackers, which close when training ends, come after the last pictures. There is the event `on_rollout_end`. And a request to stop
+    that comes inside an update, such as one at the end of a rollout, waits for the end of the update: Trainer would stop between two
+    micro-batches, whose gradient would be lost.
 
-class WholeUpdates(TrainerCallback):
-    """A request to stop that comes inside an update, such as one at the end of a rollout, waits for the end of the update.
-
-    Trainer would stop between two micro-batches: their gradient would be lost, and a checkpoint written then would lack them.
-    It belongs behind all other callbacks.
+    Args:
+        handler: Trainer's own.
+        observers: the run's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, handler: CallbackHandler, observers: Sequence[TrainerCallback]) -> None:
+        super().__init__(handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler)
+        self.observers = list(observers)
         self._stop_training = self._stop_epoch = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._stop_training = self._stop_epoch = False
+    def call_event(self, event: str, args: Any, state: Any, control: Any, **about: Any) -> Any:
+        """Tells the observers and the callbacks that know the event."""
+        names = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+        about |= {name: getattr(self, name) for name in names}
+        for callback in [*self.observers, *self.callbacks]:
+            method = getattr(callback, event, None)  # a plain TrainerCallback knows nothing of rollouts
+            if method is not None:
+                control = method(args, state, control, **about) or control
+        return control
 
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_rollout_end(self, args: Any, state: Any, control: Any, *, rollout: Any, plan: Any) -> Any:
+        """See `RLRCallback`."""
+        return self.call_event("on_rollout_end", args, state, control, rollout=rollout, plan=plan)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any) -> Any:
+        self._stop_training = self._stop_epoch = False
+        return super().on_train_begin(args, state, control)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any) -> Any:
+        control = super().on_substep_end(args, state, control)
         self._stop_training |= control.should_training_stop
         self._stop_epoch |= control.should_epoch_stop
         control.should_training_stop = control.should_epoch_stop = False
         return control
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+    def on_step_end(self, args: Any, state: Any, control: Any) -> Any:
+        control = super().on_step_end(args, state, control)
         control.should_training_stop |= self._stop_training
         control.should_epoch_stop |= self._stop_epoch
         self._stop_training = self._stop_epoch = False
         return control
+
+
+class BetweenRollouts:
+    """Requests to save or evaluate that come inside a rollout, until its updates are done: a checkpoint holds no half-used rollout.
+
+    Only a run that stops there for good saves at once; what is left of its rollout is then left out.
+    """
+
+    def __init__(self) -> None:
+        self._save = self._evaluate = False
+
+    def hold(self, control: Any, inside: bool) -> None:
+        """Takes up the requests of `control`, or, outside a rollout, gives back those that were held."""
+        stops = control.should_training_stop
+        if inside and not stops:
+            self._save |= control.should_save
+            self._evaluate |= control.should_evaluate
+            control.should_save = control.should_evaluate = False
+            return
+        if inside and (self._save or control.should_save):
+            logger.warning("the training stops inside a rollout: a run that goes on from here begins with a new one")
+        control.should_save |= self._save
+        control.should_evaluate |= self._evaluate
+        self._save = self._evaluate = False
 
 
 class RunFiles(RLRCallback):
@@ -109,7 +148,7 @@ class RunFiles(RLRCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder, step = Path(args.output_dir), state.global_step
-        find_best(folder, state)
+        CheckpointStore(folder).find_best(state)
         if not state.is_world_process_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +158,7 @@ class RunFiles(RLRCallback):
         self._rollouts = len(_keep_lines(folder / REWARDS_FILE, lambda row: row["step"] < step))
         self._started = time.perf_counter()
         self._write_run(folder / RUN_FILE, step)
-        supersede(folder, step)
+        CheckpointStore(folder).supersede(step)
 
     def _write_run(self, path: Path, step: int) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -15,8 +15,11 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 logger = logging.getLogger(__name__)
 
@@ -30,53 +33,218 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: incomplete, damaged, or of another kind of run."""
 
 
-def list_checkpoints(run_folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first."""
-    found = [path for path in run_folder.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=_updates)
+class CheckpointStore:
+    """The checkpoint folders of a run.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint folders, oldest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+        return sorted(found, key=_updates)
+
+    @contextlib.contextmanager
+    def writing(self, updates: int, is_main: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+        """A folder to write `checkpoint-<updates>` in; at the end it is sealed and gets its name. Collective.
+
+        Args:
+            updates: of the run so far.
+            is_main: whether this process writes what all share.
+            wait: waits for all processes.
+
+        Raises:
+            OSError: it cannot be written (a full disk); nothing half written is left.
+        """
+        aside, name = self.folder / f"{ASIDE}-{updates}", f"checkpoint-{updates}"
+        if is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_aside()
+        wait()
+        try:
+            yield aside
+            wait()
+            if is_main:
+                _seal(aside / name)
+                _publish(aside / name, self.folder / name)
+                self._remove_aside()
+        except Exception as error:  # torch and safetensors report a full disk as errors of their own kinds
+            shutil.rmtree(aside, ignore_errors=True)
+            complete = [path.name for path in self.checkpoints()]
+            free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+            raise OSError(
+                f"cannot write {self.folder / name} ({error}); {free / 1e9:.3g} GB are free there. "
+                + (f"The run can go on from {complete[-1]}" if complete else "No checkpoint was written before")
+                + "; make room, set save_total_limit, or choose another output_dir"
+            ) from error
+
+    def last_complete(self) -> Path:
+        """The newest checkpoint that can be used; damaged ones are passed over with a warning.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        reasons = []
+        for folder in reversed(self.checkpoints()):
+            try:
+                check(folder)
+            except CheckpointError as error:
+                logger.warning("passing over %s: %s", folder.name, error)
+                reasons.append(str(error))
+            else:
+                return folder
+        why = f": {reasons[0]}" if reasons else ""
+        raise CheckpointError(
+            f"resume_from_checkpoint=True, but {str(self.folder)!r} holds no complete checkpoint{why}; start anew in another folder, or set "
+            "overwrite=True"
+        )
+
+    def rotate(self, limit: int | None, best: str | None) -> None:
+        """Deletes the oldest checkpoints above `limit`, never the newest nor the best."""
+        if not limit or limit < 1:
+            return
+        folders = self.checkpoints()
+        kept = {folders[-1].resolve()} if folders else set()
+        if best is not None:
+            kept.add(Path(best).resolve())
+        for folder in reversed(folders):
+            if len(kept) < limit:
+                kept.add(folder.resolve())
+        for folder in folders:
+            if folder.resolve() not in kept:
+                doomed = folder.with_name(f"{ASIDE}-deleted-{folder.name}")
+                os.rename(folder, doomed)  # so that a kill leaves nothing that looks whole
+                with contextlib.suppress(OSError):  # the next save tries again
+                    _remove(doomed)
+
+    def supersede(self, updates: int) -> None:
+        """Renames the checkpoints past a number of updates: the run goes on from there, and they belong to a time that is undone."""
+        for folder in self.checkpoints():
+            if _updates(folder) <= updates:
+                continue
+            number, name = 1, f"{SUPERSEDED}-{folder.name}"
+            while os.path.lexists(self.folder / name):
+                number, name = number + 1, f"{SUPERSEDED}-{folder.name}-{number + 1}"
+            os.rename(folder, self.folder / name)
+            logger.warning("%s lies past update %d, from which this run goes on: it is now called %s", folder, updates, name)
+
+    def remove_all(self) -> None:
+        """Removes the checkpoints of an earlier run: a later resumption would take it up."""
+        for folder in self.checkpoints():
+            logger.warning("overwrite=True: removing %s of an earlier run", folder)
+            _remove(folder)
+
+    def name_best(self, state: Any, written: Path, is_main: bool) -> None:
+        """Trainer looks for the best checkpoint beside the one it writes: gives it the place where it is, or will be.
+
+        Args:
+            state: Trainer's.
+            written: the checkpoint that is being written.
+            is_main: whether this process writes what all share.
+        """
+        if not state.best_global_step:
+            return
+        folder = self.folder / f"checkpoint-{state.best_global_step}"
+        if folder.is_dir() or state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(folder)
+        if is_main:
+            state.save_to_json(str(written / "trainer_state.json"))
+
+    def find_best(self, state: Any) -> None:
+        """Gives a resumed run's best checkpoint the place where it is: the folder may have been moved or copied, whole or in part.
+
+        Args:
+            state: Trainer's; `best_model_checkpoint` is set.
+        """
+        known = state.best_model_checkpoint
+        if not state.best_global_step or (known is not None and Path(known).is_dir()):
+            return
+        folder = self.folder / f"checkpoint-{state.best_global_step}"
+        state.best_model_checkpoint = str(folder) if folder.is_dir() else None
+        if not folder.is_dir():
+            logger.warning(
+                "the best checkpoint so far, %s, is not there: load_best_model_at_end can load a better one alone", folder
+            )
+
+    def _remove_aside(self) -> None:
+        """Removes what killed runs left half written."""
+        for path in self.folder.glob(f"{ASIDE}-*"):
+            with contextlib.suppress(OSError):
+                _remove(path)
 
 
-def _updates(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def remove(folder: Path) -> None:
-    """Removes a folder with all that is in it; of a link the link alone.
+def check(folder: Path) -> None:
+    """Compares a checkpoint with its list of files.
 
     Raises:
-        OSError: it cannot be removed.
+        CheckpointError: names the first file that is missing or damaged.
     """
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: there is no such folder; give that of a checkpoint (checkpoint-*)"
+        )
+    if inside := CheckpointStore(folder).checkpoints():
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint but a folder of them; give one, such as {inside[-1]}, or make it output_dir and set "
+            "resume_from_checkpoint=True"
+        )
+    for name, (size, digest) in _read_list(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; take an earlier checkpoint")
+        found = path.stat().st_size
+        if found != size:
+            raise CheckpointError(f"{path} is damaged: {found} bytes, {size} were written; take an earlier checkpoint")
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of what was written; take an earlier checkpoint")
+        if path.suffix in (".pt", ".pth"):
+            _check_readable(path)
 
 
-def supersede(run_folder: Path, updates: int) -> None:
-    """Renames the checkpoints past a number of updates: the run goes on from there, and they belong to a time that is undone."""
-    for folder in list_checkpoints(run_folder):
-        if _updates(folder) <= updates:
-            continue
-        number, name = 1, f"{SUPERSEDED}-{folder.name}"
-        while os.path.lexists(run_folder / name):
-            number, name = number + 1, f"{SUPERSEDED}-{folder.name}-{number + 1}"
-        os.rename(folder, run_folder / name)
-        logger.warning("%s lies past update %d, from which this run goes on: it is now called %s", folder, updates, name)
+def _check_readable(path: Path) -> None:
+    """Refuses a file of torch's that holds more than data; its tensors stay on the disk.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    from transformers.trainer import safe_globals  # of the generator states that Trainer saves
+
+    try:
+        with safe_globals():
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch reports damage in many ways
+        raise CheckpointError(f"{path} cannot be read: {error}; take an earlier checkpoint") from error
 
 
-def aside(run_folder: Path, updates: int) -> Path:
-    """Where a checkpoint is written before it gets its name."""
-    return run_folder / f"{ASIDE}-{updates}"
+def _read_list(folder: Path) -> dict[str, tuple[int, str]]:
+    """The list of files: name -> (bytes, SHA-256).
+
+    Raises:
+        CheckpointError: it is missing, or damaged in any way.
+    """
+    path = folder / FILES_LIST
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: {FILES_LIST}, which is written last, is missing; take an earlier one"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); take an earlier checkpoint") from error
+    wrong = [name for name in listed if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts]
+    if wrong or not listed:
+        what = f"it names {wrong[0]!r}" if wrong else "it lists no files"
+        raise CheckpointError(f"{path} is damaged: {what}; take an earlier checkpoint")
+    return listed
 
 
-def remove_aside(run_folder: Path) -> None:
-    """Removes what killed runs left half written."""
-    for path in run_folder.glob(f"{ASIDE}-*"):
-        with contextlib.suppress(OSError):
-            remove(path)
-
-
-def seal(folder: Path) -> None:
+def _seal(folder: Path) -> None:
     """Writes the list of files, and makes everything in the folder durable."""
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -91,14 +259,14 @@ def seal(folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def publish(written: Path, final: Path) -> None:
+def _publish(written: Path, final: Path) -> None:
     """Gives a sealed folder its name; a checkpoint of the same update that already has it is replaced."""
     if final.exists():
         old = written.with_name(f"{written.name}-old")
         os.rename(final, old)
         os.rename(written, final)
         with contextlib.suppress(OSError):
-            remove(old)
+            _remove(old)
     else:
         os.rename(written, final)
     with contextlib.suppress(OSError):  # not every file system lets a folder be synchronized
@@ -109,93 +277,13 @@ def publish(written: Path, final: Path) -> None:
             os.close(descriptor)
 
 
-def check(folder: Path) -> None:
-    """Compares a checkpoint with its list of files.
-
-    Raises:
-        CheckpointError: names the first file that is missing or damaged.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint: there is no such folder; give that of a checkpoint (checkpoint-*)"
-        )
-    if inside := list_checkpoints(folder):
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint but a folder of them; give one, such as {inside[-1]}, or make it output_dir and set "
-            "resume_from_checkpoint=True"
-        )
-    try:
-        files = json.loads((folder / FILES_LIST).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint: {FILES_LIST}, which is written last, is missing; take an earlier one"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / FILES_LIST} is damaged ({error}); take an earlier checkpoint") from error
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; take an earlier checkpoint")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{path} is damaged: {size} bytes, {expected['bytes']} were written; take an earlier checkpoint")
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of what was written; take an earlier checkpoint")
+def _remove(folder: Path) -> None:
+    """Removes a folder with all that is in it; of a link the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
-def last_complete(run_folder: Path) -> Path:
-    """The newest checkpoint that can be used; damaged ones are passed over with a warning.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    reasons = []
-    for folder in reversed(list_checkpoints(run_folder)):
-        try:
-            check(folder)
-        except CheckpointError as error:
-            logger.warning("passing over %s: %s", folder.name, error)
-            reasons.append(str(error))
-        else:
-            return folder
-    why = f": {reasons[0]}" if reasons else ""
-    raise CheckpointError(
-        f"resume_from_checkpoint=True, but {str(run_folder)!r} holds no complete checkpoint{why}; start anew in another folder, or set "
-        "overwrite=True"
-    )
-
-
-def rotate(run_folder: Path, limit: int | None, best: str | None) -> None:
-    """Deletes the oldest checkpoints above `limit`, never the newest nor the best."""
-    if not limit or limit < 1:
-        return
-    folders = list_checkpoints(run_folder)
-    kept = {folders[-1].resolve()} if folders else set()
-    if best is not None:
-        kept.add(Path(best).resolve())
-    for folder in reversed(folders):
-        if len(kept) < limit:
-            kept.add(folder.resolve())
-    for folder in folders:
-        if folder.resolve() not in kept:
-            doomed = folder.with_name(f"{ASIDE}-deleted-{folder.name}")
-            os.rename(folder, doomed)  # so that a kill leaves nothing that looks whole
-            with contextlib.suppress(OSError):  # the next save tries again
-                remove(doomed)
-
-
-def find_best(run_folder: Path, state: Any) -> None:
-    """Gives a resumed run's best checkpoint the place where it is: the run's folder may have been moved or copied, whole or in part.
-
-    Args:
-        run_folder: the present one.
-        state: Trainer's; `best_model_checkpoint` is set.
-    """
-    known = state.best_model_checkpoint
-    if not state.best_global_step or (known is not None and Path(known).is_dir()):
-        return
-    folder = run_folder / f"checkpoint-{state.best_global_step}"
-    state.best_model_checkpoint = str(folder) if folder.is_dir() else None
-    if not folder.is_dir():
-        logger.warning("the best checkpoint so far, %s, is not there: load_best_model_at_end can load a better one alone", folder)
+def _updates(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])

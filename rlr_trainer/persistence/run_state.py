@@ -1,28 +1,25 @@
-"""Reading a checkpoint's files safely; which options a resumed run may change, and which state still fits it."""
+"""The state of a run beside weights and optimizer: named parts in one file of a checkpoint; what a resumed run may change."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
-from rlr_trainer.estimators.chain import Rollout
-from rlr_trainer.estimators.plan_draw import PlanDraw
-from rlr_trainer.estimators.zeroth_order import Perturbations
 from rlr_trainer.persistence.checkpoints import CheckpointError
-from rlr_trainer.pipelines import Conditioning, ScaledConditioning
-from rlr_trainer.rollouts.batches import Experience
-from rlr_trainer.training.config import RLRConfig
 
 logger = logging.getLogger(__name__)
 
-# Classes of this package that torch's safe loader may make; everything else in a file is tensors and plain containers.
-ROLLOUT_CLASSES: list[Any] = [Experience, Rollout, PlanDraw, Conditioning, ScaledConditioning, Perturbations]
+STATE_FILE = "rlr_state.pt"  # what all processes share
 Changes = dict[str, tuple[Any, Any]]  # option -> (the checkpoint's value, the present one)
 
 # Options of TrainingArguments that belong to the optimizer's state: a resumed run goes on with the checkpoint's values.
@@ -34,17 +31,73 @@ COMPARED_ARGUMENTS = (
 )
 # Options that say where and when, not what is computed: a resumed run may change them without a word.
 FREE_OPTIONS = {"overwrite", "log_estimator_norms", "log_images_steps", "num_log_images", "check_reward", "offload_rollouts"}
-# What may change inside a rollout: nothing of how its samples were made, scored and divided among updates.
-CHANGED_WITHIN_ROLLOUT = {
-    *("max_grad_norm", "max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_steps", "ema_decay", "memory_budget_gb"),
-    *("recompute", "log_step_norms", "eval_images_per_prompt", "reward_timeout", "on_reward_error", "reward_workers"),
-    *OPTIMIZER_ARGUMENTS,
-}
 REWARDS = "reward_function"  # an argument, compared like the options by the names of the functions
 _ONE_OPTIMIZER = {"adamw_torch", "adamw_torch_fused"}  # the same state
 
 
-def compared_settings(config: RLRConfig, rewards: list[str]) -> str:
+class Stateful(Protocol):
+    """A part of a run that goes on from where it was."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part made of two functions, for state that has no object of its own."""
+
+    state_dict: Callable[[], Any]
+    load_state_dict: Callable[[Any], None]
+
+
+class RunState:
+    """The parts of a run by name, saved and taken up together.
+
+    Args:
+        parts: name -> part, in the order in which they are taken up.
+        settings: what made them, as `compared_settings` has it.
+    """
+
+    def __init__(self, parts: Mapping[str, Stateful], settings: Callable[[], str]) -> None:
+        self.parts, self.settings = parts, settings
+
+    def save(self, folder: Path) -> None:
+        """Writes the state of all parts to a checkpoint. A part whose state is more than plain data makes it one to look at only."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        lost = [name for name, state in states.items() if not is_plain(state)]
+        for name in lost:
+            logger.warning(
+                "this checkpoint cannot be resumed: the state of its %s (metadata of prompts drawn ahead, or the prompt function's "
+                "state_dict) is not made of numbers, strings, tensors and containers",
+                name,
+            )
+            del states[name]
+        torch.save({"settings": self.settings(), "parts": states, "lost": lost}, folder / STATE_FILE)
+
+    def load(self, folder: Path, given_optimizer: bool) -> None:
+        """Takes up the state of all parts.
+
+        Args:
+            folder: the checkpoint.
+            given_optimizer: whether the optimizer is an object of the user's, and not made of the options.
+
+        Raises:
+            CheckpointError: the state is missing, damaged, or does not fit this run.
+        """
+        state = load_safely(folder / STATE_FILE)
+        check_changes(folder, compare(state["settings"], self.settings()), given_optimizer)
+        if state["lost"]:
+            raise CheckpointError(
+                f"cannot resume from {folder}: the state of its {state['lost'][0]} could not be stored; let metadata and the prompt function's "
+                "state_dict be numbers, strings, tensors and containers"
+            )
+        for name, part in self.parts.items():
+            if name in state["parts"]:  # a run may begin to average, or to keep statistics, here
+                part.load_state_dict(state["parts"][name])
+
+
+def compared_settings(config: Any, rewards: list[str]) -> str:
     """What a checkpoint keeps, as JSON, to compare it with the run that resumes it: options, and the names of the rewards."""
     settings = config.rlr_options() | {name: getattr(config, name) for name in COMPARED_ARGUMENTS}
     return json.dumps(settings | {REWARDS: rewards}, default=str)
@@ -91,53 +144,29 @@ def check_changes(folder: Path, changes: Changes, given_optimizer: bool) -> None
         )
 
 
-def check_changes_within_rollout(folder: Path, changes: Changes) -> None:
-    """Refuses options other than those that made the rollout in which a checkpoint was saved.
-
-    Raises:
-        CheckpointError: names the options.
-    """
-    refused = [name for name in changes if name not in CHANGED_WITHIN_ROLLOUT | FREE_OPTIONS]
-    if refused:
-        raise CheckpointError(
-            f"cannot resume from {folder} with {_listed(changes, refused)}: it was saved in the middle of a rollout, whose samples were made "
-            "with the options before; leave them as they were, or resume from a checkpoint at the end of a rollout"
-        )
-
-
-def fits(own: dict[str, Any], stored: dict[str, Any]) -> bool:
-    """Whether lists of one entry per step, or per start, have the same number of entries."""
-    return own.keys() == stored.keys() and all(len(own[name]) == len(stored[name]) for name in own)
-
-
 def _listed(changes: Changes, names: Iterable[str]) -> str:
     return "; ".join(f"{name}={changes[name][0]!r} -> {changes[name][1]!r}" for name in names)
 
 
-def load_safely(path: Path, allowed: contextlib.AbstractContextManager | None = None, device: str = "cpu") -> Any:
-    """Loads tensors, plain containers and the rollout's own classes, and nothing else.
+def load_safely(path: Path, allowed: contextlib.AbstractContextManager | None = None) -> Any:
+    """Loads tensors and plain containers to the CPU, and nothing else.
 
     Args:
         path: of the file.
-        allowed: a context in which torch takes other classes than the rollout's.
-        device: where tensors go that were not on the CPU; the machine that saved them may have had other devices.
+        allowed: a context in which torch takes classes that are none of these.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else.
     """
     try:
-        with allowed or torch.serialization.safe_globals(ROLLOUT_CLASSES):
-            return torch.load(path, map_location=lambda storage, saved: _placed(storage, saved, device), weights_only=True)
+        with allowed or contextlib.nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing: the folder is no checkpoint to resume from (save_only_model=True leaves it out)"
         ) from None
     except Exception as error:  # torch reports damage in many ways
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _placed(storage: Any, saved: str, device: str) -> Any:
-    return torch.serialization.default_restore_location(storage, "cpu" if saved == "cpu" else device)
 
 
 def is_plain(value: Any) -> bool:
@@ -147,3 +176,29 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return type(value) in (list, tuple) and all(is_plain(item) for item in value)
     return value is None or type(value) in (str, int, float, bool, torch.Tensor)
+
+
+def follow_schedule(scheduler: Any) -> None:
+    """Gives a resumed optimizer the rate of this run's schedule, not the one that a shorter run would have gone on with."""
+    schedule = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper has it inside
+    if not isinstance(schedule, LambdaLR):
+        return
+    rates = [rate * factor(schedule.last_epoch) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates  # what get_last_lr, and the log, give
+
+
+def load_generators_of_main_process(checkpoint: Path, own: str) -> None:
+    """Restores the global generators where the run had another number of processes, and Trainer finds no file `own` for this one.
+
+    Prompts come from the main process's generators.
+    """
+    others = [path for name in ("rng_state.pth", "rng_state_0.pth") if (path := checkpoint / name).is_file()]
+    if not (checkpoint / own).is_file() and others:
+        from transformers.trainer import safe_globals
+
+        state = load_safely(others[0], safe_globals())
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002  # as Trainer does
+        torch.set_rng_state(state["cpu"])

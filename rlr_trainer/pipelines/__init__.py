@@ -6,8 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rlr_trainer.pipelines.base import Conditioning, PipelineAdapter, PipelineChain, Policy, ScaledConditioning, cast_frozen
+from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
+from rlr_trainer.pipelines.chain import PipelineChain
+from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
+from rlr_trainer.pipelines.policy import Policy, cast_frozen
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
 
 logger = logging.getLogger(__name__)
@@ -69,10 +72,13 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 __all__ = [
     "ADAPTERS",
     "LORA_FILE",
+    "AnyConditioning",
     "Conditioning",
+    "Layout",
     "PipelineAdapter",
     "PipelineChain",
     "Policy",
+    "PromptCache",
     "ScaledConditioning",
     "StableDiffusionAdapter",
     "adapt",

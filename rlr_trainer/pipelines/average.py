@@ -56,3 +56,10 @@ class WeightAverage(TrainerCallback):
         """Makes the present weights the average after `updates` updates: resuming loads them there first."""
         self._average.shadow_params = [parameter.detach().clone() for parameter in self._parameters]
         self._average.optimization_step = updates
+
+    def state_dict(self) -> dict[str, int]:
+        """Of the count alone: the averaged weights are saved as weights."""
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.take_present_weights(state["updates"])

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlr_trainer.pipelines.base import PipelineChain, Policy, cast_frozen
+from rlr_trainer.pipelines.chain import PipelineChain
+from rlr_trainer.pipelines.policy import Policy, cast_frozen
 
 
 class ReferencePolicy:

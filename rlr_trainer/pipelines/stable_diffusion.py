@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlr_trainer.pipelines.base import PipelineAdapter
+from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.lora import load_lora_weights, save_lora_weights
 
 
@@ -48,12 +48,14 @@ class StableDiffusionAdapter(PipelineAdapter):
     def decoder(self) -> nn.Module:
         return self.pipeline.vae
 
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        """[C, H / f, W / f], f the VAE's scale factor.
+    def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
+        """Latents [C, H / f, W / f], f the VAE's scale factor.
 
         Raises:
-            ValueError: a size that is not a multiple of f.
+            ValueError: a size that is not a multiple of f; a number of frames.
         """
+        if num_frames is not None:
+            raise ValueError(f"num_frames={num_frames}: {type(self.pipeline).__name__} makes pictures, not videos; leave it unset")
         factor, size = self.pipeline.vae_scale_factor, self.pipeline.unet.config.sample_size
         own = (size, size) if isinstance(size, int) else tuple(size)
         edges = []
@@ -61,7 +63,7 @@ class StableDiffusionAdapter(PipelineAdapter):
             if pixels is not None and (pixels < factor or pixels % factor):
                 raise ValueError(f"{name}={pixels}: must be a positive multiple of {factor}, the VAE's scale factor")
             edges.append(default if pixels is None else pixels // factor)
-        return (self.pipeline.unet.config.in_channels, *edges)
+        return Layout((self.pipeline.unet.config.in_channels, *edges), edges[0] * factor, edges[1] * factor)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Text-encoder states [N, tokens, width], as the pipeline itself computes them."""
@@ -69,7 +71,7 @@ class StableDiffusionAdapter(PipelineAdapter):
         embeddings, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeddings}
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, layout: Layout) -> Tensor:
         """Pictures [N, 3, H, W], float32 in [0, 1]; in the VAE's own precision, within autocast too."""
         vae = self.pipeline.vae
         with torch.autocast(latents.device.type, enabled=False):

@@ -4,20 +4,80 @@ from __future__ import annotations
 
 import atexit
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from rlr_trainer.rewards.interface import RewardError
 
 _GLOO_SECONDS = 0.5  # the threads need microseconds, and on a busy machine their turn on the processor
 
 
-def of_main_process(value: Any, accelerator: Any) -> Any:
-    """The main process's value, on every process; collective."""
-    holder = [value]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(holder)
-    return holder[0]
+class Processes:
+    """The processes of a run. Its methods are collective: all processes must call them.
+
+    Args:
+        accelerator: accelerate's; of it `num_processes`, `process_index`, `device` and `gather` are used.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def index(self) -> int:
+        """Number of this one."""
+        return self.accelerator.process_index
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return self.accelerator.device
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, joined along the first dimension, on the CPU."""
+        return self.accelerator.gather(tensor.to(self.device)).cpu()
+
+    def gather_in_order(self, index: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Values of all processes in the order of their sample numbers, on the CPU: (numbers [S], values [S, ...])."""
+        numbers, gathered = self.gather(torch.cat(list(index))), self.gather(torch.cat(list(values)))
+        order = numbers.argsort()
+        return numbers[order], gathered[order]
+
+    def sum(self, count: int) -> int:
+        """The sum over the processes."""
+        return int(self.gather(torch.tensor([count])).sum())
+
+    def of_main(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        holder = [value]
+        if self.count > 1:
+            broadcast_object_list(holder)
+        return holder[0]
+
+    def raise_everywhere(self, failure: Exception | None, where: str) -> None:
+        """Raises the failure of a process, and an error that names it on all others, which would wait for it otherwise.
+
+        Raises:
+            RewardError: some process has a failure.
+        """
+        if self.count > 1:
+            failed = torch.nonzero(self.gather(torch.tensor([failure is not None], dtype=torch.int32))).flatten().tolist()
+            if failed and failure is None:
+                named = f"process {failed[0]}" if len(failed) == 1 else f"processes {', '.join(map(str, failed))}"
+                raise RewardError(
+                    f"scoring failed on {named} in {where}, so this process stops as well; the error is in the log of {named}"
+                )
+        if failure is not None:
+            raise failure
 
 
 def let_gloo_finish_at_exit() -> None:

@@ -1,80 +1,141 @@
-"""From latents to rewards and their gradients, for the batches of one rollout."""
+"""From latents to rewards, and to their gradients: the only way there is."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlr_trainer.estimators.first_order import NonDifferentiableRewardError
-from rlr_trainer.estimators.plan import EstimatorPlan
-from rlr_trainer.pipelines import PipelineAdapter
+from rlr_trainer.pipelines import Layout, PipelineAdapter
 from rlr_trainer.rewards.interface import RewardCalls, RewardError, RewardResult, Rewards
-from rlr_trainer.training.config import RLRConfig
-
-
-def check_rewards(rewards: Rewards, config: RLRConfig, plan: EstimatorPlan, processes: int, evaluates: bool) -> None:
-    """Refuses group-wise and async rewards where they cannot work.
-
-    Args:
-        evaluates: whether these rewards are to score an eval_dataset too.
-
-    Raises:
-        ValueError, NonDifferentiableRewardError: names the options and the way out.
-    """
-    reason = rewards.without_graph()
-    if plan.needs_differentiable_reward and reason is not None:
-        raise NonDifferentiableRewardError(
-            f"estimator={config.estimator!r} needs the reward's gradient, but {reason}, or choose a plan that needs none: estimator='ddpo', or "
-            "fo_steps=0 with rest_estimator='lr'"
-        )
-    if not rewards.needs_groups:
-        return
-    group, size = config.num_images_per_prompt, config.sample_batch_size
-    if group < 2:
-        raise ValueError(
-            f"a group-wise reward compares pictures of one prompt, but num_images_per_prompt={group}: set it to 2 or more"
-        )
-    if processes > 1 and size % group:
-        raise ValueError(
-            f"sample_batch_size={size} on {processes} processes: a group of num_images_per_prompt={group} pictures would be spread over "
-            f"processes, and a group-wise reward needs it in one; make sample_batch_size a multiple of {group}"
-        )
-    if evaluates:
-        raise ValueError(
-            "a group-wise reward cannot score an eval_dataset, of which every prompt is sampled once: pass an "
-            "eval_reward_function that scores pictures one by one, or leave eval_dataset out"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A sampling batch with its rewards.
+    """Samples with their rewards.
 
     Attributes:
         images: pictures, detached.
         result: rewards, detached.
         gradient: dR/dx_0 [B, ...] of the weighted sum, or [B, K, ...] of every reward before weights; 0 for samples without a reward. None if
-            the plan needs none.
+            it was not asked for.
     """
 
     images: Tensor
     result: RewardResult
-    gradient: Tensor | None
+    gradient: Tensor | None = None
 
 
-class RolloutScorer:
-    """Decodes and scores batches as they are sampled: `add` each, then `finish`. A context: leaving it drops calls not yet begun.
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Decodes latents and calls the rewards.
 
-    Black-box calls may still be running after `add` (`async_rewards`). Gradients are taken inside `add`, in pieces of
-    `reward_batch_size` samples, each decoded, scored and differentiated before the next.
+    Attributes:
+        adapter, layout: what decodes.
+        rewards: what is called.
+    """
+
+    adapter: PipelineAdapter
+    layout: Layout
+    rewards: Rewards
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1], with a graph if the latents have one."""
+        return self.adapter.decode(latents, self.layout)
+
+    def rate(self, images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], where: str) -> RewardResult:
+        """Rewards of pictures, without gradients."""
+        return self.rewards(images, prompts, metadata, differentiable=False, where=where)
+
+    def score(self, latents: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], where: str) -> Scored:
+        """Pictures and rewards of final latents [B, ...], without gradients."""
+        with torch.no_grad():
+            images = self.decode(latents)
+        return Scored(images, self.rate(images, prompts, metadata, where))
+
+    def differentiable(self, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:
+        """Final latents [B, ...] -> rewards [B] with a graph; 0 for a sample without a reward."""
+
+        def reward(latents: Tensor) -> Tensor:
+            return self.rewards(self.decode(latents), prompts, metadata, differentiable=True).total.nan_to_num()
+
+        return reward
+
+    def score_with_gradient(
+        self,
+        latents: Tensor,
+        prompts: tuple[str, ...],
+        metadata: tuple[Any, ...],
+        where: str,
+        *,
+        separately: bool = False,
+        on_error: str | None = None,
+    ) -> Scored:
+        """Pictures, rewards and dR/dx_0, in pieces of `reward_batch_size` samples, each decoded, scored and differentiated before the next.
+
+        Args:
+            latents: [B, ...].
+            prompts, metadata: B of each.
+            where: for messages.
+            separately: keep the gradient of every reward apart.
+            on_error: in place of the rewards' own.
+
+        Raises:
+            RewardError: a reward fails, or its gradient is not finite.
+            NonDifferentiableRewardError: a reward has no graph.
+        """
+        size = self.rewards.batch_size or len(latents)
+        calls = RewardCalls(self.rewards, on_error)
+        images, gradients, results = [], [], []
+        for first in range(0, len(latents), size):
+            part = slice(first, first + size)
+            x0 = latents[part].detach().requires_grad_(True)
+            with torch.enable_grad():
+                pictures = self.decode(x0)
+                calls.add(pictures, prompts[part], metadata[part], differentiable=True, where=where)
+                (result,) = calls.finish()
+                gradients.append(self._gradient(result, x0, prompts[part], where, separately))
+            images.append(pictures.detach())
+            results.append(result.detach())
+        return Scored(torch.cat(images), RewardResult.concatenate(results), torch.cat(gradients))
+
+    def _gradient(self, result: RewardResult, x0: Tensor, prompts: tuple[str, ...], where: str, separately: bool) -> Tensor:
+        """dR/dx_0 [B, ...] of the total or [B, K, ...] of all rewards; 0 where there is none."""
+        names = self.rewards.names if separately else [", ".join(self.rewards.names)]
+        valid = ~torch.isnan(result.total.detach())
+        found = []
+        for number, name in enumerate(names):
+            values = result.values[number] if separately else result.total
+            counts = valid & ~torch.isnan(values.detach())
+            (gradient,) = torch.autograd.grad(torch.where(counts, values, 0.0).sum(), x0, retain_graph=number + 1 < len(names))
+            gradient = torch.where(counts.reshape(-1, *[1] * (gradient.dim() - 1)), gradient, 0.0)
+            finite = torch.isfinite(gradient).flatten(1).all(1)
+            if not finite.all():
+                bad = [prompts[i] for i in torch.nonzero(~finite)[:, 0].tolist()]
+                raise RewardError(
+                    f"reward {name}: its gradient with respect to the picture is not finite for {len(bad)} of {len(prompts)} samples "
+                    f"(in {where}, prompts {bad[:3]}); look for sqrt, log or a norm at 0 in the reward"
+                )
+            found.append(gradient)
+        return torch.stack(found, 1) if separately else found[0]
+
+    def of_rollout(self, **how: Any) -> RolloutScoring:
+        """Scoring of batches while later ones are sampled; see `RolloutScoring`."""
+        return RolloutScoring(self, **how)
+
+
+class RolloutScoring:
+    """Scores batches as they are sampled: `add` each, then `finish`. A context: leaving it drops calls not yet begun.
+
+    Black-box calls may still be running after `add` (`async_rewards`). Gradients are taken inside `add`.
 
     Args:
-        adapter, rewards, plan: what scores, and whether gradients are needed.
+        scorer: what scores.
+        with_gradient: whether gradients are needed.
         separately: keep the gradient of every reward apart.
         defer: keep a failure for `failure` instead of raising it, so that this process goes on to meet the others.
         on_error: in place of the rewards' own.
@@ -85,24 +146,17 @@ class RolloutScorer:
     """
 
     def __init__(
-        self,
-        adapter: PipelineAdapter,
-        rewards: Rewards,
-        plan: EstimatorPlan,
-        *,
-        separately: bool = False,
-        defer: bool = False,
-        on_error: str | None = None,
+        self, scorer: Scorer, *, with_gradient: bool, separately: bool = False, defer: bool = False, on_error: str | None = None
     ) -> None:
-        self.adapter, self.rewards, self.plan = adapter, rewards, plan
+        self.scorer, self.with_gradient = scorer, with_gradient
         self.separately, self.defer, self.on_error = separately, defer, on_error
         self.seconds = 0.0
         self.failure: Exception | None = None
-        self._calls = RewardCalls(rewards, on_error)
+        self._calls = RewardCalls(scorer.rewards, on_error)
         self._images: list[Tensor] = []
         self._differentiated: list[Scored] = []
 
-    def __enter__(self) -> RolloutScorer:
+    def __enter__(self) -> RolloutScoring:
         return self
 
     def __exit__(self, *stopped: object) -> None:
@@ -114,11 +168,14 @@ class RolloutScorer:
             return
         started = time.perf_counter()
         try:
-            if self.plan.needs_differentiable_reward:
-                self._differentiated.append(self._differentiate(latents, prompts, metadata, where))
+            if self.with_gradient:
+                scored = self.scorer.score_with_gradient(
+                    latents, prompts, metadata, where, separately=self.separately, on_error=self.on_error
+                )
+                self._differentiated.append(scored)
             else:
                 with torch.no_grad():
-                    self._images.append(self.adapter.decode(latents))
+                    self._images.append(self.scorer.decode(latents))
                 self._calls.add(self._images[-1], prompts, metadata, where=where)
         except Exception as error:
             self._fail(error)
@@ -136,66 +193,12 @@ class RolloutScorer:
         self.seconds += time.perf_counter() - started
         if self.failure is not None:
             return []
-        return self._differentiated or [Scored(i, r, None) for i, r in zip(self._images, results, strict=True)]
+        return self._differentiated or [Scored(i, r) for i, r in zip(self._images, results, strict=True)]
 
     def _fail(self, error: Exception) -> None:
         if not self.defer:
             raise error
         self.failure = error
-
-    def _differentiate(self, latents: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], where: str) -> Scored:
-        size = self.rewards.batch_size or len(latents)
-        calls = RewardCalls(self.rewards, self.on_error)
-        images, gradients, results = [], [], []
-        for first in range(0, len(latents), size):
-            part = slice(first, first + size)
-            x0 = latents[part].detach().requires_grad_(True)
-            with torch.enable_grad():
-                pictures = self.adapter.decode(x0)
-                calls.add(pictures, prompts[part], metadata[part], differentiable=True, where=where)
-                (result,) = calls.finish()
-                gradients.append(self._gradient(result, x0, prompts[part], where))
-            images.append(pictures.detach())
-            results.append(result.detach())
-        return Scored(torch.cat(images), RewardResult.concatenate(results), torch.cat(gradients))
-
-    def _gradient(self, result: RewardResult, x0: Tensor, prompts: tuple[str, ...], where: str) -> Tensor:
-        """dR/dx_0 [B, ...] of the total or [B, K, ...] of all rewards; 0 where there is none."""
-        names = self.rewards.names if self.separately else [", ".join(self.rewards.names)]
-        valid = ~torch.isnan(result.total.detach())
-        found = []
-        for number, name in enumerate(names):
-            values = result.values[number] if self.separately else result.total
-            counts = valid & ~torch.isnan(values.detach())
-            (gradient,) = torch.autograd.grad(torch.where(counts, values, 0.0).sum(), x0, retain_graph=number + 1 < len(names))
-            gradient = torch.where(counts.reshape(-1, *[1] * (gradient.dim() - 1)), gradient, 0.0)
-            finite = torch.isfinite(gradient).flatten(1).all(1)
-            if not finite.all():
-                bad = [prompts[i] for i in torch.nonzero(~finite)[:, 0].tolist()]
-                raise RewardError(
-                    f"reward {name}: its gradient with respect to the picture is not finite for {len(bad)} of {len(prompts)} samples "
-                    f"(in {where}, prompts {bad[:3]}); look for sqrt, log or a norm at 0 in the reward"
-                )
-            found.append(gradient)
-        return torch.stack(found, 1) if self.separately else found[0]
-
-
-def raise_everywhere(failure: Exception | None, accelerator: Any, where: str) -> None:
-    """Raises the failure of a process, and an error that names it on all others, which would wait for it otherwise. Collective.
-
-    Raises:
-        RewardError: some process has a failure.
-    """
-    if accelerator.num_processes > 1:
-        flag = torch.tensor([failure is not None], dtype=torch.int32, device=accelerator.device)
-        failed = torch.nonzero(accelerator.gather(flag)).flatten().tolist()
-        if failed and failure is None:
-            named = f"process {failed[0]}" if len(failed) == 1 else f"processes {', '.join(map(str, failed))}"
-            raise RewardError(
-                f"scoring failed on {named} in {where}, so this process stops as well; the error is in the log of {named}"
-            )
-    if failure is not None:
-        raise failure
 
 
 def check_some_reward(values: Tensor, rewards: Rewards, errors: int, where: str) -> None:

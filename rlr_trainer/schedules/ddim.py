@@ -93,6 +93,14 @@ class DDIMSchedule:
     def num_steps(self) -> int:
         return len(self.timesteps)
 
+    def time(self, step: int) -> int:
+        """The timestep of a step."""
+        return self.timesteps[step]
+
+    def clean(self, step: int, x: Tensor, output: Tensor) -> Tensor:
+        """Predicted clean latent, [N, ...] (eq. 9)."""
+        return self.clean_and_noise(step, x, output)[0]
+
     def clean_and_noise(self, step: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted clean latent and noise, [N, ...] each, from the network's output at `x` (eq. 9 and 12)."""
         alpha = self.alphas[step]
@@ -107,7 +115,7 @@ class DDIMSchedule:
             clean = clean.clamp(-self.clip_range, self.clip_range)
         return clean, noise
 
-    def mean_and_std(self, step: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    def transition(self, step: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [N, ...] and std (a scalar tensor) of the next latent (eq. 12)."""
         clean, noise = self.clean_and_noise(step, x, output)
         alpha_next, std = self.alphas_next[step], self.stds[step]

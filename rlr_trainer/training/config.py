@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from rlr_trainer.estimators.plan import NAMED_STARTS, EstimatorPlan, PlanError
-from rlr_trainer.training.trl import compat
+from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
 
 logger = logging.getLogger(__name__)
@@ -221,15 +222,27 @@ class RLRConfig(TrainingArguments):
         """The run that a DDPOConfig or AlignPropConfig of TRL 0.23.1 describes; `options` replace what it says.
 
         Raises:
-            ValueError: a setting that cannot be honoured, see `compat.options_of_trl_config`.
+            ValueError: a setting that cannot be honoured, see `configs.options_of_trl_config`.
         """
-        converted = cls(**(compat.options_of_trl_config(config) | options))
-        if compat.trl_config_kind(config) == converted.estimator == "ddpo":
+        converted = cls(**(configs.options_of_trl_config(config) | options))
+        converted._from_trl = "output_dir" not in options
+        if configs.trl_config_kind(config) == converted.estimator == "ddpo":
             # the trainer, which knows the latents' size, brings them to the unit of its gradient
-            compat.mark_mean_density(converted, {"max_grad_norm", "adam_epsilon"} - options.keys())
+            configs.mark_mean_density(converted, {"max_grad_norm", "adam_epsilon"} - options.keys())
         return converted
 
     from_ddpo = from_trl
+
+    @property
+    def output_dir_is_default(self) -> bool:
+        """Whether nobody chose `output_dir` by name: then another run in it is no reason to refuse."""
+        return "output_dir" not in self._changed or getattr(self, "_from_trl", False)
+
+    @property
+    def device(self) -> Any:
+        """Trainer's; of a process on a CPU plain "cpu", where accelerate numbers them and transformers 4 cannot load an optimizer."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def rollout_size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,20 +18,21 @@ EXIT_TERMINATED = 128 + signal.SIGTERM  # what a shell reports for a process tha
 
 
 class StopOnTermination(TrainerCallback):
-    """On SIGTERM, saves a checkpoint at the end of the update and stops the training; on a second one the process ends at once.
+    """On SIGTERM, saves a checkpoint at the end of the rollout's updates and stops the training; on a second one the process ends at once.
 
     It takes the signal only where nothing else has (a handler of the user's, or of a launcher, stays) and gives it back after
     training. All processes of a run agree, at the end of each update, on whether to stop.
 
     Args:
         accelerator: of the trainer.
+        inside_rollout: whether updates of the present rollout are still to come.
 
     Attributes:
         stopped: whether the training was stopped by the signal.
     """
 
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Any, inside_rollout: Callable[[], bool] = lambda: False) -> None:
+        self.accelerator, self.inside_rollout = accelerator, inside_rollout
         self.stopped = False
         self._received = False
         self._installed = False
@@ -57,14 +58,16 @@ class StopOnTermination(TrainerCallback):
     def _receive(self, number: int, frame: Any) -> None:
         self._received = True
         self._give_back()
-        logger.warning("SIGTERM: saving a checkpoint at the end of this update, then leaving (once more: leaving at once)")
+        logger.warning(
+            "SIGTERM: saving a checkpoint when the updates of this rollout are done, then leaving (once more: leaving at once)"
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         received = self._received
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(received), device=self.accelerator.device)
             received = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-        if received:
+        if received and not self.inside_rollout():
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from rlr_trainer.estimators.chain import Parameters
+from rlr_trainer.rollouts.processes import Processes
 
 LARGEST = {"ratio/max_abs_dev"}  # metrics of which the largest value is logged, not the mean
 
@@ -65,18 +65,33 @@ def _norm(tensors: dict[str, Tensor]) -> float:
     return total**0.5
 
 
-def summarize(taken: Mapping[str, Sequence[float]], accelerator: Any) -> dict[str, float]:
-    """The mean of the values under each name, of those in `LARGEST` the largest, over all processes; NaN where one is. Collective.
+class MetricsLog:
+    """Values taken down since the last log line. All processes take down the same names."""
 
-    Every process has values under the same names.
-    """
-    names = sorted(taken)
-    if not names:
-        return {}
-    is_largest = torch.tensor([name in LARGEST for name in names])
-    columns = [torch.tensor(taken[name], dtype=torch.float64) for name in names]
-    own = torch.stack([column.max() if name in LARGEST else column.mean() for name, column in zip(names, columns, strict=True)])
-    if accelerator.num_processes > 1:
-        everyone = accelerator.gather(own[None].to(accelerator.device)).cpu()
-        own = torch.where(is_largest, everyone.amax(0), everyone.mean(0))
-    return dict(zip(names, own.tolist(), strict=True))
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Takes down one value under each name."""
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append(value)
+
+    def take(self, processes: Processes) -> dict[str, float]:
+        """The mean under each name, of those in `LARGEST` the largest, over all processes; NaN where one is. Collective; begins anew."""
+        names = sorted(self.values)
+        if not names:
+            return {}
+        is_largest = torch.tensor([name in LARGEST for name in names])
+        columns = [torch.tensor(self.values[name], dtype=torch.float64) for name in names]
+        own = torch.stack([column.max() if name in LARGEST else column.mean() for name, column in zip(names, columns, strict=True)])
+        if processes.count > 1:
+            everyone = processes.gather(own[None])
+            own = torch.where(is_largest, everyone.amax(0), everyone.mean(0))
+        self.values = {}
+        return dict(zip(names, own.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {name: list(values) for name, values in self.values.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self.values = {name: list(values) for name, values in state.items()}

@@ -1,26 +1,236 @@
-"""One update of `RLRTrainer`: feedback and sweep of each micro-batch, the zeroth-order part, and what is taken down of them."""
+"""One update: the gradient of its micro-batches, the zeroth-order part, and what is taken down of them."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.divergence import Penalty
-from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, prediction_critic
+from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.plan_state import PlanState
+from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE
 from rlr_trainer.estimators.sweep import Feedback, Sweep, SweepResult
 from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.pipelines import PipelineChain
 from rlr_trainer.pipelines.reference import ReferencePolicy
-from rlr_trainer.rollouts.batches import Experience
-from rlr_trainer.training.evaluator import SamplingTrainer
+from rlr_trainer.rollouts.batches import ScoredBatch
+from rlr_trainer.rollouts.processes import Processes
+from rlr_trainer.rollouts.sampler import Sampler
+from rlr_trainer.rollouts.scorer import Scorer
 from rlr_trainer.training.meters import GradientMeter
 
 logger = logging.getLogger(__name__)
+
+# (surrogate of one backward pass, whether it ends the update) -> what the gradients were multiplied by
+Backward = Callable[[Tensor, bool], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateOptions:
+    """How an update is computed.
+
+    Attributes:
+        samples: of one update, per process.
+        clip_range: of the ratio, once the weights are not those that sampled; None is unclipped.
+        kl_coef: weight of the divergence from the reference policy; None or 0 for none.
+        recompute: see `Sweep`.
+        half_precision: fp16, where rewards of predictions get a loss scale.
+        measure_parts, measure_steps: take down the gradient norm of every part, and of every step.
+    """
+
+    samples: int
+    clip_range: float | None = None
+    kl_coef: float | None = None
+    recompute: str = "recursive"
+    half_precision: bool = False
+    measure_parts: bool = True
+    measure_steps: bool = False
+
+
+class Updater:
+    """Accumulates the gradient of updates. For every rollout `begin`, for every micro-batch `accumulate`, after the last of an update `finish`.
+
+    Args:
+        sampler: makes the chain of a batch.
+        scorer: scores one-step predictions.
+        plan_state: the plan in force; its factors and starts learn from each update.
+        processes: of the run.
+        options: see there.
+        reference: the reference policy, or None.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        scorer: Scorer,
+        plan_state: PlanState,
+        processes: Processes,
+        options: UpdateOptions,
+        reference: ReferencePolicy | None = None,
+    ) -> None:
+        self.sampler, self.scorer, self.plan_state, self.processes = sampler, scorer, plan_state, processes
+        self.options, self.reference = options, reference
+        self._params: Mapping[str, nn.Parameter] = sampler.policy.trainable_parameters()
+        self._meter = GradientMeter(self._params)
+        self._zeroth: dict[str, Tensor] = {}
+        self._valid_fraction = 1.0
+
+    @property
+    def plan(self) -> EstimatorPlan:
+        return self.plan_state.plan
+
+    @property
+    def _share(self) -> float:
+        """Weight of one sample: 1 / samples with a reward. DDP averages over processes, Trainer sums micro-batches."""
+        return 1.0 / (self.options.samples * self._valid_fraction)
+
+    def begin(self, batches: Sequence[ScoredBatch], valid_fraction: float) -> None:
+        """Takes a rollout: the share of its samples that have a reward, and the zeroth-order part, over all processes."""
+        self._valid_fraction = valid_fraction
+        self._zeroth = {}
+        share = self._share * self.plan.rest_weight
+        for batch in batches:
+            if batch.perturbations is not None and batch.zeroth_advantage is not None:
+                terms = zeroth_order(batch.zeroth_advantage * share, batch.draw.zeroth, batch.perturbations, self._params)
+                for name, term in terms.items():
+                    self._zeroth[name] = self._zeroth.get(name, torch.zeros_like(term)) + term
+        reduce = self.processes.accelerator.reduce
+        self._zeroth = {name: reduce(term, reduction="mean") for name, term in self._zeroth.items()}
+
+    def accumulate(
+        self,
+        model: nn.Module,
+        batch: ScoredBatch,
+        backward: Backward,
+        *,
+        factor: float = 1.0,
+        on_policy: bool = True,
+        ends_update: bool = True,
+    ) -> dict[str, float]:
+        """Adds the gradient of a micro-batch to that of the update.
+
+        Args:
+            model: the policy as Trainer wrapped it.
+            batch: the samples.
+            backward: differentiates a surrogate, which ascends the reward.
+            factor: what `backward` multiplies gradients by.
+            on_policy: whether the weights are still those that sampled. Then a ratio differs from 1 by rounding alone, which over a small
+                noise may exceed the clip range: nothing is clipped.
+            ends_update: whether the update's last backward pass is here; distributed wrappers synchronize there.
+
+        Returns:
+            Metrics of the micro-batch: `loss`, and the ratios where steps are scored.
+        """
+        chain = self.sampler.chain(model, batch.conditioning)
+        clip_range = None if on_policy else self.options.clip_range
+        is_first_order = batch.draw.first_order
+
+        @contextlib.contextmanager
+        def scope(steps: list[int], is_last: bool) -> Iterator[None]:
+            nonlocal ends
+            ends = is_last and ends_update
+            with contextlib.ExitStack() as stack:
+                if not ends:
+                    stack.enter_context(self.processes.accelerator.no_sync(model))
+                if self.options.measure_parts:
+                    part = "fo" if bool(is_first_order[:, steps[-1]].any()) else "ho"
+                    stack.enter_context(self._meter.measuring(steps[0], part, factor))
+                yield
+
+        ends = ends_update
+        sweep = Sweep.of_plan(
+            self.plan,
+            chain,
+            chain.parameters(),
+            lambda surrogate: backward(surrogate, ends),
+            self.scorer.differentiable(batch.prompts, batch.metadata),
+            control_scale=self.plan_state.control_scale,
+            reward_loss_scale=FP16_LOSS_SCALE if self.options.half_precision else 1.0,
+            scope=scope,
+            recompute=self.options.recompute,
+            clip_range=clip_range,
+            mean_density=True,
+        )
+        result = sweep.run(batch.rollout, batch.draw, self._feedback(chain, batch))
+        self._fit_control_variate(batch, result)
+        return self._metrics(batch, result, clip_range)
+
+    def finish(self, batch: ScoredBatch, factor: float = 1.0) -> dict[str, float]:
+        """Completes the update after its last micro-batch, `batch`: adds the zeroth-order part to `.grad`.
+
+        Returns:
+            Gradient norms of the parts and, if asked for, of the steps; the start of the sub-chain.
+        """
+        norms = self._meter.part_norms()
+        if self._zeroth:
+            for name, term in self._zeroth.items():
+                gradient = self._params[name].grad
+                self._params[name].grad = factor * term if gradient is None else gradient.add_(term, alpha=factor)
+            norms["zo"] = sum(float(term.square().sum()) for term in self._zeroth.values()) ** 0.5
+            self._zeroth = {}
+        metrics = {f"estimator/{part}_grad_norm": norm for part, norm in norms.items()}
+        if self.options.measure_steps:
+            metrics |= {f"estimator/step_grad_norm/{step}": norm for step, norm in self._meter.step_norms().items()}
+        start = int(batch.draw.start[0])
+        if start >= 0:
+            metrics["estimator/subchain_start"] = float(start)
+        if self.plan_state.starts is not None:
+            square = sum(n**2 for s, n in self._meter.step_norms().items() if start <= s < start + self.plan.ho_length)
+            # each process measures its own samples' gradient; all must draw the next start from the same distribution
+            mean = self.processes.accelerator.reduce(torch.tensor(square, device=self.processes.device), reduction="mean")
+            self.plan_state.starts.update(start, float(mean) ** 0.5)
+        self._meter.reset()
+        return metrics
+
+    def reset(self) -> None:
+        """Forgets an update that was begun."""
+        self._zeroth = {}
+        self._meter.reset()
+
+    def _feedback(self, chain: PipelineChain, batch: ScoredBatch) -> Feedback:
+        penalty = None
+        if self.reference is not None and self.options.kl_coef and batch.divergence_to_go is not None:
+            # of all samples, rewarded or not
+            weight = torch.full_like(batch.scale, self.options.kl_coef * self._share * self._valid_fraction)
+            penalty = Penalty(self.reference.steps_of(chain), weight, batch.divergence_to_go)
+        return Feedback.of(
+            self.plan,
+            Advantages(batch.advantage, batch.scale),
+            self._share,
+            reward_gradient=batch.reward_gradient,
+            blocks=batch.index // 2 if self.plan.uses_zeroth_order and self.plan.zo_antithetic else None,
+            penalty=penalty,
+        )
+
+    def _fit_control_variate(self, batch: ScoredBatch, result: SweepResult) -> None:
+        scale = self.plan_state.control_scale
+        if scale is None or not result.critic_values:
+            return
+        steps, values = zip(*result.critic_values.items(), strict=True)  # the same steps in every process
+        rewards = batch.rewards.to(values[0])
+        rewards, *gathered = self.processes.accelerator.gather(torch.stack([rewards, *values], 1)).unbind(1)
+        for step, value in zip(steps, gathered, strict=True):
+            scale.update(step, rewards, value)
+
+    def _metrics(self, batch: ScoredBatch, result: SweepResult, clip_range: float | None) -> dict[str, float]:
+        objective = result.objective
+        if self.plan.fo_range[1] > 0:
+            objective += float(batch.rewards.nansum()) * self._share
+        metrics = {"loss": -objective * self.options.samples / len(batch)}  # as if the micro-batch were the whole update
+        if result.log_ratios:
+            ratio = torch.stack(list(result.log_ratios.values())).exp()  # [scored steps, B]
+            deviation = (ratio - 1).abs()
+            metrics["ratio/mean"] = float(ratio.mean())
+            metrics["ratio/max_abs_dev"] = float(deviation.max())
+            metrics["clip_ratio"] = float((deviation > clip_range).float().mean()) if clip_range else 0.0
+        return metrics
 
 
 def check_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> None:
@@ -60,159 +270,3 @@ def lower_loss_scale(scaler: Any, latent_entries: int) -> None:
     if scaler is not None:
         state = scaler.state_dict()
         scaler.load_state_dict(state | {"scale": state["scale"] / latent_entries})
-
-
-class UpdatingTrainer(SamplingTrainer):
-    """The part of `RLRTrainer` that accumulates the gradient of an update."""
-
-    reference: ReferencePolicy | None
-    _meter: GradientMeter
-    _zeroth_order_gradient: dict[str, Tensor]
-    _ends_update = True  # whether the present backward pass is the last of its update
-    _on_policy = True  # whether the weights are those that sampled
-
-    def _share(self) -> float:
-        """Weight of one sample in an update: 1 / samples with a reward. DDP averages over processes, Trainer sums micro-batches."""
-        per_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return 1.0 / (per_process * self._valid_fraction)
-
-    def _feedback(self, chain: PipelineChain, experience: Experience) -> Feedback:
-        assert experience.advantage is not None and experience.scale is not None
-        share = self._share()
-        scale = experience.scale * share
-        gradient = experience.reward_gradient
-        if gradient is not None:
-            gradient = self.plan.fo_weight * gradient * scale.reshape(-1, *[1] * (gradient.dim() - 1))
-        paired = self.plan.uses_zeroth_order and self.plan.zo_antithetic
-        blocks = experience.index // 2 if paired else None
-        penalty = None
-        if self.reference is not None and self.args.kl_coef:
-            assert experience.divergence_to_go is not None
-            weight = torch.full_like(scale, self.args.kl_coef * share * self._valid_fraction)  # of all samples, rewarded or not
-            penalty = Penalty(self.reference.steps_of(chain), weight, experience.divergence_to_go)
-        return Feedback(
-            advantage=experience.advantage * share, reward_gradient=gradient, scale=scale, blocks=blocks, penalty=penalty
-        )
-
-    @property
-    def _clip_range(self) -> float | None:
-        """clip_range where there is something to clip: before the first update a ratio differs from 1 by rounding alone.
-
-        That of another batch size, over a small noise, exceeds DDPO's clip range: clipping would drop terms at random.
-        """
-        return None if self._on_policy else self.args.clip_range
-
-    def _sweep(self, model: nn.Module, chain: PipelineChain, experience: Experience) -> Sweep:
-        params = chain.parameters()
-        synchronizes = self.accelerator.sync_gradients
-        is_first_order = experience.draw.first_order
-
-        @contextlib.contextmanager
-        def scope(steps: list[int], is_last: bool) -> Iterator[None]:
-            self._ends_update = is_last and synchronizes
-            with contextlib.ExitStack() as stack:
-                if not self._ends_update:
-                    stack.enter_context(self.accelerator.no_sync(model))
-                if self.args.log_estimator_norms:
-                    part = "fo" if bool(is_first_order[:, steps[-1]].any()) else "ho"
-                    stack.enter_context(self._meter.measuring(steps[0], part, self._backward_factor()))
-                yield
-
-        def reward(latents: Tensor) -> Tensor:
-            images = self.adapter.decode(latents)
-            return self.rewards(images, experience.prompts, experience.metadata, differentiable=True).total.nan_to_num()
-
-        loss_scale = FP16_LOSS_SCALE if self.args.fp16 else 1.0
-        return Sweep(
-            chain,
-            params,
-            backward=self._backward,
-            scope=scope,
-            recompute=self.args.recompute,
-            critic=prediction_critic(chain, params, reward, loss_scale) if self.plan.uses_prediction else None,
-            control_scale=self.control_scale,
-            clip_range=self._clip_range,
-            mean_density=True,
-        )
-
-    def _backward(self, surrogate: Tensor) -> float:
-        """Surrogates ascend the reward and optimizers descend: the sign is turned here, once."""
-        if self.is_deepspeed_enabled:  # its engine takes the optimizer step itself, in the backward pass that ends the update
-            engine = self.accelerator.deepspeed_engine_wrapped
-            engine.backward(-surrogate, sync_gradients=self._ends_update, scale_wrt_gas=False)
-        else:
-            self.accelerator.backward(-surrogate)
-        return self._backward_factor()
-
-    def _backward_factor(self) -> float:
-        """What `_backward` multiplies gradients by: the sign, and the loss scale of fp16."""
-        scaler = self.accelerator.scaler
-        return -(scaler.get_scale() if scaler is not None else 1.0)
-
-    def _zeroth_order(self, batches: Sequence[Experience], advantages: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Zeroth-order part of the update's gradient, over all processes."""
-        params = self.policy.trainable_parameters()
-        total = {name: torch.zeros_like(p) for name, p in params.items()}
-        share = self._share() * self.plan.rest_weight
-        for batch, advantage in zip(batches, advantages, strict=True):
-            assert batch.perturbations is not None
-            for name, term in zeroth_order(advantage * share, batch.draw.zeroth, batch.perturbations, params).items():
-                total[name] += term
-        return {name: self.accelerator.reduce(term, reduction="mean") for name, term in total.items()}
-
-    def _finish_update(self, experience: Experience) -> None:
-        """After the last micro-batch of an update: adds the zeroth-order part, and takes down the norms of the parts."""
-        params = self.policy.trainable_parameters()
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.scale(torch.zeros((), device=self.accelerator.device))  # sets it up, where no backward pass did
-        factor = self._backward_factor()
-        for name, term in self._zeroth_order_gradient.items():
-            gradient = params[name].grad
-            params[name].grad = factor * term if gradient is None else gradient.add_(term, alpha=factor)
-        norms = self._meter.part_norms()
-        if self._zeroth_order_gradient:
-            norms["zo"] = sum(float(term.square().sum()) for term in self._zeroth_order_gradient.values()) ** 0.5
-            self._zeroth_order_gradient = {}
-        for part, norm in norms.items():
-            self._metrics[f"estimator/{part}_grad_norm"].append(norm)
-        if self.args.log_step_norms:
-            for step, norm in self._meter.step_norms().items():
-                self._metrics[f"estimator/step_grad_norm/{step}"].append(norm)
-        start = int(experience.draw.start[0])
-        if start >= 0:
-            self._metrics["estimator/subchain_start"].append(float(start))
-        if self.starts is not None:
-            square = sum(n**2 for s, n in self._meter.step_norms().items() if start <= s < start + self.plan.ho_length)
-            # each process measures its own samples' gradient; all must draw the next start from the same distribution
-            square = self.accelerator.reduce(torch.tensor(square, device=self.accelerator.device), reduction="mean")
-            self.starts.update(start, float(square) ** 0.5)
-        self._meter.reset()
-
-    def _record_sweep(self, experience: Experience, result: SweepResult) -> Tensor:
-        """Takes down ratios, fits the control variate, and returns the loss: minus the surrogate objective."""
-        assert experience.advantage is not None
-        if self.control_scale is not None and result.critic_values:
-            steps, values = zip(*result.critic_values.items(), strict=True)  # the same steps in every process
-            rewards = experience.rewards.to(values[0])
-            rewards, *gathered = self.accelerator.gather(torch.stack([rewards, *values], 1)).unbind(1)
-            for step, value in zip(steps, gathered, strict=True):
-                self.control_scale.update(step, rewards, value)
-        # means over the samples with a reward, of which a micro-batch may have more than its share, or none
-        objective = torch.zeros((), device=self.accelerator.device)
-        if self.plan.fo_range[1] > 0:
-            objective += experience.rewards.nansum().to(objective) / (len(experience) * self._valid_fraction)
-        if result.log_ratios:
-            ratio = torch.stack(list(result.log_ratios.values())).exp()  # [scored steps, B]
-            deviation = (ratio - 1).abs()
-            self._metrics["ratio/mean"].append(float(ratio.mean()))
-            self._metrics["ratio/max_abs_dev"].append(float(deviation.max()))
-            clip_range = self._clip_range
-            self._metrics["clip_ratio"].append(float((deviation > clip_range).float().mean()) if clip_range else 0.0)
-            surrogate = experience.advantage * ratio
-            if clip_range:
-                surrogate = torch.minimum(surrogate, experience.advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
-            objective += surrogate.mean() / self._valid_fraction
-        if self.args.kl_coef and experience.divergences is not None:
-            objective -= self.args.kl_coef * experience.divergences.sum(1).mean().to(objective)
-        self._metrics["loss"].append(-float(objective))
-        return -objective / self.args.gradient_accumulation_steps

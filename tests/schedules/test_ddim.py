@@ -46,7 +46,7 @@ def largest_difference(scheduler: DDIMScheduler, num_steps: int, eta: float, dty
     for step, timestep in enumerate(schedule.timesteps):
         x, output = latent_and_output(schedule, step, dtype)
         expected = scheduler.step(output, timestep, x, eta=eta, variance_noise=noise)
-        mean, std = schedule.mean_and_std(step, x, output)
+        mean, std = schedule.transition(step, x, output)
         assert mean.dtype == std.dtype == dtype and std.shape == ()
         clean, _ = schedule.clean_and_noise(step, x, output)
         for ours, theirs in ((next_latent(mean, std, noise), expected.prev_sample), (clean, expected.pred_original_sample)):
@@ -162,7 +162,7 @@ def test_other_schedulers_are_read_by_their_configuration(kind):
 def test_a_gradient_flows_through_mean_and_prediction():
     schedule = DDIMSchedule.from_scheduler(make(), 10, 1.0)
     x, output, _ = (t.requires_grad_() for t in tensors(torch.float64))
-    mean, std = schedule.mean_and_std(4, x, output)
+    mean, std = schedule.transition(4, x, output)
     mean.sum().backward()
     alpha, following = schedule.alphas[4], schedule.alphas_next[4]
     direction = (1 - following - schedule.stds[4] ** 2) ** 0.5

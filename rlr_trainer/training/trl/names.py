@@ -23,12 +23,11 @@ MEMBERS = {
     "_load_model_hook": "train(resume_from_checkpoint=...); PipelineAdapter.load_lora and load_denoiser",
     "_save_pretrained": "save_pretrained(folder)",
     "config": "args, an RLRConfig",
-    "stat_tracker": "statistics",
+    "stat_tracker": "config.advantage='per_prompt' and per_prompt_buffer_size; parts.statistics holds them",
     "neg_prompt_embed": "config.negative_prompt",
     "executor": "config.async_rewards and reward_workers",
     "first_epoch": "state.epoch",
     "num_train_timesteps": "args.rest_num_steps (None: all)",
-    "image_samples_callback": "image_samples_hook",
     "trainable_layers": "policy.trainable_parameters()",
     "autocast": "accelerator.autocast()",
 }
@@ -93,6 +92,55 @@ UNUSED_OPTIONS = {
     "dataloader_drop_last": "passes over the prompts follow each other without a gap",
     "dataloader_num_workers": "prompts are read by the process itself",
 }
+
+
+# Members that are found among the trainer's `parts`.
+OF_PARTS = ("adapter", "policy", "schedule", "rewards", "eval_rewards", "prompts", "eval_prompts", "statistics", "use_lora")
+# DDPOTrainer's names of what was given to the constructor -> how it is changed.
+GIVEN = {
+    "sd_pipeline": "make another trainer with that pipeline",
+    "prompt_fn": "make another trainer with that prompt_function",
+    "reward_fn": "make another trainer with that reward_function; a reward that changes keeps its own state",
+}
+SAME_AS = {"image_samples_callback": "image_samples_hook"}
+
+
+def read(trainer: Any, name: str) -> Any:
+    """A member that the trainer has by way of its parts, or under another name.
+
+    Raises:
+        AttributeError: there is none; says what takes its place.
+    """
+    parts = vars(trainer).get("parts")
+    if parts is None and not name.startswith("__") and (name in OF_PARTS or name in GIVEN or name in ("parts", "plan")):
+        raise AttributeError(
+            f"{type(trainer).__name__} has no {name!r} yet: its constructor has not run; call super().__init__(...) first in a subclass"
+        )
+    if name in OF_PARTS:
+        return getattr(parts, name)
+    if name == "plan":
+        return parts.plan_state.plan
+    if name in GIVEN:
+        return parts.given[name]
+    if name in SAME_AS:
+        return getattr(trainer, SAME_AS[name])
+    way_out = MEMBERS.get(name)
+    hint = f": TRL's trainers had it; here it is {way_out}" if way_out else ""
+    raise AttributeError(f"{type(trainer).__name__} has no {name!r}{hint}")
+
+
+def check_assignment(trainer: Any, name: str) -> str:
+    """The name under which a value is kept.
+
+    Raises:
+        AttributeError: an assignment that would have no effect; names the way out.
+    """
+    way_out = MEMBERS.get(name) or GIVEN.get(name)
+    if name in OF_PARTS or name == "plan":
+        way_out = f"give it to the constructor, or change trainer.parts.{name}"
+    if way_out is not None:
+        raise AttributeError(f"{type(trainer).__name__}.{name} = ... would have no effect: use {way_out}")
+    return SAME_AS.get(name, name)
 
 
 def explains_arguments(init: Callable[P, None]) -> Callable[P, None]:

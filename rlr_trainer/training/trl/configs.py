@@ -1,4 +1,4 @@
-"""Everything that differs between versions of TRL and transformers, and the configs and hooks of TRL's trainers of diffusion models.
+"""The configs and hooks of TRL's trainers of diffusion models, converted.
 
 TRL 0.23.1 was the last with `DDPOTrainer` and `AlignPropTrainer`. Their configs are converted here field by field
 (docs/migrating.md has the table), and their hooks get the arguments they expect. `names` has those without a counterpart.
@@ -8,145 +8,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
-from rlr_trainer.training.trl import names as replaced
-
 logger = logging.getLogger(__name__)
-
-try:
-    from trl.trainer.base_trainer import _BaseTrainer as _TRLBaseTrainer
-except ImportError:  # TRL 0.23 has no common base: its trainers subclass transformers.Trainer and bring these members themselves
-
-    class _TRLBaseTrainer(transformers.Trainer):  # type: ignore[no-redef]
-        _tag_names: list[str] = []
-        _name = "Base"
-        _paper: dict[str, str] = {}
-        _template_file: str | None = None
-
-
-def _let_trl_warn() -> None:
-    """Gives TRL 0.23's pipeline wrapper a logger that works before accelerate is set up.
-
-    Its own is accelerate's, which raises until there is an Accelerator. TRL's examples build the pipeline before the trainer, and
-    would end there with a RuntimeError in place of the warning that no LoRA weights were found.
-    """
-    try:
-        module = importlib.import_module("trl.models.modeling_sd_base")
-    except ImportError:  # later versions have no such module
-        return
-    setattr(module, "logger", logging.getLogger(module.__name__))  # noqa: B010
-
-
-_let_trl_warn()
-
-
-def _restore_on_numbered_cpu(storage: Any, location: str) -> Any:
-    """torch.load's answer for "cpu:1", accelerate's name of the second CPU process's device; transformers 4 loads optimizers there."""
-    return storage if re.fullmatch(r"cpu:\d+", location) else None
-
-
-if int(transformers.__version__.split(".")[0]) < 5:
-    torch.serialization.register_package(11, lambda storage: None, _restore_on_numbered_cpu)
-
-
-def rng_globals() -> Any:
-    """Context in which torch's safe loader takes the numpy arrays in Trainer's files of generator states."""
-    from transformers import trainer
-
-    return trainer.safe_globals()
-
-
-class BaseTrainer(_TRLBaseTrainer):
-    """TRL's trainer base, the same members in every supported version, and DDPOTrainer's names for the constructor's arguments."""
-
-    _given: dict[str, Any]
-
-    def _send_telemetry(self) -> None:
-        """TRL reports its own trainers' use; this library reports nothing."""
-
-    def push_to_hub(  # type: ignore[override]  # Trainer's first argument is the commit message, DDPOTrainer's the repository
-        self,
-        repo_id: str | None = None,
-        /,
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        *,
-        commit_message: str = "End of training",
-        private: bool | None = None,
-        **card: Any,
-    ) -> Any:
-        """Uploads the trained weights and the model card.
-
-        Args:
-            repo_id: "owner/name", as in DDPOTrainer; None takes `config.hub_model_id`, or the name of `output_dir`. A text with spaces is
-                the commit message, as in Trainer.
-            blocking, token, revision, commit_message: as in Trainer.
-            private: make the repository private when it is created.
-            card: `model_name`, `dataset_name`, `tags`, see `create_model_card`.
-
-        Raises:
-            ValueError: one word, which could be either.
-        """
-        if repo_id is not None and re.search(r"\s", repo_id):
-            commit_message, repo_id = repo_id, None
-        if private is not None:
-            self.args.hub_private_repo = private
-        if repo_id is not None:
-            if "/" not in repo_id:
-                raise ValueError(
-                    f"push_to_hub({repo_id!r}): is that the repository, as in DDPOTrainer, or the commit message, as in Trainer? Give "
-                    "'owner/name', or commit_message=..."
-                )
-            if self.is_world_process_zero():
-                self._finish_current_push()
-            self.args.hub_model_id = repo_id
-            self.hub_model_id = None  # type: ignore[assignment]  # Trainer then makes the repository
-        return super().push_to_hub(commit_message, blocking, token, revision, **card)
-
-    def hyperparameter_search(self, *arguments: Any, **keywords: Any) -> Any:
-        """Trainer's; it needs a model that can be made anew for every trial.
-
-        Raises:
-            NotImplementedError: always; says what there is.
-        """
-        raise NotImplementedError(
-            "hyperparameter_search: the trainer changes the pipeline that it is given; let the study's objective build a trainer of its own "
-            "(RLRTrainer(RLRConfig(...), reward, prompts, 'path or hub id')) and return its evaluate()['eval_reward']"
-        )
-
-    @property
-    def sd_pipeline(self) -> Any:
-        """The pipeline, as it was given (a path: what was loaded from it)."""
-        return self._given["sd_pipeline"]
-
-    @property
-    def prompt_fn(self) -> Callable[[], tuple[str, Any]] | None:
-        """`prompt_function`, as it was given."""
-        return self._given["prompt_function"]
-
-    @property
-    def reward_fn(self) -> Any:
-        """`reward_function`, as it was given."""
-        return self._given["reward_function"]
-
-    if not TYPE_CHECKING:  # or a type checker would take every name for granted
-
-        def __getattr__(self, name: str) -> Any:
-            way_out = replaced.MEMBERS.get(name)
-            hint = f": TRL's trainers had it; here it is {way_out}" if way_out else ""
-            raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
 
 
 def adapt_hook(config: Any, hook: Callable[[Any, int, Any], Any] | None) -> Callable[[Any, int, Any], Any] | None:

@@ -1,0 +1,92 @@
+"""From prompts to latents: conditioning, the chain of a batch, and its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from rlr_trainer.estimators.chain import Generators, Rollout, sample_chain
+from rlr_trainer.pipelines import AnyConditioning, Layout, PipelineAdapter, PipelineChain, Policy, PromptCache, ScaledConditioning
+from rlr_trainer.rollouts.prompts import PromptRow
+from rlr_trainer.schedules import Schedule
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Sampler:
+    """Samples batches of prompts under a pipeline.
+
+    Attributes:
+        adapter, policy, schedule, layout: what is sampled, and how.
+        guidance_scale: 1 or less is no guidance.
+        negative_prompt: of rows that bring none of their own.
+        first_steps: steps at which the next, finer scale of prompts begins (Diffusive Chain-of-Thought); none for one prompt.
+        device: where latents live.
+        cache: encoded prompts.
+    """
+
+    adapter: PipelineAdapter
+    policy: Policy
+    schedule: Schedule
+    layout: Layout
+    guidance_scale: float
+    device: torch.device
+    negative_prompt: str = ""
+    first_steps: tuple[int, ...] = ()
+    cache: PromptCache = dataclasses.field(default_factory=PromptCache)
+
+    def apart(self) -> Sampler:
+        """The same with a cache of its own: what it samples leaves no trace here."""
+        return dataclasses.replace(self, cache=PromptCache(self.cache.max_bytes))
+
+    def condition(self, rows: Sequence[PromptRow]) -> AnyConditioning:
+        """Conditioning of a batch of prompts; one per scale where there are scales.
+
+        Raises:
+            ValueError: a row brings another number of prompts than there are scales.
+        """
+        negatives = [self.negative_prompt if row.negative_prompt is None else row.negative_prompt for row in rows]
+        if self.guidance_scale <= 1 and any(negatives):
+            _warn_of_unused_negative_prompts()
+        scales = len(self.first_steps) + 1
+        for row in rows:
+            if row.scale_prompts is not None and len(row.scale_prompts) != scales:
+                raise ValueError(
+                    f"prompt {row.prompt!r:.60} brings {len(row.scale_prompts)} prompts, one per scale, but "
+                    f"prompt_scales={list(self.first_steps)} makes {scales} scales; give as many prompts as scales, coarse to fine"
+                )
+
+        def encode(prompts: Sequence[str]):
+            return self.adapter.encode(prompts, negatives, self.guidance_scale, self.layout, self.cache)
+
+        if not self.first_steps:
+            return encode([row.prompt for row in rows])
+        texts = [row.scale_prompts or (row.prompt,) * scales for row in rows]
+        return ScaledConditioning(tuple(encode(scale) for scale in zip(*texts, strict=True)), self.first_steps)
+
+    def chain(self, model: nn.Module, conditioning: AnyConditioning) -> PipelineChain:
+        """The chain of a batch under `model`, the policy as Trainer wrapped it."""
+        live = self.policy.trainable_parameters()
+        return PipelineChain(self.adapter, model, self.policy, self.schedule, conditioning, self.layout, self.device, live)
+
+    def sample(
+        self,
+        model: nn.Module,
+        rows: Sequence[PromptRow],
+        generators: Generators,
+        *,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Rollout:
+        """One sample per row, with the present weights."""
+        return sample_chain(self.chain(model, self.condition(rows)), len(rows), generators, on_step=on_step)
+
+
+@functools.cache  # once per process
+def _warn_of_unused_negative_prompts() -> None:
+    logger.warning("negative prompts act through guidance alone: with sample_guidance_scale of 1 or less they are not used")

@@ -1,0 +1,363 @@
+"""What a trainer is made of, built in one place."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from rlr_trainer.estimators.advantages import PerPromptStatistics
+from rlr_trainer.estimators.divergence import check_noise
+from rlr_trainer.estimators.plan_state import PlanState
+from rlr_trainer.observing.callbacks import BetweenRollouts, RunFiles
+from rlr_trainer.observing.pictures import SAMPLES_FOLDER
+from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared_settings
+from rlr_trainer.persistence.weights import Weights
+from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
+from rlr_trainer.pipelines.average import WeightAverage
+from rlr_trainer.pipelines.reference import ReferencePolicy
+from rlr_trainer.rewards.interface import RewardFunction, Rewards
+from rlr_trainer.rollouts.advantage_rule import AdvantageRule
+from rlr_trainer.rollouts.batches import SHUFFLE
+from rlr_trainer.rollouts.collector import Collector, RolloutOptions
+from rlr_trainer.rollouts.micro_batches import MicroBatches
+from rlr_trainer.rollouts.processes import Processes
+from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
+from rlr_trainer.rollouts.sampler import Sampler
+from rlr_trainer.rollouts.scorer import Scorer
+from rlr_trainer.training.checks import check_rewards
+from rlr_trainer.training.config import AUTO, RLRConfig
+from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
+from rlr_trainer.training.interruption import StopOnTermination
+from rlr_trainer.training.meters import MetricsLog
+from rlr_trainer.training.trl import configs, names
+from rlr_trainer.training.updater import UpdateOptions, Updater
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_FILE = "prompts.json"
+
+
+class Parts:
+    """The objects that `RLRTrainer` wires together. Those that know no process are built at once, the others by `connect`.
+
+    Args:
+        config, reward_function, prompt_function, sd_pipeline, train_dataset, eval_dataset, peft_config, eval_reward_function:
+            the trainer's.
+
+    Raises:
+        ValueError, TypeError: input that cannot be; names field, rule and way out.
+    """
+
+    def __init__(
+        self,
+        config: RLRConfig,
+        reward_function: RewardFunction | Sequence[RewardFunction],
+        prompt_function: Callable[[], tuple[str, Any]] | None,
+        sd_pipeline: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        peft_config: Any,
+        eval_reward_function: RewardFunction | Sequence[RewardFunction] | None,
+    ) -> None:
+        if sd_pipeline is None:
+            raise ValueError("sd_pipeline is None: pass a diffusers pipeline, a local folder, or a hub id")
+        same = eval_reward_function is None
+        self.rewards = _rewards(config, reward_function, config.reward_weights, config.async_rewards)
+        self.eval_rewards = (
+            _rewards(config, reward_function, config.reward_weights) if same else _rewards(config, eval_reward_function)
+        )
+        self.prompts = _prompts(config, prompt_function, train_dataset)
+        self.eval_prompts = eval_source(eval_dataset)
+        self.chosen: dict[str, int] = {}  # in place of "auto"
+        self.plan_state = PlanState(config.plan)
+        check_rewards(self.rewards, config, config.plan, config.world_size, same and self.eval_prompts is not None)
+        pipeline = load_pipeline(sd_pipeline) if isinstance(sd_pipeline, str | Path) else sd_pipeline
+        names.check_pipeline(pipeline)
+        self.given = {"sd_pipeline": pipeline, "prompt_fn": prompt_function, "reward_fn": reward_function}
+        self.adapter = adapt(pipeline)
+        self.layout = self.adapter.layout(config.height, config.width)
+        self.schedule = self.adapter.schedule(self.layout, config.sample_num_steps, config.sample_eta)
+        config.plan.check_noise(self.schedule.stds)
+        self.config = configs.use_summed_density(config, math.prod(self.layout.shape))
+        self.use_lora = config.use_lora and getattr(sd_pipeline, "use_lora", True)
+        self.policy = self._make_policy(peft_config)
+        self.statistics = None
+        if config.advantage_name == "per_prompt":
+            self.statistics = PerPromptStatistics(config.per_prompt_buffer_size, config.per_prompt_min_count)
+        self.metrics, self.queue, self.between_rollouts = MetricsLog(), MicroBatches(), BetweenRollouts()
+        self.rollouts_done = 0
+
+    def connect(self, accelerator: Any) -> None:
+        """Builds the parts that know the processes and the device."""
+        config = self.config
+        self.processes = Processes(accelerator)
+        self._place_frozen_modules(accelerator.device)
+        self.average = self._make_average(accelerator)
+        self.weights = Weights(self.adapter, self.use_lora, self.average)
+        self.reference = self._make_reference(accelerator)
+        self.sampler = Sampler(
+            self.adapter,
+            self.policy,
+            self.schedule,
+            self.layout,
+            config.sample_guidance_scale,
+            accelerator.device,
+            config.negative_prompt,
+            tuple(config.prompt_scales or ()),
+        )
+        self.scorer = Scorer(self.adapter, self.layout, self.rewards)
+        self.collector = Collector(
+            self.sampler,
+            self.scorer,
+            self.plan_state,
+            self.prompts,
+            self.processes,
+            self.rollout_options(),
+            self.advantage_rule(),
+            self.reference,
+        )
+        self.updater = Updater(
+            self.sampler, self.scorer, self.plan_state, self.processes, self._update_options(accelerator), self.reference
+        )
+        eval_scorer = Scorer(self.adapter, self.layout, self.eval_rewards)
+        self.evaluator = Evaluator(
+            self.sampler.apart(), eval_scorer, self.processes, config.sample_batch_size, self.weights.averaged
+        )
+        self.pictures = FixedPictures(
+            self.evaluator,
+            self.prompts,
+            self.eval_prompts,
+            config.num_log_images,
+            lambda: self.collector.prompts_per_rollout,
+            lambda: Path(config.output_dir) / SAMPLES_FOLDER / PROMPTS_FILE,
+        )
+        self.run_files = RunFiles(self.facts)
+        self.termination = StopOnTermination(accelerator, lambda: bool(self.queue))
+        self.run_state = RunState(self._stateful(), lambda: compared_settings(config, self.rewards.names))
+
+    def observers(self, sample_log: TrainerCallback) -> list[TrainerCallback]:
+        """What watches every run, in the order in which it must be told."""
+        pictures = [sample_log] if self.config.num_log_images else []
+        average = [self.average] if self.average is not None else []
+        return [*average, *pictures, self.run_files, self.termination]
+
+    def choose(self, **chosen: int) -> None:
+        """Takes up the configured plan, with values that were chosen for "auto"."""
+        self.chosen |= chosen
+        plan = self.config.make_plan(**self.chosen)
+        plan.check_noise(self.schedule.stds)
+        self.plan_state.take(plan)
+
+    def unchosen(self) -> list[str]:
+        """The options that are "auto" and for which nothing is chosen yet."""
+        return [name for name in ("fo_steps", "ho_length") if getattr(self.config, name) == AUTO and name not in self.chosen]
+
+    def begin_anew(self) -> None:
+        """Forgets what a training before has left half done."""
+        self.chosen.clear()
+        self.queue.fill([], [])
+        self.metrics.values.clear()
+        self.updater.reset()
+
+    def rollout_options(self) -> RolloutOptions:
+        """The size of a rollout."""
+        config = self.config
+        return RolloutOptions(
+            seed=config.seed,
+            batch_size=config.sample_batch_size,
+            num_batches=config.sample_num_batches_per_epoch,
+            group_size=config.num_images_per_prompt,
+            offload=config.offload_rollouts,
+        )
+
+    def advantage_rule(self) -> AdvantageRule:
+        """How rewards become advantages."""
+        config = self.config
+        return AdvantageRule(
+            name=config.advantage_name,
+            limit=config.advantage_limit,
+            group_size=config.num_images_per_prompt,
+            statistics=self.statistics,
+            separately=config.normalizes_each_reward,
+            names=self.rewards.names,
+            weights=self.rewards.weights,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` says of the run."""
+        import accelerate
+        import diffusers
+        import peft
+        import trl
+
+        import rlr_trainer
+
+        device = self.processes.device
+        name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+        libraries = (rlr_trainer, torch, transformers, diffusers, trl, peft, accelerate)
+        return {
+            "model": self.policy.config.name_or_path or type(self.adapter.pipeline).__name__,
+            "rewards": self.rewards.names,
+            "eval_rewards": self.eval_rewards.names,
+            "plan": str(self.plan_state.plan),
+            "options": self.config.rlr_options(),
+            "changed": self.config.changed_options(),
+            "versions": {library.__name__: str(library.__version__) for library in libraries},
+            "device": name,
+            "processes": self.processes.count,
+            "trainable_parameters": sum(p.numel() for p in self.policy.trainable_parameters().values()),
+        }
+
+    def _make_policy(self, peft_config: Any) -> Policy:
+        config, denoiser = self.config, self.adapter.denoiser
+        if self.use_lora:
+            if peft_config is None:
+                from peft import LoraConfig
+
+                peft_config = LoraConfig(
+                    r=config.lora_r,
+                    lora_alpha=config.lora_alpha or config.lora_r,
+                    target_modules=list(config.lora_target_modules or self.adapter.lora_targets),
+                    init_lora_weights="gaussian",
+                )
+            if getattr(peft_config, "lora_dropout", 0):
+                raise ValueError(
+                    f"peft_config.lora_dropout={peft_config.lora_dropout}: must be 0, because a likelihood ratio compares the policy "
+                    "that sampled with the same policy, not with another random mask"
+                )
+            if attach_lora(denoiser, peft_config, config.seed):
+                logger.warning("continuing the LoRA weights that the pipeline already has, with their own rank and targets")
+        else:
+            if peft_config is not None:
+                raise ValueError(
+                    "peft_config with use_lora=False (in the config, or in TRL's wrapper of the pipeline): one asks for LoRA weights, the other "
+                    "for the whole network; leave one of them out"
+                )
+            denoiser.requires_grad_(True)
+            denoiser.to(torch.float32)
+        return Policy(denoiser, name_or_path=str(getattr(self.adapter.pipeline.config, "_name_or_path", "") or ""))
+
+    @property
+    def _frozen_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.bf16 else torch.float16 if self.config.fp16 else torch.float32
+
+    def _place_frozen_modules(self, device: torch.device) -> None:
+        """Frozen networks go to the device in the run's precision; the decoder stays in float32 under fp16, where it overflows."""
+        dtype = self._frozen_dtype
+        for module in self.adapter.frozen_modules:
+            module.requires_grad_(False)
+            cast_frozen(module, device, dtype)
+        self.adapter.decoder.requires_grad_(False)
+        cast_frozen(self.adapter.decoder, device, torch.float32 if dtype == torch.float16 else dtype)
+        if self.use_lora:
+            cast_frozen(self.adapter.denoiser, device, dtype)
+
+    def _make_average(self, accelerator: Any) -> WeightAverage | None:
+        decay = self.config.ema_decay
+        if decay is None:
+            return None
+        if any(getattr(accelerator.state, f"{kind}_plugin", None) is not None for kind in ("fsdp", "deepspeed")):
+            raise ValueError(
+                f"ema_decay={decay} with FSDP or DeepSpeed: the average of sharded weights is not kept; leave ema_decay unset, or use plain "
+                "data parallelism"
+            )
+        return WeightAverage(self.policy.trainable_parameters(), decay)
+
+    def _make_reference(self, accelerator: Any) -> ReferencePolicy | None:
+        config = self.config
+        if config.kl_coef is None:
+            return None
+        if self.plan_state.plan.uses_zeroth_order:
+            raise ValueError(
+                f"kl_coef={config.kl_coef} with a zeroth-order plan (estimator={config.estimator!r}): perturbed steps have no divergence of "
+                "their own; leave kl_coef unset, or set rest_estimator='lr'"
+            )
+        check_noise(self.schedule.stds, f"kl_coef={config.kl_coef}", "set sample_eta above 0, or leave kl_coef unset")
+        device, checkpointing = accelerator.device, bool(config.gradient_checkpointing)
+        return ReferencePolicy(self.policy, self.use_lora, device, self._frozen_dtype, accelerator.autocast, checkpointing)
+
+    def _update_options(self, accelerator: Any) -> UpdateOptions:
+        config = self.config
+        sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
+        if sharded and config.log_estimator_norms:
+            logger.warning("log_estimator_norms: the gradient norms of the parts are not measured with FSDP, and not logged")
+        return UpdateOptions(
+            samples=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+            clip_range=config.clip_range,
+            kl_coef=config.kl_coef,
+            recompute=config.recompute,
+            half_precision=config.fp16,
+            measure_parts=config.log_estimator_norms and not sharded,
+            measure_steps=config.log_step_norms,
+        )
+
+    def _stateful(self) -> dict[str, Stateful]:
+        """The parts of a checkpoint, in the order in which they are taken up."""
+        statistics: dict[str, Stateful] = {} if self.statistics is None else {"statistics": self.statistics}
+        average: dict[str, Stateful] = {} if self.average is None else {"average": self.average}
+        return {
+            "progress": Part(self._progress, self._take_progress),
+            "prompts": self.prompts,
+            "plan": self.plan_state,
+            "metrics": self.metrics,
+            **statistics,
+            **average,
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "rollouts_done": self.rollouts_done,
+            "chosen": dict(self.chosen),
+            "reward_queries": self.rewards.queries * self.processes.count,
+            "eval_reward_queries": self.evaluator.queries,
+        }
+
+    def _take_progress(self, state: dict[str, Any]) -> None:
+        self.rollouts_done, self.evaluator.queries = state["rollouts_done"], state["eval_reward_queries"]
+        self.rewards.queries = state["reward_queries"] // self.processes.count
+        # the run goes on with what was chosen at its start
+        self.choose(**{name: value for name, value in state["chosen"].items() if getattr(self.config, name) == AUTO})
+        self.queue.fill([], [])
+
+
+def own_config(given: Any) -> RLRConfig:
+    """A config of the trainer's own, which it may change: a copy, or what TRL's `DDPOConfig` or `AlignPropConfig` says.
+
+    Raises:
+        TypeError: it is another kind of object.
+    """
+    if configs.trl_config_kind(given) is not None:
+        return RLRConfig.from_trl(given)
+    if not isinstance(given, RLRConfig):
+        raise TypeError(f"config is a {type(given).__name__}: must be an RLRConfig, or TRL's DDPOConfig or AlignPropConfig")
+    return copy.copy(given)
+
+
+def _rewards(config: RLRConfig, function: Any, weights: Sequence[float] | None = None, asynchronous: bool = False) -> Rewards:
+    return Rewards(
+        function,
+        weights,
+        group_size=config.num_images_per_prompt,
+        batch_size=config.reward_batch_size,
+        timeout=config.reward_timeout,
+        on_error=config.on_reward_error,
+        asynchronous=asynchronous,
+        workers=config.reward_workers if asynchronous else 1,
+    )
+
+
+def _prompts(config: RLRConfig, function: Any, dataset: Any) -> FunctionPrompts | DatasetPrompts:
+    if (function is None) == (dataset is None):
+        given = "both are" if function is not None else "neither is"
+        raise ValueError(f"give exactly one of prompt_function and train_dataset: {given} given")
+    if function is not None:
+        return FunctionPrompts(function)
+    return DatasetPrompts(dataset, config.seed + SHUFFLE, config.shuffle_prompts)

@@ -1,0 +1,220 @@
+"""What `RLRTrainer` does around a training: its beginning, its data, its backward pass, an evaluation."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+
+from rlr_trainer.observing.pictures import thumbnails, vector_diversity
+from rlr_trainer.persistence.checkpoints import CheckpointStore, check
+from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder
+from rlr_trainer.rollouts.batches import RolloutSummary
+from rlr_trainer.rollouts.collector import Collector
+from rlr_trainer.rollouts.processes import Processes
+from rlr_trainer.rollouts.prompts import DatasetPrompts
+from rlr_trainer.training.config import RLRConfig
+from rlr_trainer.training.updater import lower_loss_scale
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(trainer: Any) -> None:
+    """The last of the construction: arithmetic of the device, and an optimizer for schedulers that users make on it."""
+    parts, accelerator = trainer.parts, trainer.accelerator
+    if accelerator.device.type == "cpu":
+        # Saturated rewards give denormal gradients, which slow a CPU's backward pass by 30 times and more.
+        torch.set_flush_denormal(True)
+    if parts.plan_state.plan.scored_steps():
+        lower_loss_scale(accelerator.scaler, math.prod(parts.layout.shape))
+    plain = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    if trainer.optimizer is None and plain and type(trainer).create_optimizer is Trainer.create_optimizer:
+        trainer.create_optimizer()
+
+
+def start(trainer: Any, resume_from_checkpoint: str | bool | Path | None) -> str | None:
+    """Makes everything ready for a training that begins, or goes on from a checkpoint; returns the checkpoint's folder. Collective.
+
+    Raises:
+        ValueError: `output_dir` holds another run.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    parts, args = trainer.parts, trainer.args
+    if resume_from_checkpoint:
+        folder = _checkpoint_to_resume(trainer, resume_from_checkpoint)
+        parts.run_state.load(folder, trainer.optimizer_was_given)
+        trainer._resumed_at = trainer_updates(folder)
+    else:
+        folder, trainer._resumed_at = None, 0
+        parts.begin_anew()
+        args.output_dir = str(_everywhere(parts.processes, trainer.is_world_process_zero(), lambda: _folder_to_begin_in(trainer)))
+        if args.check_reward:
+            parts.collector.probe(trainer.model)
+    if not resume_from_checkpoint or parts.unchosen():  # "auto" may be new: the checkpoint's run had no need to choose
+        _choose_plan(trainer)
+    return None if folder is None else str(folder)
+
+
+def trainer_updates(checkpoint: Path) -> int:
+    """Updates of a checkpoint."""
+    from transformers import TrainerState
+
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+
+
+def _folder_to_begin_in(trainer: Any) -> Path:
+    args = trainer.args
+    return free_folder(Path(args.output_dir), args.overwrite, trainer.state.global_step > 0, args.output_dir_is_default)
+
+
+def _checkpoint_to_resume(trainer: Any, asked: str | bool | Path) -> Path:
+    """The checkpoint folder that `resume_from_checkpoint` means, found and checked by the main process for all."""
+    output = Path(trainer.args.output_dir)
+
+    def find() -> Path:
+        if isinstance(asked, bool):
+            return CheckpointStore(output).last_complete()
+        check(Path(asked))
+        check_folder_to_go_on_in(output, Path(asked), trainer.args.overwrite)
+        return Path(asked)
+
+    return _everywhere(trainer.parts.processes, trainer.is_world_process_zero(), find)
+
+
+def _everywhere(processes: Processes, is_main: bool, function: Any) -> Any:
+    """What the function returns on the main process, on all; what it raises there, too."""
+    answer: Any = None
+    if is_main:
+        try:
+            answer = function()
+        except ValueError as error:
+            answer = error
+    answer = processes.of_main(answer)
+    if isinstance(answer, ValueError):
+        raise answer
+    return answer
+
+
+def _choose_plan(trainer: Any) -> None:
+    """Replaces "auto" in fo_steps and ho_length by what a measurement on this model and reward finds, and says how the plan is biased."""
+    for name in trainer.parts.unchosen():
+        value = _measured(trainer, name)
+        trainer.parts.choose(**{name: value})
+        logger.warning("%s='auto': chose %s = %d of %d steps", name, {"fo_steps": "K"}.get(name, "h"), value, trainer.plan.num_steps)
+    for reason in trainer.plan.biases():
+        logger.warning("the gradient estimate is biased: %s", reason)
+
+
+def _measured(trainer: Any, name: str) -> int:
+    """What a diagnosis proposes for an option that is "auto"."""
+    from rlr_trainer.diagnosis import auto_fo_steps, auto_ho_length
+
+    if name == "fo_steps":
+        return auto_fo_steps(trainer)
+    if trainer.args.recompute == "recursive":
+        logger.warning("ho_length='auto': with recompute='recursive' memory is that of one step for any h and does not bind")
+    return auto_ho_length(trainer, float(trainer.args.memory_budget_gb or 0), fo_steps=trainer.plan.fo_range[1])
+
+
+def without_an_epoch_too_many(values: tuple[Any, ...], resumed_at: int) -> tuple[Any, ...]:
+    """What Trainer's `set_initial_training_values` says, without an epoch left where all updates are done."""
+    epochs, updates_per_epoch, max_steps = values[0], values[1], values[-1]
+    if resumed_at < max_steps:
+        return values
+    logger.warning("nothing is left to train: %d updates are done, and %d were asked for", resumed_at, max_steps)
+    return min(epochs, resumed_at // updates_per_epoch), *values[1:]
+
+
+class _Placeholders(Dataset):
+    """Numbers that stand for micro-batches: Trainer counts them, the rollout makes them."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, int]:
+        return {"micro_batch": number}
+
+
+def first(items: list[Any]) -> Any:
+    """The one item of a batch of placeholders."""
+    return items[0]
+
+
+def placeholders(args: RLRConfig, collector: Collector) -> DataLoader:
+    """One placeholder per micro-batch of an epoch: one rollout, or as many as a pass over a dataset's prompts takes."""
+    rollouts = 1
+    if isinstance(collector.prompts, DatasetPrompts):
+        samples = len(collector.prompts) * collector.samples_per_prompt
+        rollouts = -(-samples // (args.rollout_size * collector.processes.count))
+    count = rollouts * args.updates_per_rollout * args.gradient_accumulation_steps
+    return DataLoader(_Placeholders(count), collate_fn=first, generator=torch.Generator())
+
+
+class Backward:
+    """The backward pass of a surrogate, by accelerate or DeepSpeed. Surrogates ascend the reward and optimizers descend: the sign is turned
+    here, once.
+
+    Args:
+        trainer: whose accelerator it is.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.accelerator, self.with_engine = trainer.accelerator, trainer.is_deepspeed_enabled
+
+    @property
+    def factor(self) -> float:
+        """What gradients are multiplied by: the sign, and the loss scale of fp16."""
+        scaler = self.accelerator.scaler
+        return -(scaler.get_scale() if scaler is not None else 1.0)
+
+    def set_up(self) -> float:
+        """The factor, with the scaler set up, where no backward pass did it."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.scale(torch.zeros((), device=self.accelerator.device))
+        return self.factor
+
+    def __call__(self, surrogate: Tensor, ends_update: bool) -> float:
+        """Differentiates a surrogate; returns the factor."""
+        if self.with_engine:  # it takes the optimizer step itself, in the backward pass that ends the update
+            engine = self.accelerator.deepspeed_engine_wrapped
+            engine.backward(-surrogate, sync_gradients=ends_update, scale_wrt_gas=False)
+        else:
+            self.accelerator.backward(-surrogate)
+        return self.factor
+
+
+def diversity(summary: RolloutSummary, processes: Processes) -> dict[str, float]:
+    """The metric diversity of a rollout, over all processes; nothing where no prompt has two pictures. Collective."""
+    vectors = torch.stack([thumbnails(batch[0]) for batch in summary.pictures])  # [batches, B, D]
+    by_process = processes.gather(vectors).reshape(processes.count, *vectors.shape)
+    value = vector_diversity(by_process.transpose(0, 1).flatten(0, 2), summary.prompts)
+    return {} if math.isnan(value) else {"diversity": value}
+
+
+def evaluate(trainer: Any, source: DatasetPrompts, prefix: str) -> dict[str, float]:
+    """Evaluates, logs and tells the callbacks."""
+    started, args, evaluator = time.perf_counter(), trainer.args, trainer.parts.evaluator
+    handler, repeats = trainer.callback_handler, args.eval_images_per_prompt
+    per_batch = args.sample_batch_size * trainer.accelerator.num_processes
+    handler.eval_dataloader = range(-(-len(source) * repeats // per_batch))
+
+    def on_batch() -> None:
+        trainer.control = handler.on_prediction_step(args, trainer.state, trainer.control)
+
+    where = f"the evaluation after {trainer.state.global_step} updates"
+    found = evaluator.evaluate(trainer._present_model, source, repeats, args.seed, where, on_batch)
+    metrics = {f"{prefix}_{name}": value for name, value in found.items()}
+    elapsed = {f"{prefix}_runtime": round(time.perf_counter() - started, 4)}
+    trainer.log(metrics | elapsed | {"eval_reward_queries": evaluator.queries})
+    trainer.control = handler.on_evaluate(args, trainer.state, trainer.control, metrics)
+    return metrics
