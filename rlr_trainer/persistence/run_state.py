@@ -189,11 +189,12 @@ def follow_schedule(scheduler: Any) -> None:
     schedule._last_lr = rates  # what get_last_lr, and the log, give
 
 
-def load_generators_of_main_process(checkpoint: Path, own: str) -> None:
-    """Restores the global generators where the run had another number of processes, and Trainer finds no file `own` for this one.
+def load_generators_of_main_process(checkpoint: Path, process: int, processes: int) -> None:
+    """Restores the global generators where the run had another number of processes, and Trainer finds no file for this one.
 
     Prompts come from the main process's generators.
     """
+    own = f"rng_state_{process}.pth" if processes > 1 else "rng_state.pth"
     others = [path for name in ("rng_state.pth", "rng_state_0.pth") if (path := checkpoint / name).is_file()]
     if not (checkpoint / own).is_file() and others:
         from transformers.trainer import safe_globals

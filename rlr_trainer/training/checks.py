@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from rlr_trainer.estimators.first_order import NonDifferentiableRewardError
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.rewards.interface import Rewards
 from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.evaluator import EvalPrompts, Evaluator
+
+logger = logging.getLogger(__name__)
 
 
 def check_sharding(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> None:
@@ -141,3 +147,27 @@ def check_best_metric(config: RLRConfig, evaluator: Evaluator, prompts: EvalProm
             f"metric_for_best_model={metric!r} is none of the metrics of an evaluation: {', '.join(known)}; choose one of them, or override "
             "evaluate() to add it"
         )
+
+
+def check_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> None:
+    """Refuses an optimizer given to the trainer that would train nothing, and warns of one that leaves parameters out.
+
+    Args:
+        optimizer: or None.
+        params: the trained parameters.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in params.items() if id(parameter) not in held]
+    if len(missing) == len(params):
+        raise ValueError(
+            f"optimizers: the {type(optimizer).__name__} has none of the {len(params)} trained parameters, so nothing would be learnt. LoRA "
+            "weights do not exist before the trainer attaches them: attach them first (pipeline.unet.add_adapter(LoraConfig(...))) and give the "
+            "optimizer those that require a gradient; or set optim and optim_args; or override create_optimizer"
+        )
+    if missing:
+        logger.warning("optimizers: %d of %d trained parameters are in no group, such as %s", len(missing), len(params), missing[0])

@@ -38,8 +38,15 @@ class StopOnTermination(TrainerCallback):
         self._installed = False
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Takes the signal, and gives it back at the end."""
+    def taken(self, state: Any) -> Iterator[None]:
+        """Takes the signal, and gives it back at the end; then leaves, if the training was stopped by it.
+
+        Args:
+            state: Trainer's.
+
+        Raises:
+            SystemExit: with the exit code of the signal.
+        """
         self.stopped = self._received = False
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -49,6 +56,9 @@ class StopOnTermination(TrainerCallback):
             yield
         finally:
             self._give_back()
+        if self.stopped:
+            logger.warning("stopped after update %d; continue with resume_from_checkpoint=True", state.global_step)
+            raise SystemExit(EXIT_TERMINATED)
 
     def _give_back(self) -> None:
         if self._installed:

@@ -17,7 +17,7 @@ from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.divergence import check_noise
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.observing.callbacks import BetweenRollouts, RunFiles
-from rlr_trainer.observing.pictures import SAMPLES_FOLDER
+from rlr_trainer.observing.pictures import SAMPLES_FOLDER, FixedSamples, SampleLog
 from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared_settings
 from rlr_trainer.persistence.weights import Weights
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
@@ -32,7 +32,7 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
-from rlr_trainer.training.checks import check_rewards
+from rlr_trainer.training.checks import check_batches, check_best_metric, check_optimizer, check_rewards, check_sharding
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
 from rlr_trainer.training.interruption import StopOnTermination
@@ -95,9 +95,19 @@ class Parts:
         self.metrics, self.queue, self.between_rollouts = MetricsLog(), MicroBatches(), BetweenRollouts()
         self.rollouts_done = 0
 
-    def connect(self, accelerator: Any) -> None:
-        """Builds the parts that know the processes and the device."""
+    def connect(self, accelerator: Any, optimizer: Any, own_evaluation: bool) -> None:
+        """Builds the parts that know the processes and the device.
+
+        Args:
+            accelerator: the trainer's.
+            optimizer: that was given to the trainer, or None.
+            own_evaluation: whether the trainer's class has an `evaluate` of its own, with metrics of its own.
+        """
         config = self.config
+        check_sharding(config, self.plan_state.plan, accelerator)
+        check_batches(config, self.plan_state.plan, accelerator.num_processes)
+        check_optimizer(optimizer, self.policy.trainable_parameters())
+        self.has_own_optimizer = optimizer is not None
         self.processes = Processes(accelerator)
         self._place_frozen_modules(accelerator.device)
         self.average = self._make_average(accelerator)
@@ -139,15 +149,23 @@ class Parts:
             lambda: self.collector.prompts_per_rollout,
             lambda: Path(config.output_dir) / SAMPLES_FOLDER / PROMPTS_FILE,
         )
+        if not own_evaluation:
+            check_best_metric(config, self.evaluator, self.eval_prompts)
         self.run_files = RunFiles(self.facts)
         self.termination = StopOnTermination(accelerator, lambda: bool(self.queue))
         self.run_state = RunState(self._stateful(), lambda: compared_settings(config, self.rewards.names))
 
-    def observers(self, sample_log: TrainerCallback) -> list[TrainerCallback]:
-        """What watches every run, in the order in which it must be told."""
-        pictures = [sample_log] if self.config.num_log_images else []
+    def observers(self, fixed_samples: Callable[[], FixedSamples], trackers: Callable[[], Any]) -> list[TrainerCallback]:
+        """What watches every run, in the order in which it must be told.
+
+        Args:
+            fixed_samples: makes the pictures for the log.
+            trackers: what to send them to.
+        """
+        every, files, termination = self.config.log_images_steps, self.run_files, self.termination
+        log = SampleLog(fixed_samples, every, lambda: files.seconds, trackers, lambda: termination.stopped)
         average = [self.average] if self.average is not None else []
-        return [*average, *pictures, self.run_files, self.termination]
+        return [*average, *([log] if self.config.num_log_images else []), files, termination]
 
     def choose(self, **chosen: int) -> None:
         """Takes up the configured plan, with values that were chosen for "auto"."""

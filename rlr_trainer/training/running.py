@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
+from rlr_trainer.observing.callbacks import RolloutBar
 from rlr_trainer.observing.pictures import thumbnails, vector_diversity
 from rlr_trainer.persistence.checkpoints import CheckpointStore, check
 from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder
 from rlr_trainer.rollouts.batches import RolloutSummary
 from rlr_trainer.rollouts.collector import Collector
+from rlr_trainer.rollouts.micro_batches import micro_batch_rows
 from rlr_trainer.rollouts.processes import Processes
-from rlr_trainer.rollouts.prompts import DatasetPrompts
+from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.training.config import RLRConfig
-from rlr_trainer.training.updater import lower_loss_scale
 
 logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "rlr_config.json"
 
 
 def prepare(trainer: Any) -> None:
@@ -39,17 +44,26 @@ def prepare(trainer: Any) -> None:
         trainer.create_optimizer()
 
 
-def start(trainer: Any, resume_from_checkpoint: str | bool | Path | None) -> str | None:
+def start(trainer: Any, resume_from_checkpoint: str | bool | int | None, epochs: int | None) -> str | None:
     """Makes everything ready for a training that begins, or goes on from a checkpoint; returns the checkpoint's folder. Collective.
+
+    Args:
+        trainer: the trainer.
+        resume_from_checkpoint, epochs: of its `train`.
 
     Raises:
         ValueError: `output_dir` holds another run.
         CheckpointError: the checkpoint cannot be used.
     """
     parts, args = trainer.parts, trainer.args
+    if isinstance(resume_from_checkpoint, int) and not isinstance(resume_from_checkpoint, bool):
+        resume_from_checkpoint, epochs = None, resume_from_checkpoint
+    if epochs is not None:
+        args.num_train_epochs, args.max_steps = epochs, -1
+    resume_from_checkpoint = resume_from_checkpoint or args.resume_from_checkpoint
     if resume_from_checkpoint:
         folder = _checkpoint_to_resume(trainer, resume_from_checkpoint)
-        parts.run_state.load(folder, trainer.optimizer_was_given)
+        parts.run_state.load(folder, parts.has_own_optimizer)
         trainer._resumed_at = trainer_updates(folder)
     else:
         folder, trainer._resumed_at = None, 0
@@ -60,6 +74,24 @@ def start(trainer: Any, resume_from_checkpoint: str | bool | Path | None) -> str
     if not resume_from_checkpoint or parts.unchosen():  # "auto" may be new: the checkpoint's run had no need to choose
         _choose_plan(trainer)
     return None if folder is None else str(folder)
+
+
+def start_rollout(trainer: Any, model: nn.Module) -> None:
+    """Collects a rollout, tells who wants to know, and fills the queue of micro-batches."""
+    parts, args, rollout = trainer.parts, trainer.args, trainer.parts.rollouts_done
+    quiet = args.disable_tqdm or not trainer.is_local_process_zero()
+    with RolloutBar(args.sample_num_batches_per_epoch, trainer.plan.num_steps, quiet) as bar:
+        batches, summary = parts.collector.collect(model, rollout, bar.step)
+    parts.updater.begin(batches, summary.valid_fraction)
+    parts.metrics.add(summary.metrics | diversity(summary, parts.processes))
+    if trainer.image_samples_hook is not None and trainer.is_world_process_zero():
+        trainer.image_samples_hook(summary.pictures, trainer.state.global_step, trainer.trackers())
+    trainer.control = trainer.callback_handler.on_rollout_end(
+        args, trainer.state, trainer.control, rollout=summary, plan=trainer.plan
+    )
+    size, epochs = args.per_device_train_batch_size, args.num_inner_epochs
+    parts.queue.fill(batches, micro_batch_rows(args.rollout_size, size, epochs, args.seed, rollout))
+    parts.rollouts_done += 1
 
 
 def trainer_updates(checkpoint: Path) -> int:
@@ -107,7 +139,9 @@ def _choose_plan(trainer: Any) -> None:
     for name in trainer.parts.unchosen():
         value = _measured(trainer, name)
         trainer.parts.choose(**{name: value})
-        logger.warning("%s='auto': chose %s = %d of %d steps", name, {"fo_steps": "K"}.get(name, "h"), value, trainer.plan.num_steps)
+        logger.warning(
+            "%s='auto': chose %s = %d of %d steps", name, {"fo_steps": "K"}.get(name, "h"), value, trainer.plan.num_steps
+        )
     for reason in trainer.plan.biases():
         logger.warning("the gradient estimate is biased: %s", reason)
 
@@ -201,8 +235,59 @@ def diversity(summary: RolloutSummary, processes: Processes) -> dict[str, float]
     return {} if math.isnan(value) else {"diversity": value}
 
 
-def evaluate(trainer: Any, source: DatasetPrompts, prefix: str) -> dict[str, float]:
-    """Evaluates, logs and tells the callbacks."""
+def present_model(trainer: Any) -> nn.Module:
+    """The policy, as it is wrapped at the moment."""
+    return trainer.model_wrapped if trainer.is_in_train else trainer.model
+
+
+def prompt_rows(prompts: Sequence[str | Sequence[str]], negative_prompts: Sequence[str] | None) -> list[PromptRow]:
+    """Texts, or one text per scale, as prompts without metadata."""
+    return [
+        PromptRow(text, {}, negative) if isinstance(text, str) else PromptRow(text[-1], {}, negative, tuple(text))
+        for text, negative in zip(prompts, negative_prompts or [None] * len(prompts), strict=True)
+    ]
+
+
+def save_files(trainer: Any, folder: Path) -> None:
+    """Writes the trained weights, for a checkpoint or as a result, and the options that made them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = trainer.parts.weights
+    (weights.save_result if trainer._writing_to is None else weights.save)(folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(trainer.args.rlr_options(), indent=2, default=str))
+
+
+def save_checkpoint(trainer: Any, save: Callable[[nn.Module, Any], None], model: nn.Module, trial: Any) -> None:
+    """Trainer's `save`, into a folder that gets its name when it is whole; then rotates and uploads.
+
+    Raises:
+        OSError: it cannot be written (a full disk); nothing half written is left.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    store, weights_alone = CheckpointStore(trainer._get_output_dir(trial)), args.save_only_model
+    with store.writing(step, args.should_save, trainer.accelerator.wait_for_everyone) as aside:
+        trainer._writing_to = aside
+        args.save_only_model = weights_alone and not trainer.parts.termination.stopped  # one to leave with can be resumed
+        try:
+            save(model, trial)
+        finally:
+            trainer._writing_to, args.save_only_model = None, weights_alone
+        if args.save_strategy != "no":
+            store.name_best(trainer.state, aside / f"checkpoint-{step}", args.should_save)
+    if args.should_save:
+        store.rotate(args.save_total_limit, trainer.state.best_model_checkpoint)
+    trainer.accelerator.wait_for_everyone()
+    if args.push_to_hub:
+        trainer._push_from_checkpoint(str(store.folder / f"checkpoint-{step}"))
+
+
+def evaluate(trainer: Any, source: DatasetPrompts | None, prefix: str) -> dict[str, float]:
+    """Evaluates, logs and tells the callbacks.
+
+    Raises:
+        ValueError: there are no prompts.
+    """
+    if source is None:
+        raise ValueError("evaluate() needs prompts: pass eval_dataset to it or to the trainer")
     started, args, evaluator = time.perf_counter(), trainer.args, trainer.parts.evaluator
     handler, repeats = trainer.callback_handler, args.eval_images_per_prompt
     per_batch = args.sample_batch_size * trainer.accelerator.num_processes
@@ -212,9 +297,24 @@ def evaluate(trainer: Any, source: DatasetPrompts, prefix: str) -> dict[str, flo
         trainer.control = handler.on_prediction_step(args, trainer.state, trainer.control)
 
     where = f"the evaluation after {trainer.state.global_step} updates"
-    found = evaluator.evaluate(trainer._present_model, source, repeats, args.seed, where, on_batch)
+    found = evaluator.evaluate(present_model(trainer), source, repeats, args.seed, where, on_batch)
     metrics = {f"{prefix}_{name}": value for name, value in found.items()}
     elapsed = {f"{prefix}_runtime": round(time.perf_counter() - started, 4)}
     trainer.log(metrics | elapsed | {"eval_reward_queries": evaluator.queries})
     trainer.control = handler.on_evaluate(args, trainer.state, trainer.control, metrics)
     return metrics
+
+
+def lower_loss_scale(scaler: Any, latent_entries: int) -> None:
+    """Divides the first loss scale of fp16 by the D entries of a latent.
+
+    It is meant for losses that are means; a likelihood-ratio surrogate is a sum over D entries. Every halving costs an update that is
+    skipped, with its rollout: without this, about a dozen for Stable Diffusion.
+
+    Args:
+        scaler: torch's GradScaler, or None.
+        latent_entries: D.
+    """
+    if scaler is not None:
+        state = scaler.state_dict()
+        scaler.load_state_dict(state | {"scale": state["scale"] / latent_entries})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,28 +12,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from rlr_trainer.observing.callbacks import RolloutBar, RolloutCallbackHandler
+from rlr_trainer.observing.callbacks import RolloutCallbackHandler
 from rlr_trainer.observing.hacking import RewardHackingMonitor
-from rlr_trainer.observing.pictures import FixedSamples, HookTracker, SampleLog
-from rlr_trainer.persistence.checkpoints import CheckpointStore
+from rlr_trainer.observing.pictures import FixedSamples, HookTracker
 from rlr_trainer.persistence.hub import HubUploads
 from rlr_trainer.persistence.model_card import write_model_card
 from rlr_trainer.persistence.run_state import follow_schedule, load_generators_of_main_process
 from rlr_trainer.rewards.interface import RewardFunction
-from rlr_trainer.rollouts.micro_batches import micro_batch_rows
 from rlr_trainer.rollouts.processes import let_gloo_finish_at_exit
-from rlr_trainer.rollouts.prompts import PromptRow, open_dataset
+from rlr_trainer.rollouts.prompts import open_dataset
 from rlr_trainer.training import running
-from rlr_trainer.training.checks import check_batches, check_best_metric, check_sharding
 from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.evaluator import eval_source
-from rlr_trainer.training.interruption import EXIT_TERMINATED
 from rlr_trainer.training.parts import Parts, own_config
 from rlr_trainer.training.trl import configs, names
 from rlr_trainer.training.trl.base import TRLBaseTrainer
-from rlr_trainer.training.updater import check_optimizer
-
-logger = logging.getLogger(__name__)
 
 
 class RLRTrainer(TRLBaseTrainer):
@@ -105,17 +96,10 @@ class RLRTrainer(TRLBaseTrainer):
             callbacks=[RewardHackingMonitor(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        check_sharding(self.args, self.plan, self.accelerator)
-        check_batches(self.args, self.plan, self.accelerator.num_processes)
-        check_optimizer(optimizers[0], self.policy.trainable_parameters())
-        self.optimizer_was_given = optimizers[0] is not None
-        self.parts.connect(self.accelerator)
-        if type(self).evaluate is RLRTrainer.evaluate:  # another one may have metrics of its own
-            check_best_metric(self.args, self.parts.evaluator, self.parts.eval_prompts)
+        self.parts.connect(self.accelerator, optimizers[0], own_evaluation=type(self).evaluate is not RLRTrainer.evaluate)
         self.uploads = HubUploads(self, self.parts.processes)
-        every, files, termination = self.args.log_images_steps, self.parts.run_files, self.parts.termination
-        log = SampleLog(self.fixed_samples, every, lambda: files.seconds, self.trackers, lambda: termination.stopped)
-        self.callback_handler = RolloutCallbackHandler(self.callback_handler, self.parts.observers(log))
+        observers = self.parts.observers(self.fixed_samples, self.trackers)
+        self.callback_handler = RolloutCallbackHandler(self.callback_handler, observers)
         running.prepare(self)
 
     if not TYPE_CHECKING:  # or a type checker would take every name for granted
@@ -152,16 +136,9 @@ class RLRTrainer(TRLBaseTrainer):
             CheckpointError: the checkpoint is incomplete, damaged, or does not fit; names the file.
             SystemExit: SIGTERM came; a checkpoint was saved (exit code 143).
         """
-        if isinstance(resume_from_checkpoint, int) and not isinstance(resume_from_checkpoint, bool):
-            resume_from_checkpoint, epochs = None, resume_from_checkpoint
-        if epochs is not None:
-            self.args.num_train_epochs, self.args.max_steps = epochs, -1
-        folder = running.start(self, resume_from_checkpoint or self.args.resume_from_checkpoint)
-        with self.parts.termination.taken():
+        folder = running.start(self, resume_from_checkpoint, epochs)
+        with self.parts.termination.taken(self.state):
             output = super().train(folder, trial, ignore_keys_for_eval)
-            if self.parts.termination.stopped:
-                logger.warning("stopped after update %d; continue with resume_from_checkpoint=True", self.state.global_step)
-                raise SystemExit(EXIT_TERMINATED)
         self.uploads.at_end()
         return output
 
@@ -170,7 +147,7 @@ class RLRTrainer(TRLBaseTrainer):
         parts, args = self.parts, self.args
         model.eval()  # dropout would make the policy that is trained another one than that which sampled
         if not parts.queue:
-            self._start_rollout(model)
+            running.start_rollout(self, model)
         on_policy = len(parts.queue) > (args.updates_per_rollout - 1) * args.gradient_accumulation_steps
         batch = parts.queue.pop()
         if args.offload_rollouts:
@@ -184,20 +161,6 @@ class RLRTrainer(TRLBaseTrainer):
             metrics |= parts.updater.finish(batch, backward.set_up())
         parts.metrics.add(metrics | {"time/backward": time.perf_counter() - started})
         return torch.tensor(metrics["loss"], device=self.accelerator.device) / args.gradient_accumulation_steps
-
-    def _start_rollout(self, model: nn.Module) -> None:
-        parts, args = self.parts, self.args
-        quiet = args.disable_tqdm or not self.is_local_process_zero()
-        with RolloutBar(args.sample_num_batches_per_epoch, self.plan.num_steps, quiet) as bar:
-            batches, summary = parts.collector.collect(model, parts.rollouts_done, bar.step)
-        parts.updater.begin(batches, summary.valid_fraction)
-        parts.metrics.add(summary.metrics | running.diversity(summary, parts.processes))
-        if self.image_samples_hook is not None and self.is_world_process_zero():
-            self.image_samples_hook(summary.pictures, self.state.global_step, self.trackers())
-        self.control = self.callback_handler.on_rollout_end(args, self.state, self.control, rollout=summary, plan=self.plan)
-        size, rollout = args.per_device_train_batch_size, parts.rollouts_done
-        parts.queue.fill(batches, micro_batch_rows(args.rollout_size, size, args.num_inner_epochs, args.seed, rollout))
-        parts.rollouts_done += 1
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.parts.between_rollouts.hold(self.control, inside=bool(self.parts.queue))
@@ -225,28 +188,23 @@ class RLRTrainer(TRLBaseTrainer):
     def generate(
         self, prompts: Sequence[str | Sequence[str]], negative_prompts: Sequence[str] | None = None, *, seed: int = 0
     ) -> Tensor:
-        """Pictures of the present policy, [N, 3, H, W] in [0, 1] on the CPU, sampled as in training.
+        """Pictures of the present policy, [N, 3, H, W] in [0, 1] on the CPU, sampled as in training, in which it leaves no trace.
 
-        Picture i depends on the weights, its prompt, `seed` and i, not on the batch size or the number of processes (up to rounding). The
-        processes share the work and each gets all pictures: call it on every one of them. It leaves no trace in the training.
+        Picture i depends on the weights, its prompt, `seed` and i, not on the batch size or the number of processes (up to rounding).
+        Collective: the processes share the work and each gets all pictures.
 
         Args:
             prompts: N strings, or N sequences of strings, one per scale of `prompt_scales`.
             negative_prompts: N strings; None takes the run's.
             seed: of the noise.
         """
-        rows = [
-            PromptRow(text, {}, negative) if isinstance(text, str) else PromptRow(text[-1], {}, negative, tuple(text))
-            for text, negative in zip(prompts, negative_prompts or [None] * len(prompts), strict=True)
-        ]
-        return self.parts.evaluator.generate(self._present_model, rows, [(i,) for i in range(len(rows))], seed)
+        rows = running.prompt_rows(prompts, negative_prompts)
+        return self.parts.evaluator.generate(running.present_model(self), rows, [(i,) for i in range(len(rows))], seed)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Rewards on the prompts of `eval_dataset`, `eval_images_per_prompt` pictures each, with the same noise every time.
-
-        In a distributed run the processes share the prompts and get the same metrics. It leaves no trace in the training.
+        """Rewards on the prompts of `eval_dataset`, `eval_images_per_prompt` pictures each, with the same noise every time. Collective.
 
         Args:
             eval_dataset: rows with a "prompt" column, or name -> rows; None takes the trainer's.
@@ -257,24 +215,25 @@ class RLRTrainer(TRLBaseTrainer):
             `eval_reward`, `eval_reward_std`, `eval_samples_dropped`, and `eval_rewards/<name>/mean` and `/std` per reward function.
 
         Raises:
-            ValueError: there are no prompts.
-            RewardError: a reward fails, or all are NaN.
+            ValueError, RewardError: there are no prompts; a reward fails, or all are NaN.
         """
         source = self.parts.eval_prompts if eval_dataset is None else eval_source(eval_dataset)
-        if source is None:
-            raise ValueError("evaluate() needs prompts: pass eval_dataset to it or to the trainer")
         if isinstance(source, dict):
             parts = [self.evaluate(prompts, ignore_keys, f"{metric_key_prefix}_{name}") for name, prompts in source.items()]
             return {name: value for part in parts for name, value in part.items()}
         return running.evaluate(self, source, metric_key_prefix)
 
+    predict = names.refuses(
+        "predict", "it returns outputs of a model: generate(prompts, seed=...) gives pictures, evaluate(dataset) rewards"
+    )
+    hyperparameter_search = names.refuses(
+        "hyperparameter_search",
+        "the trainer changes its pipeline: let the study's objective build a trainer of its own for every trial",
+    )
+
     def fixed_samples(self) -> FixedSamples:
         """`num_log_images` pictures of the same prompts and noise every time; collective."""
-        return self.parts.pictures.take(self._present_model, self.args.seed, resumed=self.state.global_step > 0)
-
-    @property
-    def _present_model(self) -> nn.Module:
-        return self.model_wrapped if self.is_in_train else self.model
+        return self.parts.pictures.take(running.present_model(self), self.args.seed, resumed=self.state.global_step > 0)
 
     # ---- saving ----
 
@@ -289,12 +248,8 @@ class RLRTrainer(TRLBaseTrainer):
             self.push_to_hub(commit_message="Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:  # newer versions of transformers call this on every process
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (self.parts.weights.save_result if self._writing_to is None else self.parts.weights.save)(folder)
-        (folder / "rlr_config.json").write_text(json.dumps(self.args.rlr_options(), indent=2, default=str))
+        if self.args.should_save:  # newer versions of transformers call this on every process
+            running.save_files(self, Path(output_dir or self.args.output_dir))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes the trained weights and a model card: LoRA weights for `load_lora_weights`, or the whole pipeline."""
@@ -338,22 +293,7 @@ class RLRTrainer(TRLBaseTrainer):
         return super()._get_output_dir(trial) if self._writing_to is None else str(self._writing_to)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        store, main = CheckpointStore(self._get_output_dir(trial)), self.args.should_save
-        weights_alone = self.args.save_only_model
-        with store.writing(self.state.global_step, main, self.accelerator.wait_for_everyone) as aside:
-            self._writing_to = aside
-            self.args.save_only_model = weights_alone and not self.parts.termination.stopped  # one to leave with can be resumed
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._writing_to, self.args.save_only_model = None, weights_alone
-            if self.args.save_strategy != "no":
-                store.name_best(self.state, aside / f"checkpoint-{self.state.global_step}", main)
-        if main:
-            store.rotate(self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(store.folder / f"checkpoint-{self.state.global_step}"))
+        running.save_checkpoint(self, super()._save_checkpoint, model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -393,5 +333,4 @@ class RLRTrainer(TRLBaseTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            own = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
-            load_generators_of_main_process(Path(checkpoint), own)
+            load_generators_of_main_process(Path(checkpoint), self.args.process_index, self.args.world_size)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +23,6 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
 from rlr_trainer.training.meters import GradientMeter
-
-logger = logging.getLogger(__name__)
 
 # (surrogate of one backward pass, whether it ends the update) -> what the gradients were multiplied by
 Backward = Callable[[Tensor, bool], float]
@@ -231,42 +227,3 @@ class Updater:
             metrics["ratio/max_abs_dev"] = float(deviation.max())
             metrics["clip_ratio"] = float((deviation > clip_range).float().mean()) if clip_range else 0.0
         return metrics
-
-
-def check_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> None:
-    """Refuses an optimizer given to the trainer that would train nothing, and warns of one that leaves parameters out.
-
-    Args:
-        optimizer: or None.
-        params: the trained parameters.
-
-    Raises:
-        ValueError: it has none of them.
-    """
-    if optimizer is None:
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in params.items() if id(parameter) not in held]
-    if len(missing) == len(params):
-        raise ValueError(
-            f"optimizers: the {type(optimizer).__name__} has none of the {len(params)} trained parameters, so nothing would be learnt. LoRA "
-            "weights do not exist before the trainer attaches them: attach them first (pipeline.unet.add_adapter(LoraConfig(...))) and give the "
-            "optimizer those that require a gradient; or set optim and optim_args; or override create_optimizer"
-        )
-    if missing:
-        logger.warning("optimizers: %d of %d trained parameters are in no group, such as %s", len(missing), len(params), missing[0])
-
-
-def lower_loss_scale(scaler: Any, latent_entries: int) -> None:
-    """Divides the first loss scale of fp16 by the D entries of a latent.
-
-    It is meant for losses that are means; a likelihood-ratio surrogate is a sum over D entries. Every halving costs an update that is
-    skipped, with its rollout: without this, about a dozen for Stable Diffusion.
-
-    Args:
-        scaler: torch's GradScaler, or None.
-        latent_entries: D.
-    """
-    if scaler is not None:
-        state = scaler.state_dict()
-        scaler.load_state_dict(state | {"scale": state["scale"] / latent_entries})

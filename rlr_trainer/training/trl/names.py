@@ -94,6 +94,16 @@ UNUSED_OPTIONS = {
 }
 
 
+def refuses(name: str, way_out: str) -> Any:
+    """A method of Trainer's that cannot work here: calling it raises NotImplementedError."""
+
+    def refused(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        raise NotImplementedError(f"{name}: {way_out}")
+
+    refused.__doc__ = f"Trainer's; {way_out}."
+    return refused
+
+
 # Members that are found among the trainer's `parts`.
 OF_PARTS = ("adapter", "policy", "schedule", "rewards", "eval_rewards", "prompts", "eval_prompts", "statistics", "use_lora")
 # DDPOTrainer's names of what was given to the constructor -> how it is changed.
