@@ -28,7 +28,7 @@ DIRECTIONS: dict[str, set[str]] = {
     "training": _BELOW_ROLLOUTS | {"rollouts", "persistence", "observing", "diagnosis"},
     "cli": _BELOW_ROLLOUTS | {"rollouts", "persistence", "observing", "diagnosis", "training", "digits"},
 }
-TORCH_ONLY = {"estimators", "schedules"}
+TORCH_ONLY = {"estimators"}
 
 
 def module_of(path: Path) -> str:
@@ -179,7 +179,7 @@ def test_nothing_seeds_the_global_generators():
         for module, tree in MODULES.items()
         for name, line in calls(tree, outside=("torch.random.fork_rng",))
         if name in GLOBAL_SEEDS
-        and (module, name) != ("rlr_trainer.persistence.saving", "torch.set_rng_state")  # resuming restores what was saved
+        and (module, name) != ("rlr_trainer.persistence.run_state", "torch.set_rng_state")  # resuming restores what was saved
     ]
     assert not found
 

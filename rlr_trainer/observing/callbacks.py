@@ -81,19 +81,19 @@ class RolloutCallbackHandler(CallbackHandler):
         """See `RLRCallback`."""
         return self.call_event("on_rollout_end", args, state, control, rollout=rollout, plan=plan)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any) -> Any:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> Any:
         self._stop_training = self._stop_epoch = False
-        return super().on_train_begin(args, state, control)
+        return super().on_train_begin(args, state, control, **about)
 
-    def on_substep_end(self, args: Any, state: Any, control: Any) -> Any:
-        control = super().on_substep_end(args, state, control)
+    def on_substep_end(self, args: Any, state: Any, control: Any, **about: Any) -> Any:
+        control = super().on_substep_end(args, state, control, **about)
         self._stop_training |= control.should_training_stop
         self._stop_epoch |= control.should_epoch_stop
         control.should_training_stop = control.should_epoch_stop = False
         return control
 
-    def on_step_end(self, args: Any, state: Any, control: Any) -> Any:
-        control = super().on_step_end(args, state, control)
+    def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> Any:
+        control = super().on_step_end(args, state, control, **about)
         control.should_training_stop |= self._stop_training
         control.should_epoch_stop |= self._stop_epoch
         self._stop_training = self._stop_epoch = False

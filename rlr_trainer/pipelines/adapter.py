@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache
-from rlr_trainer.schedules import DDIMSchedule, Schedule
+from rlr_trainer.schedules import DDIMSchedule, SamplerOptions, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,9 @@ class PipelineAdapter(abc.ABC):
             ValueError: a size that does not fit; names the rule. `num_frames` of a model that makes pictures.
         """
 
-    def schedule(self, layout: Layout, num_steps: int, eta: float) -> Schedule:
-        """The sampling schedule."""
-        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, num_steps, eta)
+    def schedule(self, layout: Layout, sampler: SamplerOptions) -> Schedule:
+        """The steps of the sampler on samples of this layout."""
+        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, sampler.num_steps, sampler.eta)
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +102,11 @@ class RLRTrainer(TRLBaseTrainer):
         self.callback_handler = RolloutCallbackHandler(self.callback_handler, observers)
         running.prepare(self)
 
-    if not TYPE_CHECKING:  # or a type checker would take every name for granted
+    def __getattr__(self, name: str) -> Any:
+        return names.read(self, name)
 
-        def __getattr__(self, name: str) -> Any:
-            return names.read(self, name)
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(names.check_assignment(self, name), value)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(names.check_assignment(self, name), value)
 
     # ---- training ----
 

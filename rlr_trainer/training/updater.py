@@ -126,7 +126,7 @@ class Updater:
         """
         chain = self.sampler.chain(model, batch.conditioning)
         clip_range = None if on_policy else self.options.clip_range
-        is_first_order = batch.draw.first_order
+        is_first_order, ends = batch.draw.first_order, ends_update
 
         @contextlib.contextmanager
         def scope(steps: list[int], is_last: bool) -> Iterator[None]:
@@ -140,7 +140,6 @@ class Updater:
                     stack.enter_context(self._meter.measuring(steps[0], part, factor))
                 yield
 
-        ends = ends_update
         sweep = Sweep.of_plan(
             self.plan,
             chain,
