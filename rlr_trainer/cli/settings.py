@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
 import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -56,15 +57,6 @@ class RunArguments:
                 raise SettingsError(f"key {name!r} is missing: give it in the file or as --{name}")
 
 
-def run_parser() -> TrlParser:
-    """TRL's parser of a run's keys and options, with `none` as a number's value where an option may have none."""
-    parser = TrlParser((RunArguments, RLRConfig), add_help=False, allow_abbrev=False, exit_on_error=False)
-    for action in parser._actions:
-        if action.type in (int, float) and _may_be_none(action):
-            action.type = _number_or_none(action.type)
-    return parser
-
-
 def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[RunArguments, RLRConfig]:
     """The run that a YAML file describes, with `--key value` or `--key=value` overrides on top.
 
@@ -73,7 +65,12 @@ def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[R
             than its option's.
         ValueError: an option outside its range.
     """
-    parser = run_parser()
+    classes: Any = (RunArguments, RLRConfig)
+    parser = TrlParser(classes, add_help=False, allow_abbrev=False, exit_on_error=False)
+    action: Any
+    for action in parser._actions:
+        if action.type in (int, float) and _may_be_none(action):
+            action.type = _number_or_none(action.type)
     if path is not None:
         parser.set_defaults_with_config(**_read_file(path, parser))
     try:
@@ -91,8 +88,15 @@ def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[R
     return run, config
 
 
+@functools.cache
+def _kinds() -> dict[str, set[Any]]:
+    """Keys -> the types of their values, such as {int, list, NoneType}."""
+    hints = get_type_hints(RunArguments) | get_type_hints(RLRConfig)
+    return {name: {get_origin(kind) or kind for kind in get_args(hint) or (hint,)} for name, hint in hints.items()}
+
+
 def _may_be_none(action: argparse.Action) -> bool:
-    return action.default is None or type(None) in get_args(get_type_hints(RLRConfig).get(action.dest))
+    return action.default is None or type(None) in _kinds()[action.dest]
 
 
 def _number_or_none(kind: type) -> Callable[[str], Any]:
@@ -120,14 +124,17 @@ def _read_file(path: str | Path, parser: TrlParser) -> dict[str, Any]:
 
 
 def _file_value(key: str, text: Any, value: Any, parser: TrlParser) -> Any:
-    action = next((action for action in parser._actions if action.dest == key), None)
+    action: Any = next((action for action in parser._actions if action.dest == key), None)
+    if action is None and isinstance(text, dict):
+        raise SettingsError(f"unknown key {key!r}; keys are not grouped: write those below it without indentation")
     if action is None:
-        grouped = "; keys are not grouped: write those below it without indentation" if isinstance(text, dict) else ""
-        raise SettingsError(_unknown(key, parser) + grouped)
+        raise SettingsError(_unknown(key, parser))
     if value is None:
         if not _may_be_none(action):
             raise SettingsError(f"{key} has no value: give it one, or leave the key out")
         return None
+    if not isinstance(text, str) and type(value) not in _kinds()[key]:
+        raise SettingsError(f"{key}={value!r}: cannot be a {type(value).__name__}; see `rlr-trainer train --help`")
     if action.nargs != "+":
         return text if isinstance(text, str) else value
     try:
