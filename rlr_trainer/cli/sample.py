@@ -134,9 +134,7 @@ def _trainer(options: argparse.Namespace) -> Any:
         **settings,
     )
     rewards = None if options.reward is None else [load_reward(name) for name in options.reward]
-    return RLRTrainer(
-        config, _no_reward, lambda: ("", {}), _load_model(options.model, options.lora), eval_reward_function=rewards
-    )
+    return RLRTrainer(config, _no_reward, lambda: ("", {}), _load_model(options.model, options.lora), eval_reward_function=rewards)
 
 
 def _no_reward(images: Any, prompts: Any, metadata: Any) -> Any:

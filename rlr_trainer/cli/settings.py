@@ -49,7 +49,9 @@ class RunArguments:
     prompts: dict[str, str] | str | list[str] | None = _key(
         "Text file, dataset file, hub id, package.module:function, or a prompt (docs/prompts.md)."
     )
-    eval_prompts: dict[str, str] | str | list[str] | None = _key("The same for evaluation, but no function; needs eval_strategy and eval_steps.")
+    eval_prompts: dict[str, str] | str | list[str] | None = _key(
+        "The same for evaluation, but no function; needs eval_strategy and eval_steps."
+    )
 
     def __post_init__(self) -> None:
         for name in ("model", "reward", "prompts"):
@@ -159,7 +161,7 @@ def build_trainer(run: RunArguments, config: RLRConfig) -> Any:
     prompts = load_prompts(run.prompts)
     eval_prompts = None if run.eval_prompts is None else load_prompts(run.eval_prompts, "eval_prompts")
     if callable(eval_prompts):
-        raise SettingsError(f"eval_prompts={run.eval_prompts}: is a function, but must be prompts, so that all are evaluated")
+        raise SettingsError(f"eval_prompts={run.eval_prompts!r}: is a function, but must be prompts, so that all are evaluated")
     rewards = [load_reward(name) for name in run.reward or ()]
     return RLRTrainer(
         config,
