@@ -8,15 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-# Option of the command -> option of RLRConfig; the fine-tuned weights' own rlr_config.json gives the defaults.
-SAMPLING = {
-    "num_steps": "sample_num_steps",
-    "guidance_scale": "sample_guidance_scale",
-    "eta": "sample_eta",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-}
+# Options of the chain; the fine-tuned weights' own rlr_config.json gives the defaults.
+SAMPLING = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompt", "height", "width")
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -41,15 +34,18 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     sample.add_argument("--reward", nargs="+", default=None, help="score the pictures: as the key reward of train")
     sample.add_argument("--batch_size", type=int, default=8, help="pictures at a time (default: 8)")
     sample.add_argument("--use_cpu", action="store_true", help="no GPU, even if there is one")
-    settings = sample.add_argument_group(
-        "sampling; by default as the weights were trained (their rlr_config.json), else as train does"
+    chain = sample.add_argument_group(
+        "sampling; by default as the weights were trained (their rlr_config.json), else as train does",
+        argument_default=argparse.SUPPRESS,
     )
-    settings.add_argument("--num_steps", type=int, default=None, help="denoising steps")
-    settings.add_argument("--guidance_scale", type=float, default=None, help="guidance weight; 1 or less switches it off")
-    settings.add_argument("--eta", type=float, default=None, help="noise of DDIM, 0 to 1")
-    settings.add_argument("--negative_prompt", default=None, help="negative prompt")
-    settings.add_argument("--height", type=int, default=None, help="in pixels")
-    settings.add_argument("--width", type=int, default=None, help="in pixels")
+    chain.add_argument("--num_steps", dest="sample_num_steps", type=int, metavar="T", help="denoising steps")
+    chain.add_argument(
+        "--guidance_scale", dest="sample_guidance_scale", type=float, metavar="W", help="guidance weight; 1 or less switches it off"
+    )
+    chain.add_argument("--eta", dest="sample_eta", type=float, metavar="ETA", help="noise of DDIM, 0 to 1")
+    chain.add_argument("--negative_prompt", help="negative prompt")
+    chain.add_argument("--height", type=int, help="in pixels")
+    chain.add_argument("--width", type=int, help="in pixels")
     sample.set_defaults(run=run)
 
 
@@ -121,8 +117,8 @@ def _trainer(options: argparse.Namespace) -> Any:
     records = (Path(folder) / "rlr_config.json" for folder in (options.lora, options.model) if folder is not None)
     record = next((path for path in records if path.is_file()), None)
     trained = {} if record is None else json.loads(record.read_text(encoding="utf-8"))
-    settings = {name: trained[name] for name in (*SAMPLING.values(), "prompt_scales") if name in trained}
-    settings |= {name: getattr(options, key) for key, name in SAMPLING.items() if getattr(options, key) is not None}
+    settings = {name: trained[name] for name in (*SAMPLING, "prompt_scales") if name in trained}
+    settings |= {name: value for name, value in vars(options).items() if name in SAMPLING}
     config = RLRConfig(
         output_dir=options.output_dir,
         estimator="full_bp",  # nothing is estimated: the plan must only be one that fits any number of steps and any noise
@@ -151,18 +147,15 @@ def _load_model(model: str, lora: str | None) -> Any:
         return pipeline
     folder = Path(lora)
     if folder.exists() and not (folder / LORA_FILE).is_file():
-        whole = (folder / "model_index.json").is_file()
-        way_out = (
-            "it is a whole pipeline, so give it as --model" if whole else "give a folder that save_model or a checkpoint wrote"
+        raise ValueError(
+            f"--lora {lora}: has no {LORA_FILE}; give a folder that save_model or a checkpoint wrote; a whole pipeline is a --model"
         )
-        raise ValueError(f"--lora {lora}: has no {LORA_FILE}; {way_out}")
     try:
         pipeline.load_lora_weights(lora, weight_name=LORA_FILE)
     except Exception as error:  # diffusers, safetensors, peft and the hub client raise kinds of their own
         missing = "" if folder.exists() else "no such folder, and as a hub id it "
-        raise ValueError(
-            f"--lora {lora}: {missing}cannot be loaded on --model {model} ({type(error).__name__}: {error})"
-        ) from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--lora {lora}: {missing}cannot be loaded on --model {model} ({cause})") from error
     return pipeline
 
 

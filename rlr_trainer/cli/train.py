@@ -17,29 +17,12 @@ DESCRIPTION = (
 INDENT = 34  # columns of the option's name
 
 
-class _FullHelp(argparse.Action):
-    """--help with all options of RLRConfig, which are known only after seconds of imports."""
-
-    def __init__(self, option_strings: Any, dest: str, **keywords: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="show this message with every option, and exit", **keywords)
-
-    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
-        lines = [parser.format_help(), *option_lines()]
-        from rlr_trainer.cli import discard_output
-
-        try:
-            print("\n".join(lines), flush=True)
-        except BrokenPipeError:  # `| head` has seen enough
-            discard_output()
-        parser.exit()
-
-
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     """Adds the subcommand."""
     train = commands.add_parser(
         "train", parents=[common], help="train as a YAML file says", description=DESCRIPTION, add_help=False, allow_abbrev=False
     )
-    train.add_argument("-h", "--help", action=_FullHelp, default=argparse.SUPPRESS)
+    train.add_argument("-h", "--help", action="store_true", help="show this message with every option, and exit")
     train.add_argument("--config", default=None, help="YAML file of keys and values")
     train.add_argument(
         "--resume",
@@ -49,7 +32,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="go on from this checkpoint's folder, or without a value from the last one in output_dir",
     )
-    train.set_defaults(run=run, takes_overrides=True)
+    train.set_defaults(run=run, takes_overrides=True, usage=train.format_help)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,6 +41,9 @@ def run(options: argparse.Namespace) -> int:
 
     from rlr_trainer.cli.settings import build_trainer, parse_run
 
+    if options.help:
+        print("\n".join([options.usage(), *option_lines()]))
+        return 0
     described = parse_run(options.config, options.overrides)
     if isinstance(options.resume, str) and not Path(options.resume).is_dir():
         raise ValueError(f"--resume {options.resume}: no such folder; give that of a checkpoint, or nothing for the last one")
