@@ -183,11 +183,8 @@ def load_model(name: str | None) -> Any:
 
 
 def load_reward(name: str) -> Callable[..., Any]:
-    """A reward by name, or as `package.module:function`.
-
-    The names: "digit:7", "ink", "jpeg_compressibility", "jpeg_incompressibility", and those of `rewards.named`: "pickscore" with its
-    published weights, "pickscore:SOURCE" with those of a folder or a hub id, "classifier:SOURCE:CLASS"; and the URL of a reward server,
-    "http://host:8000".
+    """A reward: "digit:7", "ink", a function of `rewards`, a name of `rewards.neural.named` ("pickscore", "classifier:SOURCE:CLASS"),
+    the URL of a reward server, or `package.module:function`.
 
     Raises:
         ValueError: no such name, module or function; or (`WeightsError`) weights that are missing or damaged.
