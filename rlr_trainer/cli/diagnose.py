@@ -29,12 +29,10 @@ def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     from pathlib import Path
 
-    from rlr_trainer.cli.settings import build_trainer, load_settings
+    from rlr_trainer.cli.settings import build_trainer, parse_run
 
-    settings = load_settings(options.config, options.overrides)
-    if options.output_dir is not None:
-        settings["output_dir"] = options.output_dir
-    trainer = build_trainer(settings)
+    output_dir = [] if options.output_dir is None else [f"--output_dir={options.output_dir}"]
+    trainer = build_trainer(*parse_run(options.config, [*options.overrides, *output_dir]))
     diagnosis = trainer.diagnose(time_limit=options.time_limit, num_batches=options.num_batches)
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

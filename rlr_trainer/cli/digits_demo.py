@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 import time
@@ -15,51 +14,17 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback
 
 from rlr_trainer import digits
+from rlr_trainer.cli.demo import DemoOptions
 from rlr_trainer.digits.rewards import digit_reward, ink
 from rlr_trainer.observing.callbacks import RewardProgress
 from rlr_trainer.rewards import jpeg_compressibility
 from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.trainer import RLRTrainer
 
-REWARDS = ("digit", "compressibility", "ink")
 EVALUATION_SAMPLES = 256
 EVALUATION_SEED = 1_000_000  # far from the seeds that runs use
 SAMPLE_STEPS = 10
 BATCH_SIZE = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class DemoOptions:
-    """Options of the demo.
-
-    Attributes:
-        target: the digit that the "digit" reward asks for, 0 to 9.
-        reward: "digit" (a classifier's probability of the target) and "ink" (mean brightness) are differentiable,
-            "compressibility" (minus the size as a JPEG file, in kilobytes) is a black box.
-        estimator: a preset; None takes "rlr", or "ddpo" for the black box.
-        max_steps: updates.
-        output_dir: where the run is written.
-        seed: of the run; the evaluation's seeds are fixed.
-        overwrite: allow an `output_dir` that holds another run.
-        quiet: no progress bars.
-    """
-
-    target: int = 7
-    reward: str = "digit"
-    estimator: str | None = None
-    max_steps: int = 40
-    output_dir: str = "runs/demo"
-    seed: int = 0
-    overwrite: bool = False
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        if self.target not in range(10):
-            raise ValueError(f"target={self.target}: must be a digit from 0 to 9")
-        if self.reward not in REWARDS:
-            raise ValueError(f"reward={self.reward!r}: must be one of {', '.join(REWARDS)}")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: must be at least 1")
 
 
 def demo_config(options: DemoOptions) -> RLRConfig:

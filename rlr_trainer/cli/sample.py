@@ -8,15 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-# Option of the command -> option of RLRConfig; the fine-tuned weights' own rlr_config.json gives the defaults.
-SAMPLING = {
-    "num_steps": "sample_num_steps",
-    "guidance_scale": "sample_guidance_scale",
-    "eta": "sample_eta",
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-}
+# Options of the chain; the fine-tuned weights' own rlr_config.json gives the defaults.
+SAMPLING = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompt", "height", "width")
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -40,24 +33,24 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     sample.add_argument("--overwrite", action="store_true", help="allow a folder that holds such pictures")
     sample.add_argument("--reward", nargs="+", default=None, help="score the pictures: as the key reward of train")
     sample.add_argument("--batch_size", type=int, default=8, help="pictures at a time (default: 8)")
-    sample.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    settings = sample.add_argument_group(
-        "sampling; by default as the weights were trained (their rlr_config.json), else as train does"
+    sample.add_argument("--use_cpu", action="store_true", help="no GPU, even if there is one")
+    chain = sample.add_argument_group(
+        "sampling; by default as the weights were trained (their rlr_config.json), else as train does",
+        argument_default=argparse.SUPPRESS,
     )
-    settings.add_argument("--num_steps", type=int, default=None, help="denoising steps")
-    settings.add_argument("--guidance_scale", type=float, default=None, help="guidance weight; 1 or less switches it off")
-    settings.add_argument("--eta", type=float, default=None, help="noise of DDIM, 0 to 1")
-    settings.add_argument("--negative_prompt", default=None, help="negative prompt")
-    settings.add_argument("--height", type=int, default=None, help="in pixels")
-    settings.add_argument("--width", type=int, default=None, help="in pixels")
+    chain.add_argument("--num_steps", dest="sample_num_steps", type=int, metavar="T", help="denoising steps")
+    chain.add_argument(
+        "--guidance_scale", dest="sample_guidance_scale", type=float, metavar="W", help="guidance weight; 1 or less switches it off"
+    )
+    chain.add_argument("--eta", dest="sample_eta", type=float, metavar="ETA", help="noise of DDIM, 0 to 1")
+    chain.add_argument("--negative_prompt", help="negative prompt")
+    chain.add_argument("--height", type=int, help="in pixels")
+    chain.add_argument("--width", type=int, help="in pixels")
     sample.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
-    import torch
-
-    from rlr_trainer.cli.settings import load_reward
     from rlr_trainer.observing.pictures import captions, picture_grid, write_pictures
 
     for name in ("num_images", "batch_size"):
@@ -70,28 +63,30 @@ def run(options: argparse.Namespace) -> int:
             f"--output_dir {folder}: holds {len(old)} pictures already; choose another folder, or allow it with --overwrite"
         )
     rows = _prompt_rows(options.prompts, options.num_images)
-    device = _device(options.device)
     try:
         folder.mkdir(parents=True, exist_ok=True)  # before the work, so that none is done in vain
     except OSError as error:
         raise ValueError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error
-    functions = None if options.reward is None else [load_reward(name) for name in options.reward]
-    images = _sample(options, rows, device)
-    prompts, rewards = [row.prompt for row in rows], torch.full((len(rows),), math.nan)
-    record: dict[str, Any] = {}
-    if functions is not None:
-        rewards, record = _score(functions, images, rows, options.batch_size)
+    trainer = _trainer(options)
+    prompts = [row.prompt for row in rows]
+    images = trainer.generate(
+        [row.scale_prompts or row.prompt for row in rows], [row.negative_prompt for row in rows], seed=options.seed
+    )
+    result = None
+    if options.reward is not None:
+        result = trainer.eval_rewards(images, tuple(prompts), tuple(row.metadata for row in rows), differentiable=False)
     for path in old:
         path.unlink()
     files = write_pictures(images, folder)
-    texts = prompts if functions is None else captions(prompts, rewards)
-    picture_grid(images, texts).save(folder / "grid.png")
-    if functions is not None:
-        record = {"seed": options.seed, "prompts": prompts, "files": files} | record
+    picture_grid(images, prompts if result is None else captions(prompts, result.total)).save(folder / "grid.png")
+    print(f"written to {folder}: {files[0]} to {files[-1]}, grid.png")
+    if result is not None:
+        rewards, parts = _numbers(result.total), {name: _numbers(values) for name, values in result.parts.items()}
+        record = {"seed": options.seed, "prompts": prompts, "files": files, "rewards": rewards, "parts": parts}
         (folder / "rewards.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        valid = rewards[~torch.isnan(rewards)]
-        print(f"mean reward {valid.mean():.4g} of {len(valid)} pictures" if len(valid) else "no picture has a reward")
-    print(f"written to {folder}: {files[0]} to {files[-1]}, grid.png" + (", rewards.json" if functions is not None else ""))
+        valid = [value for value in rewards if value is not None]
+        mean = f"mean reward {sum(valid) / len(valid):.4g} of {len(valid)} pictures" if valid else "no picture has a reward"
+        print(f"{mean}; all are in rewards.json")
     return 0
 
 
@@ -110,49 +105,36 @@ def _prompt_rows(sources: list[str], repeats: int) -> list[Any]:
     return rows
 
 
-def _device(name: str | None) -> Any:
-    """The device of that name; by default the GPU, if there is one.
+def _trainer(options: argparse.Namespace) -> Any:
+    """A trainer that trains nothing, for its `generate` and its rewards.
 
-    Raises:
-        ValueError: there is none of that name.
+    The options of the chain are the command's, or those that the weights were trained with, or the usual ones.
     """
-    import torch
+    from rlr_trainer.cli.settings import load_reward
+    from rlr_trainer.training.config import RLRConfig
+    from rlr_trainer.training.trainer import RLRTrainer
 
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch reports a missing device in both ways
-        raise ValueError(f"--device {name}: there is no such device ({next(iter(str(error).splitlines()), '')})") from error
-
-
-def _sample(options: argparse.Namespace, rows: list[Any], device: Any) -> Any:
-    """Pictures [N, 3, H, W], in batches."""
-    import torch
-
-    from rlr_trainer.estimators.chain import sample_chain, seeded_generator
-    from rlr_trainer.observing.callbacks import RolloutBar
-    from rlr_trainer.pipelines import PipelineChain, Policy, adapt
-    from rlr_trainer.rollouts.batches import EVALUATION, condition_rows
-
-    adapter = adapt(_load_model(options.model, options.lora))
-    config = _config(options)
-    for module in (*adapter.frozen_modules, adapter.decoder, adapter.denoiser):
-        module.to(device)
-    policy = Policy(adapter.denoiser).eval()
-    schedule, shape = (
-        adapter.schedule(config.sample_num_steps, config.sample_eta),
-        adapter.latent_shape(config.height, config.width),
+    records = (Path(folder) / "rlr_config.json" for folder in (options.lora, options.model) if folder is not None)
+    record = next((path for path in records if path.is_file()), None)
+    trained = {} if record is None else json.loads(record.read_text(encoding="utf-8"))
+    settings = {name: trained[name] for name in (*SAMPLING, "prompt_scales") if name in trained}
+    settings |= {name: value for name, value in vars(options).items() if name in SAMPLING}
+    config = RLRConfig(
+        output_dir=options.output_dir,
+        estimator="full_bp",  # nothing is estimated: the plan must only be one that fits any number of steps and any noise
+        use_lora=False,
+        num_log_images=0,
+        per_device_train_batch_size=options.batch_size,
+        reward_batch_size=options.batch_size,
+        use_cpu=options.use_cpu,
+        **settings,
     )
-    starts = range(0, len(rows), options.batch_size)
-    images = []
-    with torch.no_grad(), RolloutBar(len(starts), schedule.num_steps, disable=False) as bar:
-        for start in starts:
-            part = rows[start : start + options.batch_size]
-            chain = PipelineChain(adapter, policy, policy, schedule, condition_rows(adapter, config, part), shape, device)
-            generators = [seeded_generator(options.seed, EVALUATION, start + i) for i in range(len(part))]
-            images.append(adapter.decode(sample_chain(chain, len(part), generators, on_step=bar.step).sample).cpu())
-    return torch.cat(images)
+    rewards = None if options.reward is None else [load_reward(name) for name in options.reward]
+    return RLRTrainer(config, _no_reward, lambda: ("", {}), _load_model(options.model, options.lora), eval_reward_function=rewards)
+
+
+def _no_reward(images: Any, prompts: Any, metadata: Any) -> Any:
+    return images.mean((1, 2, 3))
 
 
 def _load_model(model: str, lora: str | None) -> Any:
@@ -165,54 +147,16 @@ def _load_model(model: str, lora: str | None) -> Any:
         return pipeline
     folder = Path(lora)
     if folder.exists() and not (folder / LORA_FILE).is_file():
-        whole = (folder / "model_index.json").is_file()
-        way_out = (
-            "it is a whole pipeline, so give it as --model" if whole else "give a folder that save_model or a checkpoint wrote"
+        raise ValueError(
+            f"--lora {lora}: has no {LORA_FILE}; give a folder that save_model or a checkpoint wrote; a whole pipeline is a --model"
         )
-        raise ValueError(f"--lora {lora}: has no {LORA_FILE}; {way_out}")
     try:
         pipeline.load_lora_weights(lora, weight_name=LORA_FILE)
     except Exception as error:  # diffusers, safetensors, peft and the hub client raise kinds of their own
         missing = "" if folder.exists() else "no such folder, and as a hub id it "
-        raise ValueError(
-            f"--lora {lora}: {missing}cannot be loaded on --model {model} ({type(error).__name__}: {error})"
-        ) from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--lora {lora}: {missing}cannot be loaded on --model {model} ({cause})") from error
     return pipeline
-
-
-def _config(options: argparse.Namespace) -> Any:
-    """The options of the chain: the command's, or those that the weights were trained with, or the usual ones."""
-    from rlr_trainer.training.config import RLRConfig
-
-    trained: dict[str, Any] = {}
-    for folder in (options.lora, options.model):
-        path = Path(folder or "") / "rlr_config.json"
-        if folder is not None and path.is_file():
-            trained = json.loads(path.read_text(encoding="utf-8"))
-            break
-    settings = {name: trained[name] for name in (*SAMPLING.values(), "prompt_scales") if name in trained}
-    settings |= {name: getattr(options, key) for key, name in SAMPLING.items() if getattr(options, key) is not None}
-    # nothing is estimated: the plan must only be one that fits any number of steps and any noise
-    return RLRConfig(output_dir=options.output_dir, estimator="full_bp", use_cpu=True, **settings)
-
-
-def _score(functions: list[Any], images: Any, rows: list[Any], size: int) -> tuple[Any, dict[str, Any]]:
-    """Rewards [N], and what the file says of them."""
-    import torch
-
-    from rlr_trainer.rewards.interface import Rewards
-
-    rewards = Rewards(functions)
-    totals, parts = [], []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        prompts, metadata = tuple(row.prompt for row in part), tuple(row.metadata for row in part)
-        result = rewards(images[start : start + size], prompts, metadata, differentiable=False)
-        totals.append(result.total)
-        parts.append(torch.stack([result.parts[name] for name in rewards.names]))
-    total = torch.cat(totals)
-    each = dict(zip(rewards.names, torch.cat(parts, 1), strict=True))
-    return total, {"rewards": _numbers(total), "parts": {name: _numbers(values) for name, values in each.items()}}
 
 
 def _numbers(values: Any) -> list[float | None]:

@@ -12,57 +12,9 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = (
     "Trains as a YAML file says. Every key of the file can be given, or overridden, on the command line: --learning_rate 1e-4 "
     "--fo_steps 3. The keys are model, reward, prompts, eval_prompts and every option of RLRConfig; an unknown key is an error. "
-    "Values are read as YAML; a flag without a value is true."
-)
-RUN_KEYS = (
-    ("model", "folder or hub id of a diffusers pipeline; digits is the bundled one"),
-    ("reward", "name, URL of a reward server, or package.module:function; several in brackets: [ink, my.rewards:smile]"),
-    ("prompts", "text file, dataset file, hub id, package.module:function, or a prompt (docs/prompts.md)"),
-    ("eval_prompts", "the same for evaluation, but no function; needs eval_strategy and eval_steps"),
-)
-# Options of transformers.TrainingArguments that runs of this kind usually set; its documentation has all of them.
-USUAL_OPTIONS = (
-    ("per_device_train_batch_size", "samples per process and micro-batch"),
-    ("gradient_accumulation_steps", "micro-batches per update"),
-    ("max_steps", "updates in all, in place of num_train_epochs; -1: not set"),
-    ("seed", "of all randomness: noise, plan, prompts' order, first weights"),
-    ("lr_scheduler_type", "linear, cosine, constant, ..."),
-    ("warmup_steps", "updates of warm-up"),
-    ("max_grad_norm", "limit of the gradient's norm; 0: none"),
-    ("adam_beta1", "of AdamW"),
-    ("adam_beta2", "of AdamW"),
-    ("optim", "optimizer"),
-    ("bf16", "bfloat16 mixed precision"),
-    ("fp16", "float16 mixed precision"),
-    ("gradient_checkpointing", "recompute activations within the network"),
-    ("use_cpu", "no GPU, even if there is one"),
-    ("save_strategy", "steps, epoch or no"),
-    ("save_total_limit", "checkpoints kept"),
-    ("eval_strategy", "steps, epoch or no"),
-    ("eval_steps", "updates between two evaluations"),
-    ("run_name", "name in trackers"),
-    ("push_to_hub", "upload the result"),
-    ("hub_model_id", "owner/name to upload to"),
-    ("disable_tqdm", "no progress bars"),
+    "A value means the same in both places. A list is written [1, 2] in the file and 1 2 on the command line."
 )
 INDENT = 34  # columns of the option's name
-
-
-class _FullHelp(argparse.Action):
-    """--help with all options of RLRConfig, which are known only after seconds of imports."""
-
-    def __init__(self, option_strings: Any, dest: str, **keywords: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="show this message with every option, and exit", **keywords)
-
-    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
-        lines = [parser.format_help(), *option_lines()]
-        from rlr_trainer.cli import discard_output
-
-        try:
-            print("\n".join(lines), flush=True)
-        except BrokenPipeError:  # `| head` has seen enough
-            discard_output()
-        parser.exit()
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -70,7 +22,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     train = commands.add_parser(
         "train", parents=[common], help="train as a YAML file says", description=DESCRIPTION, add_help=False, allow_abbrev=False
     )
-    train.add_argument("-h", "--help", action=_FullHelp, default=argparse.SUPPRESS)
+    train.add_argument("-h", "--help", action="store_true", help="show this message with every option, and exit")
     train.add_argument("--config", default=None, help="YAML file of keys and values")
     train.add_argument(
         "--resume",
@@ -80,19 +32,22 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="go on from this checkpoint's folder, or without a value from the last one in output_dir",
     )
-    train.set_defaults(run=run, takes_overrides=True)
+    train.set_defaults(run=run, takes_overrides=True, usage=train.format_help)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
     from pathlib import Path
 
-    from rlr_trainer.cli.settings import build_trainer, load_settings
+    from rlr_trainer.cli.settings import build_trainer, parse_run
 
-    settings = load_settings(options.config, options.overrides)
+    if options.help:
+        print("\n".join([options.usage(), *option_lines()]))
+        return 0
+    described = parse_run(options.config, options.overrides)
     if isinstance(options.resume, str) and not Path(options.resume).is_dir():
         raise ValueError(f"--resume {options.resume}: no such folder; give that of a checkpoint, or nothing for the last one")
-    trainer = build_trainer(settings)
+    trainer = build_trainer(*described)
     if trainer.eval_prompts is not None and trainer.args.eval_strategy == "no" and not trainer.args.eval_on_start:
         logger.warning(
             "eval_prompts are given, but nothing is evaluated during training: set eval_strategy to steps, and eval_steps"
@@ -120,37 +75,36 @@ def _what_is_left(trainer: Any) -> str:
 
 
 def option_lines() -> Iterator[str]:
-    """Help on every key: the run's own, those of RLRConfig in the groups of its source, and the usual ones of TrainingArguments."""
+    """Help on every key: the run's own, those of RLRConfig, and the names of the others."""
     import dataclasses
-    import inspect
-    import re
 
+    from transformers import TrainingArguments
+
+    from rlr_trainer.cli.settings import RunArguments
     from rlr_trainer.training.config import RLRConfig
 
-    fields = {field.name: field for field in dataclasses.fields(RLRConfig)}
-    yield "the run:"
-    for name, meaning in RUN_KEYS:
-        yield from _option_lines(name, meaning, None)
-    for line in inspect.getsource(RLRConfig).splitlines():
-        if heading := re.fullmatch(r"    # ---- (.+) ----", line):
-            yield f"\n{'changed defaults' if 'TrainingArguments' in heading[1] else heading[1]}:"
-        elif option := re.match(r"    (\w+): .* = _option\(", line):
-            field = fields[option[1]]
+    base = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    options = dataclasses.fields(RLRConfig)
+    own = [field for field in options if field.name not in base or base[field.name].metadata != field.metadata]
+    for title, fields in (("the run", dataclasses.fields(RunArguments)), ("options of RLRConfig", own)):
+        yield f"\n{title}:"
+        for field in fields:
             yield from _option_lines(field.name, field.metadata["help"], field.default)
-    yield "\nusual options of transformers.TrainingArguments (its documentation has the others):"
-    for name, meaning in USUAL_OPTIONS:
-        yield from _option_lines(name, meaning, fields[name].default)
+    yield "\noptions of transformers.TrainingArguments, which its documentation explains:"
+    yield from _wrapped("  ", " ".join(f"--{field.name}" for field in options if field.init and field not in own))
 
 
 def _option_lines(name: str, meaning: str, default: Any) -> list[str]:
+    if default is not None:
+        shown = str(default).lower() if isinstance(default, bool) else default
+        meaning = f"{meaning} (default: {'empty' if shown == '' else shown})"
+    lines = _wrapped(" " * INDENT, meaning)
+    return [f"  --{name} ".ljust(INDENT) + lines[0][INDENT:], *lines[1:]]
+
+
+def _wrapped(indent: str, text: str) -> list[str]:
     import shutil
     import textwrap
 
-    if default is not None:
-        default = getattr(default, "value", default)  # of an enumeration
-        shown = str(default).lower() if isinstance(default, bool) else default
-        meaning = f"{meaning} (default: {shown})" if shown != "" else f"{meaning} (default: empty)"
     width = max(60, min(shutil.get_terminal_size().columns, 120))
-    lines = textwrap.wrap(meaning, width - INDENT)
-    head = f"  --{name} "
-    return [f"{head:{INDENT}}{lines[0]}", *(" " * INDENT + line for line in lines[1:])]
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
