@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from rlr_trainer.diagnosis.candidates import LONG_FO_SHARE
-from rlr_trainer.diagnosis.report import TIE, PlanRow, Recommendation, format_estimate
+from rlr_trainer.diagnosis.plans import LONG_FO_SHARE
+from rlr_trainer.diagnosis.result import TIE, PlanRow, Recommendation, format_estimate
 from rlr_trainer.diagnosis.statistics import MINIMUM_BATCHES
 
 HACKING = (

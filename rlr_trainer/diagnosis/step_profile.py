@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from rlr_trainer.diagnosis.candidates import zeroth_order_options
 from rlr_trainer.diagnosis.memory import measuring_memory
+from rlr_trainer.diagnosis.plans import zeroth_order_options
 from rlr_trainer.diagnosis.statistics import RESOLVED, RunningMoments
 from rlr_trainer.diagnosis.workbench import Batch, Workbench
 from rlr_trainer.estimators.first_order import NonDifferentiableRewardError, pathwise, reward_and_gradient
@@ -24,7 +26,6 @@ from rlr_trainer.estimators.zeroth_order import Perturbations
 
 TIMED_REPEATS = 3
 ZEROTH_BATCHES = 6
-FIRST_BATCH = 0
 DEAD_BATCHES = 4  # batches without any gradient after which a reward counts as a black box
 BLACK_BOX = "the reward has no gradient"
 DEAD_GRADIENT = (
@@ -34,17 +35,18 @@ DEAD_GRADIENT = (
 
 
 class Deadline:
-    """A wall-clock limit.
+    """A wall-clock limit, with a progress bar of the seconds on a terminal.
 
     Args:
         seconds: from now.
-        on_progress: called with (elapsed seconds, what is being done).
+        quiet: no bar.
     """
 
-    def __init__(self, seconds: float, on_progress: Callable[[float, str], None] | None = None) -> None:
+    def __init__(self, seconds: float, quiet: bool = True) -> None:
         self.seconds = seconds
         self._start = time.perf_counter()
-        self.on_progress = on_progress
+        shape = "{desc} |{bar}| {n:.0f} of {total:.0f} s"
+        self._bar = tqdm(total=seconds, disable=quiet or not sys.stderr.isatty(), bar_format=shape, leave=False)
 
     @property
     def elapsed(self) -> float:
@@ -55,9 +57,14 @@ class Deadline:
         return self.seconds - self.elapsed
 
     def report(self, what: str) -> None:
-        """Tells the progress bar."""
-        if self.on_progress is not None:
-            self.on_progress(self.elapsed, what)
+        """Shows what is being done."""
+        self._bar.set_description(f"diagnosing: {what}", refresh=False)
+        self._bar.n = min(self.elapsed, self.seconds)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Removes the bar."""
+        self._bar.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +82,12 @@ class StepCost:
     peak_bytes: int
 
 
+Numbers = list[float | None]  # None: not there
+
+
 @dataclasses.dataclass(frozen=True)
 class VarianceProfile:
-    """Size and noise of every step's share of the gradient. Lists of T numbers (None: not there), steps from the noisy end.
+    """Size and noise of every step's share of the gradient. Lists of T numbers, steps from the noisy end.
 
     Gradients are of the mean reward, in reward units per unit of weight. A variance is the trace of a covariance matrix, per
     sample: that of one update times the samples in it. "fo" is the pathwise share of a step, "lr" the likelihood-ratio share.
@@ -87,7 +97,6 @@ class VarianceProfile:
         stds: standard deviation of the transition, in latent units.
         fo_norm, lr_norm: norm of the mean share, noise subtracted (None: not above the noise, or not measured). Both estimate the
             same thing.
-        fo_rms, lr_rms: typical norm of the share of one update, noise included.
         fo_variance, lr_variance: per sample.
         zo_variance: one step's zeroth-order share, per sample, mean over the steps; None: not measured.
         total_variance: T + 1 numbers, index K: FO on the last K steps + LR on the others, covariances included, per sample.
@@ -97,30 +106,24 @@ class VarianceProfile:
     num_batches: int
     num_samples: int
     stds: list[float]
-    fo_norm: list[float | None]
-    lr_norm: list[float | None]
-    fo_rms: list[float | None]
-    lr_rms: list[float | None]
-    fo_variance: list[float | None]
-    lr_variance: list[float | None]
+    fo_norm: Numbers
+    lr_norm: Numbers
+    fo_variance: Numbers
+    lr_variance: Numbers
     zo_variance: float | None
-    total_variance: list[float | None]
-    total_variance_error: list[float | None]
+    total_variance: Numbers
+    total_variance_error: Numbers
 
     @property
     def std_ho(self) -> float | None:
         """V_h: root mean square over the steps of one half-order (h = 1) step's standard deviation, per sample."""
         known = [v for v in self.lr_variance if v is not None]
-        return math.sqrt(sum(known) / len(known)) if known else None
+        return math.sqrt(statistics.fmean(known)) if known else None
 
     @property
     def std_zo(self) -> float | None:
         """V_z: the same of one zeroth-order step."""
         return None if self.zo_variance is None else math.sqrt(self.zo_variance)
-
-    def choices(self) -> list[float]:
-        """`total_variance` for `choose_fo_steps`: infinite for a K that cannot be."""
-        return [math.inf if v is None else v for v in self.total_variance]
 
 
 class ProfileBuilder:
@@ -129,6 +132,13 @@ class ProfileBuilder:
     Args:
         bench: where updates are computed.
         differentiable: whether the reward has a gradient.
+
+    Attributes:
+        reference: the plan that others are compared with.
+        shares: moments of the shares of every step, "fo", "lr" and "zo".
+        combinations: moments of FO(K) + LR(rest), for every K.
+        updates: moments of the reference.
+        seconds: of sampling, and of one step's backward pass.
     """
 
     def __init__(self, bench: Workbench, differentiable: bool) -> None:
@@ -136,15 +146,16 @@ class ProfileBuilder:
         steps = bench.num_steps
         # K below this would leave a step without noise to the likelihood ratio
         self.fewest_fo = max((steps - step for step, std in enumerate(bench.stds) if not std > 0), default=0)
-        self.full = EstimatorPlan.from_preset("full_bp", steps)
-        self.ratio = EstimatorPlan(steps, fo_steps=self.fewest_fo, rest_estimator="lr")
-        self.plan = self.full if differentiable else self.ratio  # the reference
-        self.moments = {name: RunningMoments() for name in ("fo", "lr", "total", "reference", "zo")}
-        self.seconds: dict[str, list[float]] = {"sample": [], "fo": [], "lr": []}  # of sampling, and of one step's backward pass
+        ratio = EstimatorPlan(steps, fo_steps=self.fewest_fo, rest_estimator="lr")
+        self.plans = {"fo": EstimatorPlan.from_preset("full_bp", steps), "lr": ratio}
+        self.reference = self.plans["fo" if differentiable else "lr"]
+        self.shares = {kind: RunningMoments() for kind in ("fo", "lr", "zo")}
+        self.combinations, self.updates = RunningMoments(), RunningMoments()
+        self.seconds: dict[str, list[float]] = {"sample": [], "fo": [], "lr": []}
 
     @property
     def count(self) -> int:
-        return self.moments["total"].count
+        return self.combinations.count
 
     def add(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
         """Takes in a batch that was sampled for the reference plan.
@@ -152,78 +163,72 @@ class ProfileBuilder:
         Returns:
             Pathwise (None for a black box) and likelihood-ratio share of every step, [T, P] each.
         """
-        first_order = self._shares_of("fo", self.full, batch) if self.differentiable else None
-        ratio = self._shares_of("lr", self.ratio, batch)
-        self.moments["total"].add(_combinations(first_order, ratio))
-        self.moments["reference"].add((ratio if first_order is None else first_order).sum(0, keepdim=True))
+        first_order = self._measure("fo", batch) if self.differentiable else None
+        ratio = self._measure("lr", batch)
+        self.combinations.add(_combinations(first_order, ratio))
+        self.updates.add((ratio if first_order is None else first_order).sum(0, keepdim=True))
         self.seconds["sample"].append(batch.sample_seconds)
         return first_order, ratio
 
     def add_reference(self, batch: Batch) -> Tensor:
         """Takes in the reference alone; returns its update [P]."""
-        kind, plan = ("fo", self.full) if self.differentiable else ("lr", self.ratio)
-        update = self._shares_of(kind, plan, batch).sum(0)
-        self.moments["reference"].add(update[None])
+        update = self._measure("fo" if self.differentiable else "lr", batch).sum(0)
+        self.updates.add(update[None])
         self.seconds["sample"].append(batch.sample_seconds)
         return update
 
-    def _shares_of(self, kind: str, plan: EstimatorPlan, batch: Batch) -> Tensor:
-        shares, seconds = self.bench.update(plan, batch, per_step=True)
-        self.moments[kind].add(shares)
+    def add_zeroth(self, wanted: int, has_time: Callable[[], bool] = lambda: True) -> None:
+        """Measures zeroth-order shares on batches with perturbed parameters, until there are `wanted` or the time is up."""
+        bench, moments = self.bench, self.shares["zo"]
+        options = zeroth_order_options(bench.configured_options, bench.batch_size, bench.group_size)
+        plan = EstimatorPlan.from_preset("es", bench.num_steps, **options)
+        while moments.count < wanted and has_time():
+            moments.add(bench.zeroth_order_shares(bench.collect(moments.count, plan)))
+
+    def _measure(self, kind: str, batch: Batch) -> Tensor:
+        shares, seconds = self.bench.step_shares(self.plans[kind], batch)
+        self.shares[kind].add(shares)
         self.seconds[kind].append(seconds / self.bench.num_steps)
         return shares
 
     @property
     def reference_relative_error(self) -> float:
         """Standard error of |reference gradient|^2 over its value; infinite while it is not above 0 or not known."""
-        moments = self.moments["reference"]
-        square, error = float(moments.mean_squares()), float(moments.mean_square_errors())
+        square, error = (float(value) for value in self.updates.mean_squares())
         return error / square if square > 0 and math.isfinite(error) else math.inf
-
-    def add_zeroth(self, number: int) -> None:
-        """Samples a batch with perturbed parameters and takes in the share of every step."""
-        config, steps = self.bench.config, self.bench.num_steps
-        options = zeroth_order_options(config, config.sample_batch_size)
-        plan = EstimatorPlan.from_preset("es", steps, **options)
-        batch = self.bench.collect(number, plan)
-        shares = [self.bench.reader.flatten(self.bench.zeroth_order_term(batch, step=step)) for step in range(steps)]
-        self.moments["zo"].add(torch.stack(shares))
 
     def build(self) -> VarianceProfile:
         """The profile of what was taken in."""
-        samples, zeroth = self.bench.samples_per_update, self.moments["zo"]
-        total = self.moments["total"]
-        missing: list[float | None] = [None] * (self.bench.num_steps + 1 - len(total.variances()))
-        impossible: list[float | None] = [None] * self.fewest_fo
-        fo, lr = self._shares("fo", self.bench.num_steps), self._shares("lr", self.bench.num_steps - self.fewest_fo)
+        samples, steps = self.bench.samples_per_update, self.bench.num_steps
+        fo_norm, fo_variance = self._size_and_noise("fo", steps)
+        lr_norm, lr_variance = self._size_and_noise("lr", steps - self.fewest_fo)
+        total, error = self.combinations.variances()
+        impossible: Numbers = [None] * self.fewest_fo
+        missing: Numbers = [None] * (steps + 1 - len(total))
+        zeroth = self.shares["zo"]
         return VarianceProfile(
             num_batches=self.count,
             num_samples=samples,
             stds=list(self.bench.stds),
-            fo_norm=fo["norm"],
-            lr_norm=lr["norm"],
-            fo_rms=fo["rms"],
-            lr_rms=lr["rms"],
-            fo_variance=fo["variance"],
-            lr_variance=lr["variance"],
-            zo_variance=float(zeroth.variances().mean()) * samples if zeroth.count > 1 else None,
-            total_variance=impossible + _finite(total.variances() * samples)[self.fewest_fo :] + missing,
-            total_variance_error=impossible + _finite(total.variance_errors() * samples)[self.fewest_fo :] + missing,
+            fo_norm=fo_norm,
+            lr_norm=lr_norm,
+            fo_variance=fo_variance,
+            lr_variance=lr_variance,
+            zo_variance=float(zeroth.variances()[0].mean()) * samples if zeroth.count > 1 else None,
+            total_variance=impossible + _finite(total * samples)[self.fewest_fo :] + missing,
+            total_variance_error=impossible + _finite(error * samples)[self.fewest_fo :] + missing,
         )
 
-    def _shares(self, name: str, known: int) -> dict[str, list[float | None]]:
-        """Norm, typical norm and variance of every step's share; None after the first `known` steps."""
-        steps, moments = self.bench.num_steps, self.moments[name]
+    def _size_and_noise(self, kind: str, known: int) -> tuple[Numbers, Numbers]:
+        """Norm and variance of every step's share; None after the first `known` steps."""
+        moments = self.shares[kind]
+        missing: Numbers = [None] * (self.bench.num_steps - known)
         if not moments.count:
-            return {what: [None] * steps for what in ("norm", "rms", "variance")}
-        squares, errors = moments.mean_squares(), moments.mean_square_errors()
+            return [None] * self.bench.num_steps, [None] * self.bench.num_steps
+        squares, errors = moments.mean_squares()
         norms = torch.where(squares > RESOLVED * errors, squares.clamp_min(0).sqrt(), math.nan)
-        values = {
-            "norm": norms,
-            "rms": moments.root_mean_squares(),
-            "variance": moments.variances() * self.bench.samples_per_update,
-        }
-        return {what: _finite(numbers)[:known] + [None] * (steps - known) for what, numbers in values.items()}
+        variances = moments.variances()[0] * self.bench.samples_per_update
+        return _finite(norms)[:known] + missing, _finite(variances)[:known] + missing
 
 
 def _combinations(first_order: Tensor | None, ratio: Tensor) -> Tensor:
@@ -234,63 +239,48 @@ def _combinations(first_order: Tensor | None, ratio: Tensor) -> Tensor:
     return torch.stack([ratio[: steps - k].sum(0) + first_order[steps - k :].sum(0) for k in range(steps + 1)])
 
 
-def _finite(values: Tensor) -> list[float | None]:
+def _finite(values: Tensor) -> Numbers:
     return [v if math.isfinite(v) else None for v in values.tolist()]
 
 
-def reference_batch(bench: Workbench, number: int) -> tuple[Batch, bool, str | None]:
-    """A batch sampled for the pathwise reference, or for the likelihood ratio if the reward is a black box.
-
-    Returns:
-        The batch, whether the reward is differentiable, and why not.
-    """
-    black_box, pathwise_plan = (EstimatorPlan.from_preset(name, bench.num_steps) for name in ("ddpo", "full_bp"))
-    try:
-        batch = bench.collect(number, pathwise_plan)
-    except NonDifferentiableRewardError:
-        return bench.collect(number, black_box), False, BLACK_BOX
-    # a saturated reward may have no gradient on one batch; one that never has any is another thing
-    others = (bench.collect(number + more, pathwise_plan) for more in range(1, DEAD_BATCHES))
-    if _is_dead(batch) and all(_is_dead(other) for other in others):
-        return bench.collect(number, black_box), False, DEAD_GRADIENT
-    return batch, True, None
-
-
-def _is_dead(batch: Batch) -> bool:
-    """Whether the rewards differ although the reward's gradient is exactly 0 for every picture."""
-    gradients = [e.reward_gradient for e in batch.experiences]
-    rewards = torch.cat([e.rewards for e in batch.experiences])
-    return all(g is not None and not g.any() for g in gradients) and len(rewards[~torch.isnan(rewards)].unique()) > 1
-
-
 def start_profile(bench: Workbench) -> tuple[ProfileBuilder, Batch, str | None]:
-    """An empty profile, its first batch, and why the reward counts as a black box (None: it has a gradient).
+    """An empty profile, a batch for its reference, and why the reward counts as a black box (None: it has a gradient).
 
     Raises:
         ValueError: a black-box reward on a chain with a step without noise.
     """
-    batch, differentiable, reason = reference_batch(bench, FIRST_BATCH)
-    builder = ProfileBuilder(bench, differentiable)
-    if not differentiable and builder.fewest_fo:
+    first_order = EstimatorPlan.from_preset("full_bp", bench.num_steps)
+    try:
+        batch = bench.collect(0, first_order)
+    except NonDifferentiableRewardError:
+        reason = BLACK_BOX
+    else:
+        # a saturated reward may have no gradient on one batch; one that never has any is another thing
+        others = (bench.collect(number, first_order) for number in range(1, DEAD_BATCHES))
+        if not (batch.has_dead_gradient and all(other.has_dead_gradient for other in others)):
+            return ProfileBuilder(bench, differentiable=True), batch, None
+        reason = DEAD_GRADIENT
+    builder = ProfileBuilder(bench, differentiable=False)
+    if builder.fewest_fo:
         raise ValueError(
             f"{reason}, and step {bench.num_steps - builder.fewest_fo} adds no noise, so that no estimator but zeroth order covers it: set "
             "sample_eta above 0"
         )
-    return builder, batch, reason
+    return builder, bench.collect(0, builder.reference), reason
 
 
 def build_profile(bench: Workbench, deadline: Deadline, max_batches: int, *, zeroth: bool = True) -> ProfileBuilder:
-    """Measures until the deadline or `max_batches`, one batch at least."""
+    """Measures until the deadline or `max_batches`, one batch at least; `zeroth`: also the noise of zeroth-order steps."""
     started = bench.clock()
     builder, batch, _ = start_profile(bench)
     builder.add(batch)
     cost = bench.clock() - started
-    while zeroth and builder.moments["zo"].count < min(ZEROTH_BATCHES, max_batches) and deadline.left > 3 * cost:
-        builder.add_zeroth(FIRST_BATCH + builder.moments["zo"].count)
+    if zeroth:
+        builder.add_zeroth(min(ZEROTH_BATCHES, max_batches), lambda: deadline.left > 3 * cost)
     while builder.count < max_batches and deadline.left > cost:
         deadline.report("steps")
         started = bench.clock()
-        builder.add(bench.collect(FIRST_BATCH + builder.count, builder.plan))
+        builder.add(bench.collect(builder.count, builder.reference))
         cost = bench.clock() - started
     return builder
 
@@ -302,11 +292,11 @@ def measure_step_costs(bench: Workbench, batch: Batch, differentiable: bool) -> 
     input), "zo" (perturb the weights and step: no backward), "prediction" (reward of the one-step prediction and its gradient),
     "reward" (decode and score) and "reward_gradient" (and differentiate).
     """
-    experience = batch.experiences[0]
-    chain, step = bench.chain(experience), bench.num_steps // 2
-    params, rollout = chain.parameters(), experience.rollout
+    chain, rollout, reward = bench.first(batch)
+    step, params = bench.num_steps // 2, chain.parameters()
     x, noise, std = rollout.latents[step], rollout.noises[step], rollout.stds[step]
-    perturbations = Perturbations.assign(len(experience), 0, 0.01, 1, False)
+    perturbations = Perturbations.assign(len(x), 0, 0.01, 1, False)
+    critic = prediction_critic(chain, params, lambda latents: reward(latents, True))
 
     def half_order() -> Tensor:
         mean, now = chain.transition(step, x, params)
@@ -318,41 +308,33 @@ def measure_step_costs(bench: Workbench, batch: Batch, differentiable: bool) -> 
         mean, now = chain.transition(step, x.detach().requires_grad_(True), params)
         return pathwise(noise, mean, now, noise).sum()
 
-    @torch.no_grad()
-    def zeroth() -> None:
-        chain.transition(step, x, perturbations.perturb(params, step, 0, 1.0))
-
-    @torch.no_grad()
-    def sample() -> None:
-        chain.transition(step, x, params)
-
-    @torch.no_grad()
-    def reward() -> None:
-        bench.reward(rollout.sample, experience, differentiable=False)
-
-    def reward_gradient() -> None:
-        reward_and_gradient(lambda latents: bench.reward(latents, experience, differentiable=True), rollout.sample)
-
-    def prediction() -> None:
-        prediction_critic(chain, params, lambda latents: bench.reward(latents, experience, differentiable=True))(step, x)
-
-    work: dict[str, Callable[[], Any]] = {"sample": sample, "ho": half_order, "zo": zeroth, "reward": reward}
+    sampling = torch.no_grad()
+    work: dict[str, Callable[[], Any]] = {
+        "sample": sampling(lambda: chain.transition(step, x, params)),
+        "ho": half_order,
+        "zo": sampling(lambda: chain.transition(step, x, perturbations.perturb(params, step, 0, 1.0))),
+        "reward": sampling(lambda: reward(rollout.sample, False)),
+    }
     if differentiable:
-        work |= {"fo": first_order, "prediction": prediction, "reward_gradient": reward_gradient}
+        work |= {
+            "fo": first_order,
+            "prediction": lambda: critic(step, x),
+            "reward_gradient": lambda: reward_and_gradient(lambda latents: reward(latents, True), rollout.sample),
+        }
     return {kind: _cost(bench, run) for kind, run in work.items()}
 
 
 def _cost(bench: Workbench, work: Callable[[], Any]) -> StepCost:
-    """Runs `work`, and the backward pass of the scalar that it may return."""
+    """Runs `work`, and the backward pass of the scalar with a graph that it may return."""
 
     def run() -> int:
         bench.reader.clear()
-        scalar = work()
+        outcome = work()
         held = meter.held()
-        if isinstance(scalar, Tensor):
-            (scalar * bench.factor).backward()
-            return held
-        return 0
+        if not (isinstance(outcome, Tensor) and outcome.requires_grad):
+            return 0
+        (outcome * bench.factor).backward()
+        return held
 
     with measuring_memory(bench.device) as meter:
         held = run()
