@@ -55,11 +55,11 @@ def is_composable(plan: EstimatorPlan) -> bool:
     return low == high and (rest_lr or rest_none) and plan.fo_weight == plan.ho_weight == plan.rest_weight == 1
 
 
-def compose(plan: EstimatorPlan, first_order: Tensor | None, ratio: Tensor) -> Tensor:
+def compose(plan: EstimatorPlan, first_order: Tensor, ratio: Tensor) -> Tensor:
     """The update [P] of a composable plan, from the shares of every step, [T, P]."""
     before = plan.num_steps - plan.fo_range[0]
-    update = ratio[:before].sum(0) if plan.rest_estimator == "lr" else torch.zeros_like(ratio[0])
-    return update if first_order is None else update + first_order[before:].sum(0)
+    update = first_order[before:].sum(0)
+    return update + ratio[:before].sum(0) if plan.rest_estimator == "lr" else update
 
 
 class Comparison:

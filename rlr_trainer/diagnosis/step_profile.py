@@ -157,16 +157,17 @@ class ProfileBuilder:
     def count(self) -> int:
         return self.combinations.count
 
-    def add(self, batch: Batch) -> tuple[Tensor | None, Tensor]:
+    def add(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Takes in a batch that was sampled for the reference plan.
 
         Returns:
-            Pathwise (None for a black box) and likelihood-ratio share of every step, [T, P] each.
+            Pathwise and likelihood-ratio share of every step, [T, P] each; NaN where there is none (a black box, a step without noise).
         """
-        first_order = self._measure("fo", batch) if self.differentiable else None
         ratio = self._measure("lr", batch)
-        self.combinations.add(_combinations(first_order, ratio))
-        self.updates.add((ratio if first_order is None else first_order).sum(0, keepdim=True))
+        first_order = self._measure("fo", batch) if self.differentiable else torch.full_like(ratio, math.nan)
+        steps = len(ratio)
+        self.combinations.add(torch.stack([ratio[: steps - k].sum(0) + first_order[steps - k :].sum(0) for k in range(steps + 1)]))
+        self.updates.add((first_order if self.differentiable else ratio).sum(0, keepdim=True))
         self.seconds["sample"].append(batch.sample_seconds)
         return first_order, ratio
 
@@ -187,6 +188,8 @@ class ProfileBuilder:
 
     def _measure(self, kind: str, batch: Batch) -> Tensor:
         shares, seconds = self.bench.step_shares(self.plans[kind], batch)
+        if kind == "lr" and self.fewest_fo:
+            shares[-self.fewest_fo :] = math.nan
         self.shares[kind].add(shares)
         self.seconds[kind].append(seconds / self.bench.num_steps)
         return shares
@@ -199,13 +202,11 @@ class ProfileBuilder:
 
     def build(self) -> VarianceProfile:
         """The profile of what was taken in."""
-        samples, steps = self.bench.samples_per_update, self.bench.num_steps
-        fo_norm, fo_variance = self._size_and_noise("fo", steps)
-        lr_norm, lr_variance = self._size_and_noise("lr", steps - self.fewest_fo)
+        samples = self.bench.samples_per_update
+        fo_norm, fo_variance = self._size_and_noise(self.shares["fo"])
+        lr_norm, lr_variance = self._size_and_noise(self.shares["lr"])
+        _, zo_variance = self._size_and_noise(self.shares["zo"])
         total, error = self.combinations.variances()
-        impossible: Numbers = [None] * self.fewest_fo
-        missing: Numbers = [None] * (steps + 1 - len(total))
-        zeroth = self.shares["zo"]
         return VarianceProfile(
             num_batches=self.count,
             num_samples=samples,
@@ -214,29 +215,18 @@ class ProfileBuilder:
             lr_norm=lr_norm,
             fo_variance=fo_variance,
             lr_variance=lr_variance,
-            zo_variance=float(zeroth.variances()[0].mean()) * samples if zeroth.count > 1 else None,
-            total_variance=impossible + _finite(total * samples)[self.fewest_fo :] + missing,
-            total_variance_error=impossible + _finite(error * samples)[self.fewest_fo :] + missing,
+            zo_variance=None if None in zo_variance else statistics.fmean(v for v in zo_variance if v is not None),
+            total_variance=_finite(total * samples),
+            total_variance_error=_finite(error * samples),
         )
 
-    def _size_and_noise(self, kind: str, known: int) -> tuple[Numbers, Numbers]:
-        """Norm and variance of every step's share; None after the first `known` steps."""
-        moments = self.shares[kind]
-        missing: Numbers = [None] * (self.bench.num_steps - known)
+    def _size_and_noise(self, moments: RunningMoments) -> tuple[Numbers, Numbers]:
+        """Norm and variance, per sample, of every step's share."""
         if not moments.count:
             return [None] * self.bench.num_steps, [None] * self.bench.num_steps
         squares, errors = moments.mean_squares()
         norms = torch.where(squares > RESOLVED * errors, squares.clamp_min(0).sqrt(), math.nan)
-        variances = moments.variances()[0] * self.bench.samples_per_update
-        return _finite(norms)[:known] + missing, _finite(variances)[:known] + missing
-
-
-def _combinations(first_order: Tensor | None, ratio: Tensor) -> Tensor:
-    """FO on the last K steps + LR on the others, for K = 0..T, from per-step shares [T, P]: [T + 1, P] (only K = 0 without FO)."""
-    if first_order is None:
-        return ratio.sum(0, keepdim=True)
-    steps = len(ratio)
-    return torch.stack([ratio[: steps - k].sum(0) + first_order[steps - k :].sum(0) for k in range(steps + 1)])
+        return _finite(norms), _finite(moments.variances()[0] * self.bench.samples_per_update)
 
 
 def _finite(values: Tensor) -> Numbers:

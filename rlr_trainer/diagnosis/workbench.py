@@ -65,20 +65,14 @@ class Subject:
     @classmethod
     def of(cls, trainer: Any) -> Subject:
         """That of an `RLRTrainer`, before, during or after training."""
+        same = ("plan", "control_scale", "starts", "adapter", "schedule", "rewards", "prompts", "accelerator")
         return cls(
+            **{name: getattr(trainer, name) for name in same},
             config=trainer.args,
-            plan=trainer.plan,
-            control_scale=trainer.control_scale,
-            starts=trainer.starts,
             model=trainer.model_wrapped if trainer.is_in_train else trainer.model,
             denoiser=trainer.policy.denoiser,
             parameters=trainer.policy.trainable_parameters(),
             make_chain=trainer._make_chain,
-            adapter=trainer.adapter,
-            schedule=trainer.schedule,
-            rewards=trainer.rewards,
-            prompts=trainer.prompts,
-            accelerator=trainer.accelerator,
             updates=trainer.state.global_step,
         )
 
@@ -95,42 +89,31 @@ def untouched(subject: Any) -> Iterator[Workbench]:
     """
     if not isinstance(subject, Subject):
         subject = Subject.of(subject)
-    accelerator, params = subject.accelerator, subject.parameters
+    accelerator = subject.accelerator
     if accelerator.num_processes > 1:
         raise ValueError(
             f"a diagnosis runs in one process, but there are {accelerator.num_processes}: call it without accelerate launch"
         )
-    gradients = {name: p.grad for name, p in params.items()}
+    gradients = [(p, p.grad) for p in subject.parameters.values()]
     modes = [(module, module.training) for module in subject.model.modules()]
-    devices = list(range(torch.cuda.device_count())) if accelerator.device.type == "cuda" else []
-    try:
-        with (
-            torch.random.fork_rng(devices=devices),
-            subject.prompts.borrowed() as prompts,
-            _checkpointing(subject),
-            accelerator.autocast(),
-        ):
-            subject.model.eval()
-            yield Workbench(subject, prompts)
-    finally:
-        for name, p in params.items():
-            p.grad = gradients[name]
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _checkpointing(subject: Subject) -> Iterator[None]:
-    """Trainer switches activation checkpointing on when training starts; memory and time should be those of the training."""
     denoiser: Any = subject.denoiser
-    switches = subject.config.gradient_checkpointing and not getattr(denoiser, "is_gradient_checkpointing", True)
-    if switches:
-        denoiser.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if switches:
-            denoiser.disable_gradient_checkpointing()
+    devices = list(range(torch.cuda.device_count())) if accelerator.device.type == "cuda" else []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        prompts = stack.enter_context(subject.prompts.borrowed())
+        # the training switches this on when it starts; memory and time should be those of the training
+        if subject.config.gradient_checkpointing and not getattr(denoiser, "is_gradient_checkpointing", True):
+            denoiser.enable_gradient_checkpointing()
+            stack.callback(denoiser.disable_gradient_checkpointing)
+        stack.enter_context(accelerator.autocast())
+        subject.model.eval()
+        try:
+            yield Workbench(subject, prompts)
+        finally:
+            for p, gradient in gradients:
+                p.grad = gradient
+            for module, training in modes:
+                module.training = training
 
 
 @dataclasses.dataclass(frozen=True)
