@@ -13,7 +13,7 @@ import torch
 
 from rlr_trainer import EstimatorPlan, RLRConfig, RLRTrainer, digits
 from rlr_trainer.diagnosis.comparison import compose
-from rlr_trainer.diagnosis.profile import start_profile
+from rlr_trainer.diagnosis.step_profile import start_profile
 from rlr_trainer.diagnosis.workbench import untouched
 from rlr_trainer.digits.rewards import digit_reward
 
@@ -35,7 +35,7 @@ def norms(batches: int, seed: int) -> dict[str, torch.Tensor]:
         with untouched(trainer) as bench:
             builder, _, _ = start_profile(bench)
             for number in range(batches):
-                first_order, ratio = builder.add(bench.collect(number, builder.plan))
+                first_order, ratio = builder.add(bench.collect(number, builder.reference))
                 for name, plan in plans.items():
                     found[name].append(compose(plan, first_order, ratio).norm())
     return {name: torch.stack(values) for name, values in found.items()}

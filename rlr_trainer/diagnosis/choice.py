@@ -1,23 +1,105 @@
-"""Choosing h and K from measurements. Pure functions of numbers; `rlr_trainer.diagnosis` measures what they need."""
+"""Chooses K (fo_steps="auto") and h (ho_length="auto") from measurements: the rules, and what measures for them."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-DEFAULT_TOLERANCE = (
-    0.1  # variances this close (relative) count as equal: measured from few batches they differ by as much by chance
-)
+from rlr_trainer.diagnosis.plans import LONG_FO_SHARE
+from rlr_trainer.diagnosis.step_profile import Deadline, build_profile, measure_step_costs
+from rlr_trainer.diagnosis.workbench import Workbench, untouched
+
+# variances this close (relative) count as equal: measured from few batches they differ by as much by chance
+TOLERANCE = 0.1
+GIGABYTE = 10**9
+AUTO_SECONDS = 60.0
 
 
-def choose_ho_length(
-    num_steps: int,
-    memory_budget: float,
-    memory_ho: float,
-    memory_zo: float,
-    std_ho: float,
-    std_zo: float,
+def auto_fo_steps(subject: Any, *, num_batches: int = 16, time_limit: float = AUTO_SECONDS) -> int:
+    """K for FO(K) + LR on the rest: the least measured variance among K up to half of the chain (`choose_fo_steps`).
+
+    Longer first order is not considered, however little its variance: its risk (reward hacking) does not show in it. A K above half
+    is returned only where the chain's last steps add no noise and leave no other choice. All plans of this family take one backward
+    pass per step, so time does not enter. 0 for a black-box reward.
+
+    Args:
+        subject: a `Subject` or an `RLRTrainer`.
+        num_batches, time_limit: stops at the first; seconds.
+
+    Raises:
+        ValueError: too little time for the two batches that a variance needs; more than one process.
+    """
+    with measuring(subject, time_limit) as (bench, deadline):
+        profile = build_profile(bench, deadline, num_batches, zeroth=False).build()
+    variances = [math.inf if v is None else v for v in profile.total_variance]
+    possible = [k for k, variance in enumerate(variances) if variance < math.inf]
+    if not possible:
+        raise ValueError(
+            f"fo_steps='auto': only {profile.num_batches} batch fitted into {time_limit:g} s, and a variance needs two; give a number for "
+            "fo_steps, or more time"
+        )
+    return choose_fo_steps(variances, max(possible[0], int(LONG_FO_SHARE * (len(variances) - 1))))
+
+
+def auto_ho_length(
+    subject: Any, memory_budget_gb: float, *, fo_steps: int = 1, num_batches: int = 4, time_limit: float = AUTO_SECONDS
 ) -> int:
+    """h of formula (8) with the memory and noise of this model's steps (`choose_ho_length`), at most T - fo_steps.
+
+    Args:
+        subject: a `Subject` or an `RLRTrainer`.
+        memory_budget_gb: memory for the steps of one sampling batch, in GB (10^9 bytes), beyond weights, optimizer and latents.
+        fo_steps: K of the plan.
+        num_batches, time_limit: for the noise; stops at the first; seconds.
+
+    Raises:
+        ValueError: too little time for the two batches that a variance needs; a step without noise; more than one process.
+    """
+    with measuring(subject, time_limit) as (bench, deadline):
+        builder = build_profile(bench, deadline, num_batches)
+        builder.add_zeroth(2)  # a variance needs two, whatever the time
+        costs = measure_step_costs(bench, bench.collect(0, builder.reference), differentiable=False)
+        profile = builder.build()
+    if profile.std_ho is None or profile.std_zo is None:
+        raise ValueError(
+            f"ho_length='auto': the noise of half-order steps could not be measured ({profile.num_batches} batches in {time_limit:g} s; it "
+            "takes two, and steps with noise); give a number for ho_length, or more time"
+        )
+    length = choose_ho_length(
+        bench.num_steps,
+        memory_budget_gb * GIGABYTE,
+        max(1, costs["ho"].held_bytes),
+        max(1, costs["zo"].peak_bytes),
+        profile.std_ho,
+        profile.std_zo,
+    )
+    return min(length, bench.num_steps - fo_steps)
+
+
+@contextlib.contextmanager
+def measuring(subject: Any, time_limit: float) -> Iterator[tuple[Workbench, Deadline]]:
+    """A workbench, and the time for it with its progress bar."""
+    with untouched(subject) as bench, contextlib.closing(Deadline(time_limit, bench.quiet)) as deadline:
+        yield bench, deadline
+
+
+def choose_fo_steps(total_variance: Sequence[float], max_fo_steps: int) -> int:
+    """Number K of first-order steps for a plan that covers the remaining steps by the likelihood ratio.
+
+    Rule: the K with the smallest measured variance; among the K within `TOLERANCE` of it, the smallest.
+
+    Args:
+        total_variance: index K = 0..T: total variance (trace of the covariance) of FO(K) + LR(rest), covariances between steps
+            included. Infinite where the plan cannot be (a step without noise that K leaves to the likelihood ratio).
+        max_fo_steps: largest K to consider.
+    """
+    considered = total_variance[: max_fo_steps + 1]
+    return next(k for k, variance in enumerate(considered) if variance <= min(considered) * (1 + TOLERANCE))
+
+
+def choose_ho_length(num_steps: int, memory_budget: float, memory_ho: float, memory_zo: float, std_ho: float, std_zo: float) -> int:
     """Length h* of the half-order sub-chain, formula (8) of arXiv:2502.00639:
 
         h* = min( floor( (B - B_z (T - 1)) / (B_h - B_z) ), floor( T V_z / (2 (V_z - V_h)) - 1 ) )
@@ -39,15 +121,7 @@ def choose_ho_length(
     Raises:
         ValueError: a number that is not positive and finite; names it.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps={num_steps!r}: must be a whole number of at least 1")
-    numbers = {
-        "memory_budget": memory_budget,
-        "memory_ho": memory_ho,
-        "memory_zo": memory_zo,
-        "std_ho": std_ho,
-        "std_zo": std_zo,
-    }
+    numbers = {"memory_budget": memory_budget, "memory_ho": memory_ho, "memory_zo": memory_zo, "std_ho": std_ho, "std_zo": std_zo}
     for name, value in numbers.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value}: must be a positive finite number")
@@ -61,49 +135,3 @@ def choose_ho_length(
 def _floor(value: float) -> int:
     # 1e-9: a budget of exactly h steps must allow h, whatever the rounding of the subtraction
     return math.floor(value + 1e-9 * max(1.0, abs(value)))
-
-
-def choose_fo_steps(
-    total_variance: Sequence[float],
-    seconds: Sequence[float] | None = None,
-    *,
-    max_fo_steps: int | None = None,
-    tolerance: float = DEFAULT_TOLERANCE,
-) -> int:
-    """Number K of first-order steps for a plan that covers the remaining steps by the likelihood ratio.
-
-    Rule: the K with the smallest measured variance (with `seconds`: the smallest product of variance and time, that is, the
-    least time to a given precision); among the K within `tolerance` of it, the smallest. K = T is returned only when it measured
-    best, and never above `max_fo_steps`.
-
-    Args:
-        total_variance: T + 1 numbers, index K = 0..T: total variance (trace of the covariance) of FO(K) + LR(rest), covariances
-            between steps included. Infinite where the plan cannot be (a step without noise that K leaves to the likelihood ratio).
-        seconds: T + 1 times of one update, or None where they do not differ.
-        max_fo_steps: largest K to consider; None is T.
-        tolerance: relative difference that counts as none.
-
-    Raises:
-        ValueError: no K can be chosen, or a number that cannot be; names it.
-    """
-    num_steps = len(total_variance) - 1
-    if num_steps < 1:
-        raise ValueError(f"total_variance has {len(total_variance)} entries: needs T + 1, one for each K from 0 to T")
-    if seconds is not None and len(seconds) != len(total_variance):
-        raise ValueError(f"seconds has {len(seconds)} entries for {len(total_variance)} values of K: give one each, or None")
-    if seconds is not None and not all(0 < s < math.inf for s in seconds):
-        raise ValueError(f"seconds={list(seconds)}: must be positive and finite")
-    if any(math.isnan(v) or v < 0 for v in total_variance):
-        raise ValueError(f"total_variance={list(total_variance)}: variances are 0 or more (infinite for a K that cannot be)")
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance={tolerance}: must be 0 or more")
-    largest = num_steps if max_fo_steps is None else max_fo_steps
-    if not 0 <= largest <= num_steps:
-        raise ValueError(f"max_fo_steps={max_fo_steps}: must lie between 0 and T = {num_steps}")
-    costs = [v * (1.0 if seconds is None else seconds[k]) for k, v in enumerate(total_variance[: largest + 1])]
-    least = min(costs)
-    if math.isinf(least):
-        raise ValueError(
-            f"no K up to {largest} leaves only steps with noise to the likelihood ratio; raise max_fo_steps, or set sample_eta above 0"
-        )
-    return next(k for k, cost in enumerate(costs) if cost <= least * (1 + tolerance))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
 import statistics
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rlr_trainer.diagnosis.candidates import Candidate
 from rlr_trainer.diagnosis.memory import measuring_memory
-from rlr_trainer.diagnosis.profile import ZEROTH_BATCHES, Deadline, ProfileBuilder, StepCost
-from rlr_trainer.diagnosis.statistics import MINIMUM_BATCHES
+from rlr_trainer.diagnosis.plans import Candidate
+from rlr_trainer.diagnosis.statistics import MINIMUM_BATCHES, Products
+from rlr_trainer.diagnosis.step_profile import ZEROTH_BATCHES, Deadline, ProfileBuilder, StepCost
 from rlr_trainer.diagnosis.workbench import Batch
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.prediction import ControlVariateScale
@@ -40,7 +40,7 @@ class Measured:
 
     candidate: Candidate
     is_composed: bool
-    control_scale: ControlVariateScale | None = None
+    control_scale: ControlVariateScale | None
     gradients: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     sweep_seconds: list[float] = dataclasses.field(default_factory=list)
     sample_seconds: list[float] = dataclasses.field(default_factory=list)
@@ -55,11 +55,11 @@ def is_composable(plan: EstimatorPlan) -> bool:
     return low == high and (rest_lr or rest_none) and plan.fo_weight == plan.ho_weight == plan.rest_weight == 1
 
 
-def compose(plan: EstimatorPlan, first_order: Tensor | None, ratio: Tensor) -> Tensor:
+def compose(plan: EstimatorPlan, first_order: Tensor, ratio: Tensor) -> Tensor:
     """The update [P] of a composable plan, from the shares of every step, [T, P]."""
     before = plan.num_steps - plan.fo_range[0]
-    update = ratio[:before].sum(0) if plan.rest_estimator == "lr" else torch.zeros_like(ratio[0])
-    return update if first_order is None else update + first_order[before:].sum(0)
+    update = first_order[before:].sum(0)
+    return update + ratio[:before].sum(0) if plan.rest_estimator == "lr" else update
 
 
 class Comparison:
@@ -70,21 +70,16 @@ class Comparison:
     The first round warms up and measures memory (which slows it on the CPU); its gradients count, its times do not.
 
     Args:
-        builder: of the profile; it takes in every batch. Its plan is the reference.
+        builder: of the profile; it takes in every batch.
         candidates: in the order of importance.
-        own_scale: fitted control variate of the trainer's own plan, or None.
     """
 
-    def __init__(self, builder: ProfileBuilder, candidates: list[Candidate], own_scale: ControlVariateScale | None = None) -> None:
+    def __init__(self, builder: ProfileBuilder, candidates: list[Candidate]) -> None:
         self.builder, self.bench = builder, builder.bench
-        composes = self.bench.trainer.args.recompute == "recursive"  # otherwise time and memory would not be those of the plan
-        self.measured = [Measured(c, composes and is_composable(c.plan)) for c in candidates]
+        composes = self.bench.recompute == "recursive"  # otherwise time and memory would not be those of the plan
+        self.measured = [Measured(c, composes and is_composable(c.plan), self.bench.control_scale(c.plan)) for c in candidates]
         self.reference: dict[int, Tensor] = {}  # batch number -> update [P]
         self.rollout_bytes = 0
-        for entry in self.measured:
-            if entry.candidate.plan.uses_control_variate:
-                is_own = own_scale is not None and entry.candidate.plan == self.bench.trainer.plan
-                entry.control_scale = copy.deepcopy(own_scale) if is_own else ControlVariateScale(self.bench.num_steps)
 
     def run(self, first_batch: Batch, deadline: Deadline, max_rounds: int) -> list[str]:
         """Measures until the deadline or `max_rounds`.
@@ -96,16 +91,14 @@ class Comparison:
         shared_cost = self._shared(first_batch)
         costs = self._round(first_batch, deadline, {}, deadline.left / MINIMUM_BATCHES)
         notes = self._drop_what_does_not_fit(costs, shared_cost, deadline)
-        zeroth = self.builder.moments["zo"]
-        while zeroth.count < ZEROTH_BATCHES and deadline.left > MINIMUM_BATCHES * shared_cost:
-            self.builder.add_zeroth(first_batch.number + zeroth.count)
+        self.builder.add_zeroth(ZEROTH_BATCHES, lambda: deadline.left > MINIMUM_BATCHES * shared_cost)
         number = first_batch.number + 1
         for _ in range(1, max_rounds):
             if deadline.left < shared_cost:
                 break
             started = self.bench.clock()
             deadline.report(f"batch {number + 1}, shares of the steps")
-            batch = self.bench.collect(number, self.builder.plan)
+            batch = self.bench.collect(number, self.builder.reference)
             shared_cost = self._shared(batch) + batch.sample_seconds + batch.reward_seconds
             costs |= self._round(batch, deadline, costs, deadline.left)
             number = self._more_reference(number + 1, deadline, REFERENCE_SHARE * (self.bench.clock() - started))
@@ -115,7 +108,7 @@ class Comparison:
         """Updates of the reference and of all composed plans on a batch; returns the seconds."""
         started = self.bench.clock()
         first_order, ratio = self.builder.add(batch)
-        self.reference[batch.number] = compose(self.builder.plan, first_order, ratio)
+        self.reference[batch.number] = compose(self.builder.reference, first_order, ratio)
         for entry in self.measured:
             if entry.is_composed:
                 entry.gradients[batch.number] = compose(entry.candidate.plan, first_order, ratio)
@@ -130,7 +123,7 @@ class Comparison:
                 break
             deadline.report(f"batch {number + 1}, reference")
             started = self.bench.clock()
-            self.reference[number] = self.builder.add_reference(self.bench.collect(number, self.builder.plan))
+            self.reference[number] = self.builder.add_reference(self.bench.collect(number, self.builder.reference))
             cost = self.bench.clock() - started
             number += 1
         return number
@@ -154,38 +147,33 @@ class Comparison:
     def _measure(self, entry: Measured, batch: Batch, warm_up: bool) -> None:
         plan, scale = entry.candidate.plan, entry.control_scale
         fitted = scale is None or int(scale.updates.max()) >= FITTED
-        if warm_up:
-            with measuring_memory(self.bench.device) as meter:
-                gradient, _ = self.bench.update(plan, self._rollouts(plan, batch), scale)
-                entry.sweep_bytes = meter.peak()
-        else:
-            own = self._rollouts(plan, batch)
+        with measuring_memory(self.bench.device) if warm_up else contextlib.nullcontext() as meter:
+            # a plan that perturbs parameters needs rollouts of its own, from the same noise
+            own = self.bench.collect(batch.number, plan) if plan.uses_zeroth_order else batch
             gradient, seconds = self.bench.update(plan, own, scale)
+            if meter is not None:
+                entry.sweep_bytes = meter.peak()
+        if not warm_up:
             entry.sweep_seconds.append(seconds)
             entry.sample_seconds.append(own.sample_seconds)
         if fitted:
             entry.gradients[batch.number] = gradient
 
-    def _rollouts(self, plan: EstimatorPlan, batch: Batch) -> Batch:
-        """The round's rollouts; for a plan that perturbs parameters rollouts of its own, from the same noise."""
-        return self.bench.collect(batch.number, plan) if plan.uses_zeroth_order else batch
-
     def _drop_what_does_not_fit(self, costs: Mapping[str, float], shared_cost: float, deadline: Deadline) -> list[str]:
         """Keeps the most important candidates for which the time allows `MINIMUM_BATCHES` rounds; composed ones cost nothing."""
-        allowed = deadline.left / (MINIMUM_BATCHES - 1)
-        spent, dropped = shared_cost, []
+        allowed, spent = deadline.left / (MINIMUM_BATCHES - 1), shared_cost
+        dropped: list[str] = []
         kept: list[Measured] = []
         for entry in self.measured:
             cost = 0.0 if entry.is_composed else costs.get(entry.candidate.name)
             if cost is None or (cost and spent + cost > allowed):
                 dropped.append(entry.candidate.name)
-                continue
-            spent += cost
-            kept.append(entry)
+            else:
+                spent += cost
+                kept.append(entry)
         self.measured = kept
-        if not dropped:
-            return []
-        return [f"not measured, because time_limit={deadline.seconds:g} s does not allow it: {', '.join(dropped)}"]
+        note = f"not measured, because time_limit={deadline.seconds:g} s does not allow it: {', '.join(dropped)}"
+        return [note] if dropped else []
 
     def seconds(self, entry: Measured, costs: Mapping[str, StepCost]) -> float | None:
         """Wall time of one update of a candidate: sampling, reward and backward sweep; medians.
@@ -193,33 +181,40 @@ class Comparison:
         Composed plans have the sum of the times of their steps.
         """
         plan, spent = entry.candidate.plan, self.builder.seconds
-        reward = costs["reward_gradient" if plan.needs_differentiable_reward else "reward"]
-        other = reward.seconds * self.bench.config.sample_num_batches_per_epoch
-        other += statistics.median(entry.sample_seconds if plan.uses_zeroth_order and entry.sample_seconds else spent["sample"])
+        own_rollouts = plan.uses_zeroth_order and entry.sample_seconds
+        other = costs[_reward_kind(plan)].seconds * self.bench.num_batches
+        other += statistics.median(entry.sample_seconds if own_rollouts else spent["sample"])
         if entry.is_composed:
-            first, rest = plan.fo_range[0], plan.num_steps - plan.fo_range[0] if plan.rest_estimator == "lr" else 0
-            return other + sum(n * statistics.median(spent[kind]) for kind, n in (("fo", first), ("lr", rest)) if n)
+            return other + sum(n * statistics.median(spent[kind]) for kind, n in _steps_by_kind(plan).items() if n)
         return other + statistics.median(entry.sweep_seconds) if entry.sweep_seconds else None
 
     def peak_bytes(self, entry: Measured, costs: Mapping[str, StepCost]) -> int | None:
         """Most memory of one update of a candidate, beyond the weights: rollouts, and the largest of what is done with them."""
-        plan = entry.candidate.plan
-        sweep = entry.sweep_bytes
+        plan, sweep = entry.candidate.plan, entry.sweep_bytes
         if entry.is_composed:
-            kinds = ["fo"] * (plan.fo_range[0] > 0) + ["ho"] * (plan.rest_estimator == "lr" and plan.fo_range[0] < plan.num_steps)
-            sweep = max((costs[kind].peak_bytes for kind in kinds), default=0)
+            names = {"fo": "fo", "lr": "ho"}
+            sweep = max((costs[names[kind]].peak_bytes for kind, n in _steps_by_kind(plan).items() if n), default=0)
         if not sweep:
             return None
-        reward = costs["reward_gradient" if plan.needs_differentiable_reward else "reward"]
-        return self.rollout_bytes + max(sweep, costs["sample"].peak_bytes, reward.peak_bytes)
+        return self.rollout_bytes + max(sweep, costs["sample"].peak_bytes, costs[_reward_kind(plan)].peak_bytes)
 
-    def matrices(self, entry: Measured) -> tuple[Tensor, Tensor]:
-        """Updates of the candidate [n, P], and of the reference [N, P], those on the same rollouts first; n = N for the reference itself."""
-        if entry.candidate.plan == self.builder.plan:
+    def products(self, entry: Measured) -> Products:
+        """Of the updates of a candidate and of the reference; of the reference itself all count."""
+        if entry.candidate.plan == self.builder.reference:
             updates = torch.stack(list(self.reference.values()))
-            return updates, updates
+            return Products.of(updates, updates)
         numbers = sorted(entry.gradients)
         others = [number for number in self.reference if number not in entry.gradients]
         reference = torch.stack([self.reference[number] for number in numbers + others])
         candidate = torch.stack([entry.gradients[n] for n in numbers]) if numbers else reference.new_zeros(0, reference.shape[1])
-        return candidate, reference
+        return Products.of(candidate, reference)
+
+
+def _steps_by_kind(plan: EstimatorPlan) -> dict[str, int]:
+    """First-order and likelihood-ratio steps of a composable plan."""
+    first = plan.fo_range[0]
+    return {"fo": first, "lr": plan.num_steps - first if plan.rest_estimator == "lr" else 0}
+
+
+def _reward_kind(plan: EstimatorPlan) -> str:
+    return "reward_gradient" if plan.needs_differentiable_reward else "reward"

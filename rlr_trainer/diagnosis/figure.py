@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlr_trainer.diagnosis.candidates import LONG_FO_SHARE
-from rlr_trainer.diagnosis.report import Diagnosis, PlanRow
+from rlr_trainer.diagnosis.plans import LONG_FO_SHARE
+from rlr_trainer.diagnosis.result import Diagnosis, PlanRow
+from rlr_trainer.diagnosis.step_profile import VarianceProfile
 
 UNBIASED, LONG, BIASED, SMOOTHED = "#1f5fa8", "#8fb3dc", "#c23b22", "#9a9a9a"
 KINDS = {
@@ -24,8 +25,8 @@ def plot(diagnosis: Diagnosis, path: str | Path) -> None:
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     plans, steps, lengths = figure.subplots(1, 3, width_ratios=[1.3, 1, 1])
     _plot_plans(plans, diagnosis.rows)
-    _plot_steps(steps, diagnosis)
-    _plot_lengths(lengths, diagnosis)
+    _plot_steps(steps, diagnosis.profile)
+    _plot_lengths(lengths, diagnosis.profile)
     settings = diagnosis.settings
     figure.suptitle(f"{settings['num_steps']} steps, {settings['samples_per_update']} samples per update, {settings['device']}")
     figure.savefig(path, dpi=120)
@@ -56,32 +57,23 @@ def _plot_plans(axes: Any, rows: list[PlanRow]) -> None:
     axes.grid(alpha=0.3, axis="x")
 
 
-def _plot_steps(axes: Any, diagnosis: Diagnosis) -> None:
-    profile, drawn = diagnosis.profile, False
-    curves = (
-        (profile.lr_variance, "o-", UNBIASED, "likelihood ratio"),
-        (profile.fo_variance, "s-", BIASED, "first order"),
-    )
+def _plot_steps(axes: Any, profile: VarianceProfile) -> None:
+    curves = ((profile.lr_variance, "o-", UNBIASED, "likelihood ratio"), (profile.fo_variance, "s-", BIASED, "first order"))
     for values, style, color, label in curves:
         points = [(step, v**0.5) for step, v in enumerate(values) if v is not None and v > 0]
         if points:
             axes.plot(*zip(*points, strict=True), style, color=color, label=label)
-            drawn = True
     axes.set_xlabel("step, from the noisy end")
     axes.set_ylabel("standard deviation of a step's share, per sample")
     axes.grid(alpha=0.3)
-    if drawn:
+    if axes.lines:
         axes.set_yscale("log")
         axes.legend(fontsize=8)
 
 
-def _plot_lengths(axes: Any, diagnosis: Diagnosis) -> None:
-    profile = diagnosis.profile
-    points = [
-        (k, v, e or 0.0)
-        for k, v, e in zip(range(len(profile.stds) + 1), profile.total_variance, profile.total_variance_error, strict=True)
-        if v
-    ]
+def _plot_lengths(axes: Any, profile: VarianceProfile) -> None:
+    totals = enumerate(zip(profile.total_variance, profile.total_variance_error, strict=True))
+    points = [(k, value, error or 0.0) for k, (value, error) in totals if value]
     if points:
         k, values, errors = zip(*points, strict=True)
         axes.errorbar(k, values, yerr=errors, fmt="o-", color=UNBIASED, capsize=2)

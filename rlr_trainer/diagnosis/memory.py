@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class MemoryMeter(Protocol):
-    """What `measuring_memory` yields."""
+@dataclasses.dataclass(frozen=True)
+class MemoryMeter:
+    """What `measuring_memory` yields.
 
-    def held(self) -> int:
-        """Bytes held now, beyond those at the start."""
+    Attributes:
+        held: () -> bytes held now, beyond those at the start.
+        peak: () -> most bytes held at any time since the start, beyond those at the start.
+    """
 
-    def peak(self) -> int:
-        """Most bytes held at any time since the start, beyond those at the start."""
+    held: Callable[[], int]
+    peak: Callable[[], int]
 
 
 @contextlib.contextmanager
@@ -32,23 +36,15 @@ def measuring_memory(device: torch.device) -> Iterator[MemoryMeter]:
     exact for tensors, blind to workspace inside one operation. That makes every operation slower: do not time the block.
     """
     if device.type == "cuda":
-        yield _CudaMeter(device)
-        return
-    with _LiveStorages() as storages:
-        yield storages
-
-
-class _CudaMeter:
-    def __init__(self, device: torch.device) -> None:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        self.device, self.start = device, torch.cuda.memory_allocated(device)
-
-    def held(self) -> int:
-        return torch.cuda.memory_allocated(self.device) - self.start
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) - self.start
+        start = torch.cuda.memory_allocated(device)
+        yield MemoryMeter(
+            lambda: torch.cuda.memory_allocated(device) - start, lambda: torch.cuda.max_memory_allocated(device) - start
+        )
+        return
+    with _LiveStorages() as storages:
+        yield MemoryMeter(lambda: storages.live, lambda: storages.peak)
 
 
 class _LiveStorages(TorchDispatchMode):
@@ -56,15 +52,9 @@ class _LiveStorages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._live = 0
-        self._peak = 0
+        self.live = 0
+        self.peak = 0
         self._known: dict[int, weakref.ref] = {}  # address of the storage -> a reference that tells of its end
-
-    def held(self) -> int:
-        return self._live
-
-    def peak(self) -> int:
-        return self._peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -73,13 +63,13 @@ class _LiveStorages(TorchDispatchMode):
             if isinstance(tensor, Tensor) and _address(tensor) not in self._known and _address(tensor) not in inputs:
                 storage = tensor.untyped_storage()
                 self._known[_address(tensor)] = weakref.ref(storage, self._forget(_address(tensor), storage.nbytes()))
-                self._live += storage.nbytes()
-        self._peak = max(self._peak, self._live)
+                self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
         return result
 
     def _forget(self, address: int, size: int) -> Callable[[Any], None]:
         def forget(reference: Any) -> None:
-            self._live -= size
+            self.live -= size
             self._known.pop(address, None)
 
         return forget

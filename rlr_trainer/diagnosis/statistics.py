@@ -4,9 +4,9 @@ Every quantity of interest is a function of mean gradients, and the squared norm
 mean: it is larger by variance / n, which for gradient estimates is often a thousand times the signal. So squares and products of
 means are taken over pairs of different batches only (U-statistics), which makes them unbiased, and possibly negative.
 
-Notation: c_b is the candidate's update on batch b = 0..n-1, r_b the reference's on the same batch (same rollouts: common random
-numbers), x_e the reference's on m extra batches of their own. Batches are independent of each other. P is the number of entries of a
-gradient. "Total variance" is the trace of the covariance matrix of one update.
+Notation: c_b is the candidate's update on batch b = 0..n-1; r_b the reference's on batch b = 0..N-1, of which the first n are the
+same batches (same rollouts: common random numbers) and the other m = N - n are extra. Batches are independent of each other. P is the
+number of entries of a gradient. "Total variance" is the trace of the covariance matrix of one update.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,117 +30,143 @@ class Estimate:
     value: float | None
     error: float | None
 
+    def exceeds(self, errors: float) -> bool:
+        """Whether the value is above 0 by so many standard errors."""
+        return self.value is not None and self.error is not None and self.value > errors * self.error
+
     @property
     def resolved(self) -> bool:
         """Whether the value is above 0 by `RESOLVED` standard errors."""
         return self.exceeds(RESOLVED)
-
-    def exceeds(self, errors: float) -> bool:
-        """Whether the value is above 0 by so many standard errors."""
-        return self.value is not None and self.error is not None and self.value > errors * self.error
 
     @classmethod
     def of(cls, value: float, error: float) -> Estimate:
         """None for what is not finite."""
         return cls(value if math.isfinite(value) else None, error if math.isfinite(error) else None)
 
+    def over(self, seconds: float | None) -> Estimate:
+        """The estimate per second; unknown without a time."""
+        if self.value is None or not seconds:
+            return UNKNOWN
+        return Estimate(self.value / seconds, None if self.error is None else self.error / seconds)
+
+
+UNKNOWN = Estimate(None, None)
+EXACTLY_ONE = Estimate(1.0, 0.0)
+
+
+def product_of_powers(*factors: tuple[Estimate, float]) -> Estimate:
+    """The product of value ** power, with the error of independent factors; unknown unless all values are above 0."""
+    value, square = 1.0, 0.0
+    for estimate, power in factors:
+        if estimate.value is None or not estimate.value > 0:
+            return UNKNOWN
+        value *= estimate.value**power
+        square += (power * (math.nan if estimate.error is None else estimate.error) / estimate.value) ** 2
+    return Estimate.of(value, value * math.sqrt(square))
+
+
+class Sum(NamedTuple):
+    """A sum of inner products over pairs of batches, [1 + N]: over all batches, then without each of them.
+
+    Attributes:
+        all: over all pairs.
+        same: over those of a batch with itself.
+    """
+
+    all: Tensor
+    same: Tensor
+
+    @property
+    def different(self) -> Tensor:
+        """Over the pairs of two different batches."""
+        return self.all - self.same
+
 
 @dataclasses.dataclass(frozen=True)
 class Products:
     """Sums of inner products of updates: all that the statistics need of them.
 
-    Every field is float64 [1 + n + m]: of all batches, then without paired batch 0..n-1, then without extra batch 0..m-1. A statistic
-    is a function of these and gets its leave-one-out values along with it.
+    A statistic is a function of these and gets its leave-one-out values along with it.
 
     Attributes:
-        n, m: number of paired and of extra batches.
-        cc, cr, rr, ur: sums over a, b of <c_a, c_b>, <c_a, r_b>, <r_a, r_b> and <c_a / |c_a|, r_b>.
-        cc_same, cr_same, rr_same, ur_same: the part of them with a = b.
-        cx, rx, ux: sums over b, e of <c_b, x_e>, <r_b, x_e> and <c_b / |c_b|, x_e>.
-        xx, xx_same: sum over d, e of <x_d, x_e>, and the part with d = e.
+        n, total: [1 + N], numbers n and N of batches.
+        cc, cr, ur, rr: of <c_a, c_b>, <c_a, r_b>, <c_a / |c_a|, r_b> and <r_a, r_b>.
+        cr_paired, rr_paired: the part with a, b < n.
+        rr_extra: the part with a, b >= n.
     """
 
     n: Tensor
-    m: Tensor
-    cc: Tensor
-    cc_same: Tensor
-    cr: Tensor
-    cr_same: Tensor
-    rr: Tensor
-    rr_same: Tensor
-    ur: Tensor
-    ur_same: Tensor
-    cx: Tensor
-    rx: Tensor
-    ux: Tensor
-    xx: Tensor
-    xx_same: Tensor
+    total: Tensor
+    cc: Sum
+    cr: Sum
+    ur: Sum
+    rr: Sum
+    cr_paired: Sum
+    rr_paired: Sum
+    rr_extra: Sum
 
     @classmethod
     def of(cls, candidate: Tensor, reference: Tensor) -> Products:
-        """From the candidate's updates [n, P] and the reference's [n + m, P], those of the same batches first.
+        """From the candidate's updates [n, P] and the reference's [N, P], those of the same batches first.
 
         Raises:
             ValueError: fewer reference than candidate batches, or different P.
         """
-        if candidate.shape[1] != reference.shape[1] or len(candidate) > len(reference):
+        n, total = len(candidate), len(reference)
+        if candidate.shape[1] != reference.shape[1] or n > total:
             raise ValueError(
                 f"candidate {tuple(candidate.shape)} and reference {tuple(reference.shape)}: must have the same number of entries, "
                 "and at least as many reference batches as candidate batches"
             )
-        n, m = len(candidate), len(reference) - len(candidate)
-        c, r, x = candidate.double(), reference[:n].double(), reference[n:].double()
+        c, r = candidate.double(), reference.double()
+        with_reference, of_reference = c @ r.mT, r @ r.mT
         unit = c / c.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        sums: dict[str, Tensor] = {}
-        for name, left, right in (("cc", c, c), ("cr", c, r), ("rr", r, r), ("ur", unit, r)):
-            sums |= _square_sums(name, left @ right.mT, m, first=True)
-        sums |= _square_sums("xx", x @ x.mT, n, first=False)
-        for name, left in (("cx", c), ("rx", r), ("ux", unit)):
-            block = left @ x.mT
-            sums[name] = block.sum() - torch.cat([block.new_zeros(1), block.sum(1), block.sum(0)])
-        counts = torch.ones(1 + n + m, 2, dtype=torch.float64) * torch.tensor([n, m])
-        counts[1 : n + 1, 0] -= 1
-        counts[n + 1 :, 1] -= 1
-        return cls(n=counts[:, 0], m=counts[:, 1], **sums)
+        each = torch.ones(total, dtype=torch.float64)
+        return cls(
+            n=_whole_and_without(torch.cat([each[:n], torch.zeros(total - n)])),
+            total=_whole_and_without(each),
+            cc=_sum(c @ c.mT, total),
+            cr=_sum(with_reference, total),
+            ur=_sum(unit @ r.mT, total),
+            rr=_sum(of_reference, total),
+            cr_paired=_sum(with_reference[:, :n], total),
+            rr_paired=_sum(of_reference[:n, :n], total),
+            rr_extra=_sum(of_reference[n:, n:], total, first=n),
+        )
 
     @property
     def num_paired(self) -> int:
         return int(self.n[0])
 
-    @property
-    def num_reference(self) -> int:
-        return int(self.n[0] + self.m[0])
+
+def _sum(block: Tensor, count: int, first: int = 0) -> Sum:
+    """Sums over inner products [rows, columns], whose rows and columns begin at batch `first` of `count`."""
+    rows, columns = block.shape
+    products = block.new_zeros(count, count)
+    products[first : first + rows, first : first + columns] = block
+    same = products.diagonal()
+    whole = products.sum()
+    without = whole - (products.sum(0) + products.sum(1) - same)
+    return Sum(torch.cat([whole[None], without]), _whole_and_without(same))
 
 
-def _square_sums(name: str, block: Tensor, others: int, first: bool) -> dict[str, Tensor]:
-    """Sum and trace of a square block [k, k] of inner products, whole and without each of its batches, [1 + k + others].
-
-    Args:
-        others: number of batches that are not in the block: leaving one out changes nothing.
-        first: whether the block's batches come before the others.
-    """
-    diagonal, none = block.diagonal(), block.new_zeros(others)
-
-    def whole_and_without(total: Tensor, parts: Tensor) -> Tensor:
-        return total - torch.cat([block.new_zeros(1), *((parts, none) if first else (none, parts))])
-
-    return {
-        name: whole_and_without(block.sum(), block.sum(0) + block.sum(1) - diagonal),
-        f"{name}_same": whole_and_without(diagonal.sum(), diagonal),
-    }
+def _whole_and_without(parts: Tensor) -> Tensor:
+    """The sum of N parts, and without each of them, [1 + N]."""
+    return torch.cat([parts.sum()[None], parts.sum() - parts])
 
 
-Statistic = Callable[[Products], Tensor]  # [1 + n + m], NaN or infinite where the batches do not suffice
+Statistic = Callable[[Products], Tensor]  # [1 + N], NaN or infinite where the batches do not suffice
 
 
 def mean_square(p: Products) -> Tensor:
     """|E c|^2."""
-    return (p.cc - p.cc_same) / (p.n * (p.n - 1))
+    return p.cc.different / (p.n * (p.n - 1))
 
 
 def total_variance(p: Products) -> Tensor:
     """Trace of the covariance of one update c."""
-    return (p.cc_same - p.cc / p.n) / (p.n - 1)
+    return (p.cc.same - p.cc.all / p.n) / (p.n - 1)
 
 
 def largest_share(p: Products) -> float | None:
@@ -149,47 +176,38 @@ def largest_share(p: Products) -> float | None:
     """
     if p.num_paired < 3:
         return None
-    deviations = p.cc_same - p.cc / p.n
+    deviations = p.cc.same - p.cc.all / p.n
     return float(1 - deviations[1 : p.num_paired + 1].min() / deviations[0]) if deviations[0] > 0 else None
 
 
 def reference_square(p: Products) -> Tensor:
-    """|E r|^2, from paired and extra batches."""
-    count = p.n + p.m
-    return (p.rr - p.rr_same + 2 * p.rx + p.xx - p.xx_same) / (count * (count - 1))
-
-
-def reference_variance(p: Products) -> Tensor:
-    """Trace of the covariance of one update r."""
-    count = p.n + p.m
-    return (p.rr_same + p.xx_same - (p.rr + 2 * p.rx + p.xx) / count) / (count - 1)
+    """|E r|^2."""
+    return p.rr.different / (p.total * (p.total - 1))
 
 
 def mean_product(p: Products) -> Tensor:
-    """<E c, E r>, from pairs of different batches."""
-    return (p.cr - p.cr_same + p.cx) / (p.n * (p.n + p.m - 1))
-
-
-def total_covariance(p: Products) -> Tensor:
-    """Trace of the covariance between c_b and r_b of the same batch."""
-    return (p.cr_same - p.cr / p.n) / (p.n - 1)
+    """<E c, E r>."""
+    return p.cr.different / (p.n * (p.total - 1))
 
 
 def bias_square(p: Products) -> Tensor:
     """|E c - E r|^2, unbiased.
 
-    E c - E r is estimated by mean(c_b - beta r_b) - (1 - beta) mean(x_e): for any beta the same expectation. beta = 1 is the
-    paired difference, whose shared noise cancels; beta = n / (n + m) ignores the pairing. Used is the one with the least variance,
-    from the total variances of the data themselves (one number fitted to n * P: the dependence is negligible).
+    E c - E r is estimated by mean(c_b - beta r_b) - (1 - beta) mean of the extra r_e: for any beta the same expectation. beta = 1 is
+    the paired difference, whose shared noise cancels; beta = n / N ignores the pairing. Used is the one with the least variance, from
+    the total variances of the data themselves (one number fitted to n * P: the dependence is negligible).
     """
-    best = (p.m * total_covariance(p) / reference_variance(p) + p.n) / (p.n + p.m)
-    beta = torch.where((p.m > 1) & torch.isfinite(best), best.clamp(0, 1), 1.0)
-    same = p.cc_same - 2 * beta * p.cr_same + beta**2 * p.rr_same
-    difference = (p.cc - 2 * beta * p.cr + beta**2 * p.rr - same) / (p.n * (p.n - 1))
-    against_extra = (p.cx - beta * p.rx) / (p.n * p.m)
-    extra = (p.xx - p.xx_same) / (p.m * (p.m - 1))
-    rest = (1 - beta) ** 2 * extra - 2 * (1 - beta) * against_extra
-    return difference + torch.where(beta < 1, rest, 0.0)
+    extra = p.total - p.n
+    covariance = (p.cr_paired.same - p.cr_paired.all / p.n) / (p.n - 1)  # of c_b and r_b on the same batch
+    reference_variance = (p.rr.same - p.rr.all / p.total) / (p.total - 1)
+    best = (extra * covariance / reference_variance + p.n) / p.total
+    beta = torch.where((extra > 1) & torch.isfinite(best), best.clamp(0, 1), 1.0)
+    paired = p.cc.different - 2 * beta * p.cr_paired.different + beta**2 * p.rr_paired.different
+    candidate_extra = p.cr.all - p.cr_paired.all
+    reference_extra = (p.rr.all - p.rr_paired.all - p.rr_extra.all) / 2
+    crossed = (candidate_extra - beta * reference_extra) / (p.n * extra)
+    rest = (1 - beta) ** 2 * p.rr_extra.different / (extra * (extra - 1)) - 2 * (1 - beta) * crossed
+    return paired / (p.n * (p.n - 1)) + torch.where(beta < 1, rest, 0.0)
 
 
 def relative_bias_square(p: Products) -> Tensor:
@@ -214,8 +232,7 @@ def cosine_of_mean(p: Products) -> Tensor:
 
 def cosine_of_one(p: Products) -> Tensor:
     """Mean cosine between one update c_b and E r; the products with r leave out the batch's own."""
-    along = (p.ur - p.ur_same + p.ux) / (p.n * (p.n + p.m - 1))
-    return _over(along, reference_square(p).sqrt())
+    return _over(p.ur.different / (p.n * (p.total - 1)), reference_square(p).sqrt())
 
 
 def precision(p: Products) -> Tensor:
@@ -229,20 +246,22 @@ def unbiased_precision(p: Products) -> Tensor:
     return _over(reference_square(p), total_variance(p))
 
 
+def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient; NaN where the denominator, a square or a root of one, is not above 0."""
+    return torch.where(denominator > 0, numerator / denominator, math.nan)
+
+
 def jackknife(statistic: Statistic, products: Products) -> Estimate:
     """A statistic with its standard error, by leaving out one batch at a time (two-sample jackknife: paired and extra batches).
 
     For a square whose true value is 0 the error comes out too large by about sqrt(2): on the safe side.
     """
-    values = statistic(products)
-    n = products.num_paired
+    values, n = statistic(products), products.num_paired
     if n < 3:
         return Estimate.of(float(values[0]), math.nan)
-    variance = 0.0
-    for part in (values[1 : n + 1], values[n + 1 :]):
-        if len(part) > 1:
-            variance += (len(part) - 1) / len(part) * float(((part - part.mean()) ** 2).sum())
-    return Estimate.of(float(values[0]), math.sqrt(variance) if variance >= 0 else math.nan)
+    parts = [part for part in (values[1 : n + 1], values[n + 1 :]) if len(part) > 1]
+    variance = sum((len(part) - 1) * float(part.var(correction=0)) for part in parts)
+    return Estimate.of(float(values[0]), math.sqrt(variance))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,66 +302,42 @@ def judge_bias(products: Products, detectable: float, limit: float = RESOLVED) -
 class RunningMoments:
     """Mean squares and total variances of a family of vectors over batches, without keeping the batches.
 
-    Takes one tensor [F, P] per batch (F vectors, say one per denoising step) and keeps its sum and a few numbers per batch.
+    Takes one tensor [F, P] per batch (F vectors, say one per denoising step) and keeps its sum and a few numbers per batch. The results
+    are pairs of [F]: values and their standard errors, NaN for too few batches.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.total: Tensor | None = None  # [F, P]
-        self.squares: list[Tensor] = []  # [F] each, |g_b|^2
         self.with_earlier: list[Tensor] = []  # [F] each, inner product of g_b with the sum of the earlier batches
-        self.deviations: list[Tensor] = []  # [F] each, b / (b + 1) |g_b - mean of the earlier batches|^2, from b = 1 on
+        self.deviations: list[Tensor] = []  # [F] each, b / (b + 1) |g_b - mean of the earlier batches|^2
 
     def add(self, vectors: Tensor) -> None:
         """Takes in one batch, [F, P]."""
         vectors = vectors.double()
         total = torch.zeros_like(vectors) if self.total is None else self.total
         self.with_earlier.append((vectors * total).sum(1))
-        self.squares.append((vectors**2).sum(1))
-        if self.count:
-            deviation = ((vectors - total / self.count) ** 2).sum(1)
-            self.deviations.append(deviation * self.count / (self.count + 1))
+        deviation = ((vectors - total / max(self.count, 1)) ** 2).sum(1)
+        self.deviations.append(deviation * self.count / (self.count + 1))
         self.total = total + vectors
         self.count += 1
 
-    def mean_squares(self) -> Tensor:
-        """|E g_f|^2, [F]; unbiased, NaN for fewer than two batches."""
-        return 2 * self._sum(self.with_earlier) / (self.count * (self.count - 1))
-
-    def mean_square_errors(self) -> Tensor:
-        """Standard errors of `mean_squares`, [F]; NaN for fewer than `MINIMUM_BATCHES`.
+    def mean_squares(self) -> tuple[Tensor, Tensor]:
+        """|E g_f|^2, unbiased; errors from `MINIMUM_BATCHES` on.
 
         The mean square is 2 / (n (n - 1)) times the sum of q_b = <g_b, g_0 + ... + g_(b-1)>. Without a signal the q_b have mean 0
         whatever came before, so the sum of their squares is the variance of their sum; a signal's own part of q_b is subtracted.
         """
+        products, pairs = torch.stack(self.with_earlier), self.count * (self.count - 1) / 2
+        squares = products.sum(0) / pairs if pairs else torch.full_like(products[0], math.nan)
         if self.count < MINIMUM_BATCHES:
-            return torch.full_like(self.mean_squares(), math.nan)
-        signal = torch.arange(self.count).double()[:, None] * self.mean_squares()
-        noise = ((torch.stack(self.with_earlier) - signal) ** 2).sum(0).sqrt()
-        return 2 * noise / (self.count * (self.count - 1))
+            return squares, torch.full_like(squares, math.nan)
+        signal = torch.arange(self.count).double()[:, None] * squares
+        return squares, ((products - signal) ** 2).sum(0).sqrt() / pairs
 
-    def variances(self) -> Tensor:
-        """Total variance of one batch's vector, [F]; unbiased, NaN for fewer than two batches."""
-        if self.count < 2:
-            return torch.full_like(self._sum(self.squares), math.nan)
-        return torch.stack(self.deviations).mean(0)
-
-    def variance_errors(self) -> Tensor:
-        """Standard errors of `variances`, [F], from the spread of the deviations; NaN for fewer than four batches."""
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Total variance of one batch's vector, unbiased; errors, from the spread of the deviations, from four batches on."""
+        deviations = torch.stack(self.deviations)[1:]
         if self.count < 4:
-            return torch.full_like(self._sum(self.squares), math.nan)
-        return torch.stack(self.deviations).std(0) / math.sqrt(len(self.deviations))
-
-    def root_mean_squares(self) -> Tensor:
-        """sqrt(E |g_f|^2), [F]: the typical norm of one batch's vector, noise included."""
-        return (self._sum(self.squares) / self.count).sqrt()
-
-    def _sum(self, numbers: list[Tensor]) -> Tensor:
-        if not numbers:
-            raise ValueError("no batch was added")
-        return torch.stack(numbers).sum(0)
-
-
-def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient; NaN where the denominator, a square or a root of one, is not above 0."""
-    return torch.where(denominator > 0, numerator / denominator, math.nan)
+            return deviations.mean(0), torch.full_like(self.deviations[0], math.nan)
+        return deviations.mean(0), deviations.std(0) / math.sqrt(len(deviations))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import logging
+import random
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlr_trainer.estimators.chain import seeded_generator
@@ -77,6 +81,21 @@ class FunctionPrompts:
             self._ahead.append(self._call())
         return self._ahead[:count]
 
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[FunctionPrompts]:
+        """Prompts as the training would get them next; afterwards the training gets the same ones, in the same order.
+
+        The global random number generators (torch's of the CPU, numpy's, Python's) end where they were, so a function that draws
+        from them will draw the same again. Any other moves on when it is called: what it gave here waits for the training.
+        """
+        lent = _LentPrompts(self)
+        with _global_generators_kept():
+            try:
+                yield lent
+            finally:
+                if not lent.drew_globally:
+                    self._ahead += lent.drawn
+
     def _call(self) -> PromptRow:
         returned = self.function()
         pair = isinstance(returned, tuple | list) and len(returned) == 2
@@ -126,6 +145,47 @@ class FunctionPrompts:
         return None
 
 
+class _LentPrompts(FunctionPrompts):
+    """What `borrowed` yields: the owner's prompts from where it stands.
+
+    Attributes:
+        drawn: what the function gave.
+        drew_globally: whether it used the global random number generators.
+    """
+
+    def __init__(self, owner: FunctionPrompts) -> None:
+        super().__init__(owner.function)
+        self._ahead = list(owner._ahead)
+        self.drawn: list[PromptRow] = []
+        self.drew_globally = False
+
+    def _call(self) -> PromptRow:
+        before = _global_generators()
+        row = super()._call()
+        self.drew_globally |= before != _global_generators()
+        self.drawn.append(row)
+        return row
+
+
+def _global_generators() -> tuple[Any, ...]:
+    """States of the global random number generators, comparable."""
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002  # users' prompt functions draw from it
+    words = state["state"]
+    numpy_state = words["key"].tobytes(), words["pos"], state["has_gauss"], state["gauss"]
+    return random.getstate(), numpy_state, torch.get_rng_state().numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _global_generators_kept() -> Iterator[None]:
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
 class DatasetPrompts:
     """Prompts from a dataset with a "prompt" column, shuffled anew in every pass; the order is a function of the seed.
 
@@ -164,6 +224,12 @@ class DatasetPrompts:
     def peek(self, count: int) -> list[PromptRow]:
         """The next `count` prompts, which `take` will return again."""
         return [self._row(position) for position in range(self.taken, self.taken + count)]
+
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[DatasetPrompts]:
+        """Prompts as the training would get them next, without moving its position; the global generators as in `FunctionPrompts`."""
+        with _global_generators_kept():
+            yield copy.copy(self)
 
     def _row(self, position: int) -> PromptRow:
         epoch, offset = divmod(position, len(self.dataset))

@@ -1,9 +1,11 @@
 """Prompt sources."""
 
+import contextlib
 import copy
 import json
 import random
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -346,3 +348,42 @@ def test_negative_prompts_without_guidance_are_said_to_be_unused(make_trainer, c
     assert "negative prompts" not in caplog.text
     make_trainer(max_steps=1, overwrite=True, negative_prompt="blurry").train()
     assert "with sample_guidance_scale of 1 or less they are not used" in caplog.text
+
+
+# ---- borrowed prompts ----
+
+
+@pytest.mark.parametrize("kind", ["global", "own", "dataset"])
+def test_borrowing_shows_the_next_prompts_and_leaves_them_to_the_training(kind):
+    def source():
+        if kind == "dataset":
+            return DatasetPrompts(rows(7), 0)
+        own = iter(range(1000))
+
+        def draw():
+            return [random.random(), float(np.random.rand()), float(torch.rand(()))] if kind == "global" else next(own)
+
+        return FunctionPrompts(lambda: (str(draw()), {}))
+
+    def start():
+        random.seed(5)
+        np.random.seed(5)
+        prompts = source()
+        prompts.peek(3)
+        return prompts
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = start().take(30)
+        torch.manual_seed(5)
+        prompts = start()
+        with prompts.borrowed() as borrowed:
+            assert borrowed.take(4) + borrowed.take(4) == expected[:8]
+            torch.rand(3)  # as sampling and rewards do
+            random.random()
+        assert prompts.take(1) == expected[:1]
+        with contextlib.suppress(KeyError), prompts.borrowed() as borrowed:
+            seen = borrowed.take(5)
+            raise KeyError
+        assert seen == expected[1:6]
+        assert prompts.take(29) == expected[1:]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from rlr_trainer.diagnosis.candidates import LONG_FO_SHARE
-from rlr_trainer.diagnosis.report import TIE, PlanRow, Recommendation, format_estimate
+from rlr_trainer.diagnosis.plans import LONG_FO_SHARE
+from rlr_trainer.diagnosis.result import TIE, PlanRow, Recommendation, format_estimate
 from rlr_trainer.diagnosis.statistics import MINIMUM_BATCHES
 
 HACKING = (
@@ -30,12 +30,9 @@ def recommend(rows: list[PlanRow]) -> Recommendation:
     best = max(short, key=_efficiency)
     equal = [row for row in short if _efficiency(row) + TIE * _error(row, best) >= _efficiency(best)]
     chosen = min(equal, key=lambda row: (row.fo_steps, bool(row.options.get("control_variate")), row.ho_length, -_efficiency(row)))
-    long = [row for row in sound if row.fo_share > LONG_FO_SHARE and _efficiency(row) > _efficiency(chosen)]
-    biased = [
-        row
-        for row in usable
-        if not row.is_unbiased and not row.only_smoothed and _efficiency(row) > _efficiency(chosen) and row.captured.resolved
-    ]
+    better = [row for row in usable if _efficiency(row) > _efficiency(chosen)]
+    long = [row for row in better if row in sound and row.fo_share > LONG_FO_SHARE]
+    biased = [row for row in better if not row.is_unbiased and not row.only_smoothed and row.captured.resolved]
     if long:
         remarks.append(_long_remark(max(long, key=_efficiency), chosen))
     if biased:
@@ -51,13 +48,12 @@ def _reason(chosen: PlanRow, best: PlanRow, count: int, equal: int) -> str:
         merit = "it has the most signal per second"
     else:
         merit = f"none is better beyond the errors of measurement ({equal} are equal), and it has the fewest first-order steps"
-    yours = "it is your plan"
-    if not chosen.is_yours:
-        yours = (
-            "that of your plan is not known"
-            if chosen.speed.value is None
-            else f"{format_estimate(chosen.speed)} times that of your plan"
-        )
+    if chosen.is_yours:
+        yours = "it is your plan"
+    elif chosen.speed.value is None:
+        yours = "that of your plan is not known"
+    else:
+        yours = f"{format_estimate(chosen.speed)} times that of your plan"
     return (
         f"Recommended: {chosen.name} ({options}), because of the {count} unbiased plans with first order on at most half of the chain "
         f"{merit}: {yours}."

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlr_trainer.diagnosis.profile import StepCost, VarianceProfile
 from rlr_trainer.diagnosis.statistics import MINIMUM_BATCHES, Estimate, RelativeBias
+from rlr_trainer.diagnosis.step_profile import StepCost, VarianceProfile
 
 MEGABYTE = 2**20
 TIE = 2.0  # standard errors within which two plans count as equally good
@@ -118,25 +119,8 @@ class Diagnosis:
     versions: dict[str, str]
 
     def to_json(self) -> str:
-        """As JSON text; `from_json` reads it back."""
+        """As JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Diagnosis:
-        """Reads what `to_json` wrote."""
-        data = json.loads(text)
-        estimates = [field.name for field in dataclasses.fields(PlanRow) if field.type == "Estimate"]
-        for row in data["rows"]:
-            row |= {name: Estimate(**row[name]) for name in estimates} | {"bias": RelativeBias(**row["bias"])}
-        return cls(
-            **data
-            | {
-                "rows": [PlanRow(**row) for row in data["rows"]],
-                "profile": VarianceProfile(**data["profile"]),
-                "step_costs": {kind: StepCost(**cost) for kind, cost in data["step_costs"].items()},
-                "recommendation": Recommendation(**data["recommendation"]),
-            }
-        )
 
     def row(self, name: str) -> PlanRow:
         """The row of a plan, by its name with or without "(yours)".
@@ -172,54 +156,45 @@ LEGEND = (
 )
 
 
+_PLAN_COLUMNS: dict[str, Callable[[PlanRow], str]] = {
+    "plan": lambda row: row.name,
+    "in theory": lambda row: "unbiased" if row.is_unbiased else "smoothed" if row.only_smoothed else "biased",
+    "bias": lambda row: format_bias(row.bias),
+    "captured": lambda row: format_estimate(row.captured),
+    "std": lambda row: _number(row.std.value) + ("?" if row.is_heavy_tailed else ""),
+    "rel. std": lambda row: format_estimate(row.relative_std),
+    "cos(mean)": lambda row: format_estimate(row.cosine_of_mean),
+    "cos(one)": lambda row: format_estimate(row.cosine_of_one),
+    "s": lambda row: _number(row.seconds),
+    "MB": lambda row: _number(None if row.peak_bytes is None else row.peak_bytes / MEGABYTE),
+    "signal/s": lambda row: format_estimate(row.signal_per_second),
+    "x yours": lambda row: format_estimate(row.speed),
+    "n": lambda row: str(row.num_batches),
+}
+
+
 def _plan_cells(rows: list[PlanRow]) -> list[list[str]]:
-    header = ["plan", "in theory", "bias", "captured", "std", "rel. std", "cos(mean)", "cos(one)", "s", "MB"]
-    header += ["signal/s", "x yours", "n"]
-    return [header] + [
-        [
-            row.name,
-            "unbiased" if row.is_unbiased else "smoothed" if row.only_smoothed else "biased",
-            format_bias(row.bias),
-            format_estimate(row.captured),
-            _number(row.std.value) + ("?" if row.is_heavy_tailed else ""),
-            format_estimate(row.relative_std),
-            format_estimate(row.cosine_of_mean),
-            format_estimate(row.cosine_of_one),
-            _number(row.seconds),
-            _number(None if row.peak_bytes is None else row.peak_bytes / MEGABYTE),
-            format_estimate(row.signal_per_second),
-            format_estimate(row.speed),
-            str(row.num_batches),
-        ]
-        for row in rows
-    ]
+    return [list(_PLAN_COLUMNS)] + [[cell(row) for cell in _PLAN_COLUMNS.values()] for row in rows]
 
 
 def _step_cells(profile: VarianceProfile) -> list[list[str]]:
     header = ["step", "std", "|FO share|", "|LR share|", "FO variance", "LR variance", "K", "variance of FO(K) + LR(rest)"]
-    cells = [header]
-    for step in range(len(profile.stds) + 1):
-        line = [""] * 6
-        if step < len(profile.stds):
-            columns = (profile.stds, profile.fo_norm, profile.lr_norm, profile.fo_variance, profile.lr_variance)
-            line = [str(step), *(_number(column[step]) for column in columns)]
-        total = Estimate(profile.total_variance[step], profile.total_variance_error[step])
-        cells.append([*line, str(step), format_estimate(total)])
-    return cells
+    columns = (profile.stds, profile.fo_norm, profile.lr_norm, profile.fo_variance, profile.lr_variance)
+    steps = [[str(step), *map(_number, values)] for step, values in enumerate(zip(*columns, strict=True))]
+    totals = map(Estimate, profile.total_variance, profile.total_variance_error)
+    lines = zip([*steps, [""] * 6], totals, strict=True)
+    return [header] + [[*line, str(k), format_estimate(total)] for k, (line, total) in enumerate(lines)]
 
 
 def _cost_cells(costs: dict[str, StepCost]) -> list[list[str]]:
     header = ["one step, one sampling batch", "s", "MB held for backward", "MB at the peak"]
-    rows = ((k, c.seconds, c.held_bytes / MEGABYTE, c.peak_bytes / MEGABYTE) for k, c in costs.items())
-    return [header] + [[kind, *(_number(value) for value in values)] for kind, *values in rows]
+    numbers = {kind: (cost.seconds, cost.held_bytes / MEGABYTE, cost.peak_bytes / MEGABYTE) for kind, cost in costs.items()}
+    return [header] + [[kind, *map(_number, values)] for kind, values in numbers.items()]
 
 
 def _align(cells: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0])] + [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)])
-        for row in cells
-    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join([name.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for name, *rest in cells]
 
 
 def format_bias(bias: RelativeBias) -> str:

@@ -1,0 +1,339 @@
+"""What single steps cost, and how noisy their shares of the gradient are: B_h, B_z, V_h and V_z of formula (8), and more."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rlr_trainer.diagnosis.memory import measuring_memory
+from rlr_trainer.diagnosis.plans import zeroth_order_options
+from rlr_trainer.diagnosis.statistics import RESOLVED, RunningMoments
+from rlr_trainer.diagnosis.workbench import Batch, Workbench
+from rlr_trainer.estimators.first_order import NonDifferentiableRewardError, pathwise, reward_and_gradient
+from rlr_trainer.estimators.half_order import likelihood_ratio
+from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.prediction import prediction_critic
+from rlr_trainer.estimators.zeroth_order import Perturbations
+
+TIMED_REPEATS = 3
+ZEROTH_BATCHES = 6
+DEAD_BATCHES = 4  # batches without any gradient after which a reward counts as a black box
+BLACK_BOX = "the reward has no gradient"
+DEAD_GRADIENT = (
+    "the reward has a graph, but its gradient is exactly 0 for every picture although the rewards differ (rounding, a threshold or "
+    "argmax inside?), so it is treated as a black box"
+)
+
+
+class Deadline:
+    """A wall-clock limit, with a progress bar of the seconds on a terminal.
+
+    Args:
+        seconds: from now.
+        quiet: no bar.
+    """
+
+    def __init__(self, seconds: float, quiet: bool = True) -> None:
+        self.seconds = seconds
+        self._start = time.perf_counter()
+        shape = "{desc} |{bar}| {n:.0f} of {total:.0f} s"
+        self._bar = tqdm(total=seconds, disable=quiet or not sys.stderr.isatty(), bar_format=shape, leave=False)
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.elapsed
+
+    def report(self, what: str) -> None:
+        """Shows what is being done."""
+        self._bar.set_description(f"diagnosing: {what}", refresh=False)
+        self._bar.n = min(self.elapsed, self.seconds)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Removes the bar."""
+        self._bar.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Cost of one piece of work on one sampling batch.
+
+    Attributes:
+        seconds: median wall time.
+        held_bytes: held between forward and backward pass, for the backward pass (0 without one).
+        peak_bytes: most that is held at any time, beyond weights and stored latents.
+    """
+
+    seconds: float
+    held_bytes: int
+    peak_bytes: int
+
+
+Numbers = list[float | None]  # None: not there
+
+
+@dataclasses.dataclass(frozen=True)
+class VarianceProfile:
+    """Size and noise of every step's share of the gradient. Lists of T numbers, steps from the noisy end.
+
+    Gradients are of the mean reward, in reward units per unit of weight. A variance is the trace of a covariance matrix, per
+    sample: that of one update times the samples in it. "fo" is the pathwise share of a step, "lr" the likelihood-ratio share.
+
+    Attributes:
+        num_batches, num_samples: what it was measured on; samples per batch.
+        stds: standard deviation of the transition, in latent units.
+        fo_norm, lr_norm: norm of the mean share, noise subtracted (None: not above the noise, or not measured). Both estimate the
+            same thing.
+        fo_variance, lr_variance: per sample.
+        zo_variance: one step's zeroth-order share, per sample, mean over the steps; None: not measured.
+        total_variance: T + 1 numbers, index K: FO on the last K steps + LR on the others, covariances included, per sample.
+        total_variance_error: their standard errors.
+    """
+
+    num_batches: int
+    num_samples: int
+    stds: list[float]
+    fo_norm: Numbers
+    lr_norm: Numbers
+    fo_variance: Numbers
+    lr_variance: Numbers
+    zo_variance: float | None
+    total_variance: Numbers
+    total_variance_error: Numbers
+
+    @property
+    def std_ho(self) -> float | None:
+        """V_h: root mean square over the steps of one half-order (h = 1) step's standard deviation, per sample."""
+        known = [v for v in self.lr_variance if v is not None]
+        return math.sqrt(statistics.fmean(known)) if known else None
+
+    @property
+    def std_zo(self) -> float | None:
+        """V_z: the same of one zeroth-order step."""
+        return None if self.zo_variance is None else math.sqrt(self.zo_variance)
+
+
+class ProfileBuilder:
+    """Takes in batches one by one.
+
+    Args:
+        bench: where updates are computed.
+        differentiable: whether the reward has a gradient.
+
+    Attributes:
+        reference: the plan that others are compared with.
+        shares: moments of the shares of every step, "fo", "lr" and "zo".
+        combinations: moments of FO(K) + LR(rest), for every K.
+        updates: moments of the reference.
+        seconds: of sampling, and of one step's backward pass.
+    """
+
+    def __init__(self, bench: Workbench, differentiable: bool) -> None:
+        self.bench, self.differentiable = bench, differentiable
+        steps = bench.num_steps
+        # K below this would leave a step without noise to the likelihood ratio
+        self.fewest_fo = max((steps - step for step, std in enumerate(bench.stds) if not std > 0), default=0)
+        ratio = EstimatorPlan(steps, fo_steps=self.fewest_fo, rest_estimator="lr")
+        self.plans = {"fo": EstimatorPlan.from_preset("full_bp", steps), "lr": ratio}
+        self.reference = self.plans["fo" if differentiable else "lr"]
+        self.shares = {kind: RunningMoments() for kind in ("fo", "lr", "zo")}
+        self.combinations, self.updates = RunningMoments(), RunningMoments()
+        self.seconds: dict[str, list[float]] = {"sample": [], "fo": [], "lr": []}
+
+    @property
+    def count(self) -> int:
+        return self.combinations.count
+
+    def add(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Takes in a batch that was sampled for the reference plan.
+
+        Returns:
+            Pathwise and likelihood-ratio share of every step, [T, P] each; NaN where there is none (a black box, a step without noise).
+        """
+        ratio = self._measure("lr", batch)
+        first_order = self._measure("fo", batch) if self.differentiable else torch.full_like(ratio, math.nan)
+        steps = len(ratio)
+        self.combinations.add(torch.stack([ratio[: steps - k].sum(0) + first_order[steps - k :].sum(0) for k in range(steps + 1)]))
+        self.updates.add((first_order if self.differentiable else ratio).sum(0, keepdim=True))
+        self.seconds["sample"].append(batch.sample_seconds)
+        return first_order, ratio
+
+    def add_reference(self, batch: Batch) -> Tensor:
+        """Takes in the reference alone; returns its update [P]."""
+        update = self._measure("fo" if self.differentiable else "lr", batch).sum(0)
+        self.updates.add(update[None])
+        self.seconds["sample"].append(batch.sample_seconds)
+        return update
+
+    def add_zeroth(self, wanted: int, has_time: Callable[[], bool] = lambda: True) -> None:
+        """Measures zeroth-order shares on batches with perturbed parameters, until there are `wanted` or the time is up."""
+        bench, moments = self.bench, self.shares["zo"]
+        options = zeroth_order_options(bench.configured_options, bench.batch_size, bench.group_size)
+        plan = EstimatorPlan.from_preset("es", bench.num_steps, **options)
+        while moments.count < wanted and has_time():
+            moments.add(bench.zeroth_order_shares(bench.collect(moments.count, plan)))
+
+    def _measure(self, kind: str, batch: Batch) -> Tensor:
+        shares, seconds = self.bench.step_shares(self.plans[kind], batch)
+        if kind == "lr" and self.fewest_fo:
+            shares[-self.fewest_fo :] = math.nan
+        self.shares[kind].add(shares)
+        self.seconds[kind].append(seconds / self.bench.num_steps)
+        return shares
+
+    @property
+    def reference_relative_error(self) -> float:
+        """Standard error of |reference gradient|^2 over its value; infinite while it is not above 0 or not known."""
+        square, error = (float(value) for value in self.updates.mean_squares())
+        return error / square if square > 0 and math.isfinite(error) else math.inf
+
+    def build(self) -> VarianceProfile:
+        """The profile of what was taken in."""
+        samples = self.bench.samples_per_update
+        fo_norm, fo_variance = self._size_and_noise(self.shares["fo"])
+        lr_norm, lr_variance = self._size_and_noise(self.shares["lr"])
+        _, zo_variance = self._size_and_noise(self.shares["zo"])
+        total, error = self.combinations.variances()
+        return VarianceProfile(
+            num_batches=self.count,
+            num_samples=samples,
+            stds=list(self.bench.stds),
+            fo_norm=fo_norm,
+            lr_norm=lr_norm,
+            fo_variance=fo_variance,
+            lr_variance=lr_variance,
+            zo_variance=None if None in zo_variance else statistics.fmean(v for v in zo_variance if v is not None),
+            total_variance=_finite(total * samples),
+            total_variance_error=_finite(error * samples),
+        )
+
+    def _size_and_noise(self, moments: RunningMoments) -> tuple[Numbers, Numbers]:
+        """Norm and variance, per sample, of every step's share."""
+        if not moments.count:
+            return [None] * self.bench.num_steps, [None] * self.bench.num_steps
+        squares, errors = moments.mean_squares()
+        norms = torch.where(squares > RESOLVED * errors, squares.clamp_min(0).sqrt(), math.nan)
+        return _finite(norms), _finite(moments.variances()[0] * self.bench.samples_per_update)
+
+
+def _finite(values: Tensor) -> Numbers:
+    return [v if math.isfinite(v) else None for v in values.tolist()]
+
+
+def start_profile(bench: Workbench) -> tuple[ProfileBuilder, Batch, str | None]:
+    """An empty profile, a batch for its reference, and why the reward counts as a black box (None: it has a gradient).
+
+    Raises:
+        ValueError: a black-box reward on a chain with a step without noise.
+    """
+    first_order = EstimatorPlan.from_preset("full_bp", bench.num_steps)
+    try:
+        batch = bench.collect(0, first_order)
+    except NonDifferentiableRewardError:
+        reason = BLACK_BOX
+    else:
+        # a saturated reward may have no gradient on one batch; one that never has any is another thing
+        others = (bench.collect(number, first_order) for number in range(1, DEAD_BATCHES))
+        if not (batch.has_dead_gradient and all(other.has_dead_gradient for other in others)):
+            return ProfileBuilder(bench, differentiable=True), batch, None
+        reason = DEAD_GRADIENT
+    builder = ProfileBuilder(bench, differentiable=False)
+    if builder.fewest_fo:
+        raise ValueError(
+            f"{reason}, and step {bench.num_steps - builder.fewest_fo} adds no noise, so that no estimator but zeroth order covers it: set "
+            "sample_eta above 0"
+        )
+    return builder, bench.collect(0, builder.reference), reason
+
+
+def build_profile(bench: Workbench, deadline: Deadline, max_batches: int, *, zeroth: bool = True) -> ProfileBuilder:
+    """Measures until the deadline or `max_batches`, one batch at least; `zeroth`: also the noise of zeroth-order steps."""
+    started = bench.clock()
+    builder, batch, _ = start_profile(bench)
+    builder.add(batch)
+    cost = bench.clock() - started
+    if zeroth:
+        builder.add_zeroth(min(ZEROTH_BATCHES, max_batches), lambda: deadline.left > 3 * cost)
+    while builder.count < max_batches and deadline.left > cost:
+        deadline.report("steps")
+        started = bench.clock()
+        builder.add(bench.collect(builder.count, builder.reference))
+        cost = bench.clock() - started
+    return builder
+
+
+def measure_step_costs(bench: Workbench, batch: Batch, differentiable: bool) -> dict[str, StepCost]:
+    """Cost of one step of each kind, on one sampling batch, at the middle of the chain.
+
+    Kinds: "sample" (a step of sampling), "ho" (likelihood ratio, forward and backward), "fo" (pathwise, backward through weights and
+    input), "zo" (perturb the weights and step: no backward), "prediction" (reward of the one-step prediction and its gradient),
+    "reward" (decode and score) and "reward_gradient" (and differentiate).
+    """
+    chain, rollout, reward = bench.first(batch)
+    step, params = bench.num_steps // 2, chain.parameters()
+    x, noise, std = rollout.latents[step], rollout.noises[step], rollout.stds[step]
+    perturbations = Perturbations.assign(len(x), 0, 0.01, 1, False)
+    critic = prediction_critic(chain, params, lambda latents: reward(latents, True))
+
+    def half_order() -> Tensor:
+        mean, now = chain.transition(step, x, params)
+        advantage = torch.ones(len(x), device=x.device)
+        surrogate, _ = likelihood_ratio(advantage, rollout.latents[step + 1], mean, now.clamp_min(1e-6), rollout.means[step], std)
+        return surrogate.sum()
+
+    def first_order() -> Tensor:
+        mean, now = chain.transition(step, x.detach().requires_grad_(True), params)
+        return pathwise(noise, mean, now, noise).sum()
+
+    sampling = torch.no_grad()
+    work: dict[str, Callable[[], Any]] = {
+        "sample": sampling(lambda: chain.transition(step, x, params)),
+        "ho": half_order,
+        "zo": sampling(lambda: chain.transition(step, x, perturbations.perturb(params, step, 0, 1.0))),
+        "reward": sampling(lambda: reward(rollout.sample, False)),
+    }
+    if differentiable:
+        work |= {
+            "fo": first_order,
+            "prediction": lambda: critic(step, x),
+            "reward_gradient": lambda: reward_and_gradient(lambda latents: reward(latents, True), rollout.sample),
+        }
+    return {kind: _cost(bench, run) for kind, run in work.items()}
+
+
+def _cost(bench: Workbench, work: Callable[[], Any]) -> StepCost:
+    """Runs `work`, and the backward pass of the scalar with a graph that it may return."""
+
+    def run() -> int:
+        bench.reader.clear()
+        outcome = work()
+        held = meter.held()
+        if not (isinstance(outcome, Tensor) and outcome.requires_grad):
+            return 0
+        (outcome * bench.factor).backward()
+        return held
+
+    with measuring_memory(bench.device) as meter:
+        held = run()
+        peak = meter.peak()
+        bench.reader.clear()
+    seconds = []
+    for _ in range(TIMED_REPEATS):
+        started = bench.clock()
+        run()
+        seconds.append(bench.clock() - started)
+    bench.reader.clear()
+    return StepCost(statistics.median(seconds), held, peak)
