@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from rlr_trainer.diagnosis.gradients import GradientReader
+from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.chain import DenoisingChain, Rollout, mix_seed, seeded_generator
 from rlr_trainer.estimators.plan import EstimatorPlan
-from rlr_trainer.estimators.plan_draw import StartDistribution
-from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, ControlVariateScale, prediction_critic
+from rlr_trainer.estimators.plan_state import PlanState
+from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, ControlVariateScale
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import zeroth_order
-from rlr_trainer.rollouts.batches import CHOICES, Experience
-from rlr_trainer.rollouts.collector import Collector
+from rlr_trainer.rollouts.advantage_rule import AdvantageRule
+from rlr_trainer.rollouts.batches import CHOICES, ScoredBatch
+from rlr_trainer.rollouts.collector import Collector, RolloutOptions
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts, PromptRow
 
 DIAGNOSIS = 1_000  # names the diagnosis's stream of randomness: its batches are none that the training will see
@@ -38,43 +40,26 @@ class Subject:
 
     Attributes:
         config: the run's options, under the names of `RLRConfig`.
-        plan, control_scale, starts: the configured plan, and what the run has learned for it (or None).
         model: the policy as the run calls it, wrapped or not.
-        denoiser: its network, for activation checkpointing.
-        parameters: name -> trained parameter.
-        make_chain: (model, conditioning) -> chain.
-        adapter, schedule, rewards, prompts, accelerator: the run's own.
+        collector: the run's, with its sampler, scorer, prompts and processes, the plan in force and what that has learned.
         updates: updates done so far.
     """
 
     config: Any
-    plan: EstimatorPlan
-    control_scale: ControlVariateScale | None
-    starts: StartDistribution | None
     model: nn.Module
-    denoiser: nn.Module
-    parameters: dict[str, Tensor]
-    make_chain: Callable[[nn.Module, Any], Any]
-    adapter: Any
-    schedule: Any
-    rewards: Any
-    prompts: FunctionPrompts | DatasetPrompts
-    accelerator: Any
+    collector: Collector
     updates: int
 
     @classmethod
     def of(cls, trainer: Any) -> Subject:
         """That of an `RLRTrainer`, before, during or after training."""
-        same = ("plan", "control_scale", "starts", "adapter", "schedule", "rewards", "prompts", "accelerator")
-        return cls(
-            **{name: getattr(trainer, name) for name in same},
-            config=trainer.args,
-            model=trainer.model_wrapped if trainer.is_in_train else trainer.model,
-            denoiser=trainer.policy.denoiser,
-            parameters=trainer.policy.trainable_parameters(),
-            make_chain=trainer._make_chain,
-            updates=trainer.state.global_step,
-        )
+        model = trainer.model_wrapped if trainer.is_in_train else trainer.model
+        return cls(trainer.args, model, trainer.parts.collector, trainer.state.global_step)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """name -> trained parameter."""
+        return self.collector.sampler.policy.trainable_parameters()
 
 
 @contextlib.contextmanager
@@ -89,23 +74,21 @@ def untouched(subject: Any) -> Iterator[Workbench]:
     """
     if not isinstance(subject, Subject):
         subject = Subject.of(subject)
-    accelerator = subject.accelerator
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"a diagnosis runs in one process, but there are {accelerator.num_processes}: call it without accelerate launch"
-        )
+    processes = subject.collector.processes
+    if processes.count > 1:
+        raise ValueError(f"a diagnosis runs in one process, but there are {processes.count}: call it without accelerate launch")
     gradients = [(p, p.grad) for p in subject.parameters.values()]
     modes = [(module, module.training) for module in subject.model.modules()]
-    denoiser: Any = subject.denoiser
-    devices = list(range(torch.cuda.device_count())) if accelerator.device.type == "cuda" else []
+    denoiser: Any = subject.collector.sampler.policy.denoiser
+    devices = list(range(torch.cuda.device_count())) if processes.device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        prompts = stack.enter_context(subject.prompts.borrowed())
+        prompts = stack.enter_context(subject.collector.prompts.borrowed())
         # the training switches this on when it starts; memory and time should be those of the training
         if subject.config.gradient_checkpointing and not getattr(denoiser, "is_gradient_checkpointing", True):
             denoiser.enable_gradient_checkpointing()
             stack.callback(denoiser.disable_gradient_checkpointing)
-        stack.enter_context(accelerator.autocast())
+        stack.enter_context(processes.accelerator.autocast())
         subject.model.eval()
         try:
             yield Workbench(subject, prompts)
@@ -123,16 +106,14 @@ class Batch:
     Attributes:
         number: of the batch; fixes its prompts and its noise, for any plan.
         plan: that sampled; perturbations and reward gradients are there only if it needed them.
-        experiences: one per sampling batch.
-        zeroth_advantages: one [B] per experience, for the zeroth-order part; empty without one.
+        parts: its sampling batches.
         share: 1 / the number of samples that have a reward, the weight of a sample.
         sample_seconds, reward_seconds: wall time.
     """
 
     number: int
     plan: EstimatorPlan
-    experiences: list[Experience]
-    zeroth_advantages: list[Tensor]
+    parts: list[ScoredBatch]
     share: float
     sample_seconds: float
     reward_seconds: float
@@ -141,8 +122,8 @@ class Batch:
     def num_bytes(self) -> int:
         """Bytes of the stored rollouts and reward gradients."""
         total = 0
-        for experience in self.experiences:
-            rollout, gradient = experience.rollout, experience.reward_gradient
+        for part in self.parts:
+            rollout, gradient = part.rollout, part.reward_gradient
             stored = [*rollout.latents, *rollout.noises, *rollout.means, *rollout.stds, *([] if gradient is None else [gradient])]
             total += sum(tensor.untyped_storage().nbytes() for tensor in stored)
         return total
@@ -150,8 +131,8 @@ class Batch:
     @property
     def has_dead_gradient(self) -> bool:
         """Whether the rewards differ although the reward's gradient is exactly 0 for every picture."""
-        gradients = [e.reward_gradient for e in self.experiences]
-        rewards = torch.cat([e.rewards for e in self.experiences])
+        gradients = [part.reward_gradient for part in self.parts]
+        rewards = torch.cat([part.rewards for part in self.parts])
         return all(g is not None and not g.any() for g in gradients) and len(rewards[~torch.isnan(rewards)].unique()) > 1
 
 
@@ -173,14 +154,15 @@ class Workbench:
     """
 
     def __init__(self, subject: Subject, prompts: FunctionPrompts | DatasetPrompts) -> None:
-        given, self.config = subject.config, measuring_config(subject.config)
-        self.subject, self.plan = subject, subject.plan
-        self.device: torch.device = subject.accelerator.device
-        self.num_steps: int = subject.schedule.num_steps
-        self.stds: tuple[float, ...] = subject.schedule.stds
-        self.batch_size: int = self.config.sample_batch_size
-        self.num_batches: int = self.config.sample_num_batches_per_epoch
-        self.group_size: int = given.num_images_per_prompt
+        given, run = subject.config, subject.collector
+        self.subject, self.run, self.plan = subject, run, run.plan
+        self.device: torch.device = run.processes.device
+        self.num_steps: int = run.sampler.schedule.num_steps
+        self.stds: tuple[float, ...] = run.sampler.schedule.stds
+        self.options, self.advantages = measuring_options(given, run.options), measuring_advantages(run.advantages)
+        self.batch_size: int = self.options.batch_size
+        self.num_batches: int = self.options.num_batches
+        self.group_size: int = self.options.group_size
         self.recompute: str = given.recompute
         self.quiet: bool = given.disable_tqdm
         self.reader = GradientReader(subject.parameters)
@@ -195,7 +177,7 @@ class Workbench:
     @property
     def queries(self) -> int:
         """Pictures that the reward has been asked about so far."""
-        return self.subject.rewards.queries
+        return self.run.scorer.rewards.queries
 
     @property
     def configured_options(self) -> dict[str, Any]:
@@ -214,7 +196,7 @@ class Workbench:
             "sample_batch_size": self.batch_size,
             "guidance_scale": given.sample_guidance_scale,
             "eta": given.sample_eta,
-            "advantage": self.config.advantage,
+            "advantage": self.advantages.name,
             "configured_advantage": given.advantage_name,
             "recompute": self.recompute,
             "num_parameters": self.reader.num_entries,
@@ -235,35 +217,36 @@ class Workbench:
         """What a plan's control variate starts from: a copy of the run's own for the configured plan; None without one."""
         if not plan.uses_control_variate:
             return None
-        own = self.subject.control_scale
+        own = self.run.plan_state.control_scale
         return copy.deepcopy(own) if own is not None and plan == self.plan else ControlVariateScale(self.num_steps)
 
     def collect(self, number: int, plan: EstimatorPlan) -> Batch:
         """Samples and scores batch `number`, as `plan` needs it."""
         if self._rows[0] != number:
             self._rows = (number, self._prompts.take(self.samples_per_update // self.group_size))
-        subject, rows = self.subject, self._rows[1]
+        rows = self._rows[1]
         same_rows: Any = types.SimpleNamespace(take=lambda count: rows[:count])  # however often the batch is sampled
-        collector = Collector(
-            config=self.config,
-            plan=plan,
-            adapter=subject.adapter,
-            schedule=subject.schedule,
-            rewards=subject.rewards,
+        collector = dataclasses.replace(
+            self.run,
+            plan_state=self._state_of(plan),
             prompts=same_rows,
-            make_chain=lambda conditioning: subject.make_chain(subject.model, conditioning),
-            accelerator=subject.accelerator,
+            options=self.options,
+            advantages=self.advantages,
+            reference=None,
         )
-        experiences, summary = collector.collect(number)
+        parts, summary = collector.collect(self.subject.model, number)
         return Batch(
             number=number,
             plan=plan,
-            experiences=experiences,
-            zeroth_advantages=collector.zeroth_order_advantages(experiences) if plan.uses_zeroth_order else [],
+            parts=parts,
             share=1.0 / (self.samples_per_update * summary.valid_fraction),
             sample_seconds=summary.metrics["time/sample"],
             reward_seconds=summary.metrics["time/reward"],
         )
+
+    def _state_of(self, plan: EstimatorPlan) -> PlanState:
+        """The plan in force, as it learns nothing more here; the run's own for the configured plan."""
+        return self.run.plan_state if plan == self.plan else PlanState(plan)
 
     def update(self, plan: EstimatorPlan, batch: Batch, control_scale: ControlVariateScale | None = None) -> tuple[Tensor, float]:
         """The update of `plan` on a batch: the gradient of the mean reward (ascending), and the seconds it took.
@@ -306,17 +289,17 @@ class Workbench:
 
     def first(self, batch: Batch) -> tuple[DenoisingChain, Rollout, Callable[[Tensor, bool], Tensor]]:
         """Chain, rollout and reward of the first sampling batch; the reward takes latents, and whether to differentiate it."""
-        experience = batch.experiences[0]
-        return self._chain(experience), experience.rollout, lambda latents, graph: self._reward(latents, experience, graph)
+        part, scorer = batch.parts[0], self.run.scorer
 
-    def _chain(self, experience: Experience) -> DenoisingChain:
-        return self.subject.make_chain(self.subject.model, experience.conditioning)
+        def reward(latents: Tensor, graph: bool) -> Tensor:
+            if graph:
+                return scorer.differentiable(part.prompts, part.metadata)(latents)
+            return scorer.score(latents, part.prompts, part.metadata, "the diagnosis").result.total.nan_to_num()
 
-    def _reward(self, latents: Tensor, experience: Experience, differentiable: bool) -> Tensor:
-        """Rewards [B] of latents [B, ...], 0 where none applies."""
-        images, rewards = self.subject.adapter.decode(latents), self.subject.rewards
-        values = rewards(images, experience.prompts, experience.metadata, differentiable=differentiable).total
-        return torch.where(torch.isnan(values), torch.zeros_like(values), values)
+        return self._chain(part), part.rollout, reward
+
+    def _chain(self, part: ScoredBatch) -> DenoisingChain:
+        return self.run.sampler.chain(self.subject.model, part.conditioning)
 
     def _sweep(
         self,
@@ -328,71 +311,69 @@ class Workbench:
         **options: Any,
     ) -> None:
         """Goes back along sampling batch `index`, and fits the control variate to it."""
-        experience = batch.experiences[index]
-        chain = self._chain(experience)
-        params = chain.parameters()
+        part = batch.parts[index]
+        chain = self._chain(part)
 
         def backward(surrogate: Tensor) -> float:
             (surrogate * self.factor).backward()
             return self.factor
 
-        critic = None
-        if plan.uses_prediction:
-            critic = prediction_critic(chain, params, lambda x: self._reward(x, experience, True), self.factor)
-        draw = experience.draw if plan is batch.plan else self._draw(plan, batch.number, index).expand(len(experience))
-        sweep = Sweep(
+        draw = part.draw if plan is batch.plan else self._draw(plan, batch.number, index).expand(len(part))
+        sweep = Sweep.of_plan(
+            plan,
             chain,
-            params,
-            backward=backward,
+            chain.parameters(),
+            backward,
+            self.run.scorer.differentiable(part.prompts, part.metadata),
+            control_scale=control_scale,
+            reward_loss_scale=self.factor,
             recompute=recompute,
-            critic=critic,
-            control_scale=control_scale if plan.uses_control_variate else None,
             mean_density=True,
             **options,
         )
-        result = sweep.run(experience.rollout, draw, self._feedback(plan, batch.share, experience))
+        feedback = Feedback.of(
+            plan,
+            Advantages(part.advantage, part.scale),
+            batch.share,
+            reward_gradient=part.reward_gradient,
+            blocks=part.index // 2 if plan.uses_zeroth_order and plan.zo_antithetic else None,
+        )
+        result = sweep.run(part.rollout, draw, feedback)
         if control_scale is not None:
             for step, values in result.critic_values.items():
-                control_scale.update(step, experience.rewards, values)
+                control_scale.update(step, part.rewards, values)
 
     def _draw(self, plan: EstimatorPlan, number: int, index: int) -> Any:
         """The plan's choices for a sampling batch, from the stream that the collector uses."""
-        starts, probabilities = self.subject.starts, None
-        if plan.ho_start == "grad_norm" and plan == self.plan and starts is not None:
-            probabilities = starts.probabilities()
-        generator = seeded_generator(self.config.seed, CHOICES, number, index)
+        probabilities = self._state_of(plan).start_probabilities() if plan == self.plan else None
+        generator = seeded_generator(self.options.seed, CHOICES, number, index)
         return plan.draw(self.batch_size, generator, shared=True, start_probabilities=probabilities)
-
-    def _feedback(self, plan: EstimatorPlan, share: float, experience: Experience) -> Feedback:
-        assert experience.advantage is not None and experience.scale is not None
-        scale, gradient = experience.scale * share, experience.reward_gradient
-        if gradient is not None:
-            gradient = plan.fo_weight * gradient * scale.reshape(-1, *[1] * (gradient.dim() - 1))
-        blocks = experience.index // 2 if plan.uses_zeroth_order and plan.zo_antithetic else None
-        return Feedback(advantage=experience.advantage * share, reward_gradient=gradient, scale=scale, blocks=blocks)
 
     def _zeroth_order(self, batch: Batch, weight: float, steps: Tensor | None = None) -> Mapping[str, Tensor]:
         """Zeroth-order part of a batch, or the share of some steps (bool [T]) in it."""
         total: dict[str, Tensor] = {}
-        for experience, advantage in zip(batch.experiences, batch.zeroth_advantages, strict=True):
-            assert experience.perturbations is not None
-            mask = experience.draw.zeroth if steps is None else experience.draw.zeroth & steps
-            advantage = advantage * (weight * batch.share)
-            for name, term in zeroth_order(advantage, mask, experience.perturbations, self.subject.parameters).items():
+        for part in batch.parts:
+            if part.perturbations is None or part.zeroth_advantage is None:
+                continue
+            mask = part.draw.zeroth if steps is None else part.draw.zeroth & steps
+            advantage = part.zeroth_advantage * (weight * batch.share)
+            for name, term in zeroth_order(advantage, mask, part.perturbations, self.subject.parameters).items():
                 total[name] = total[name] + term if name in total else term.detach()
         return total
 
 
-def measuring_config(config: Any) -> Any:
-    """The config with the samples of one update per rollout, plain advantages, and randomness of its own."""
-    measuring = copy.copy(config)
-    micro, accumulated = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    update = micro * accumulated
-    if update % config.num_images_per_prompt == 0:
-        size = config.sample_batch_size
-        size = min(size, update) if update % min(size, update) == 0 else micro
-        measuring.sample_batch_size, measuring.sample_num_batches_per_epoch = size, update // size
-    measuring.advantage = "none" if config.advantage_name == "none" else "leave_one_out"
-    measuring.estimator, measuring.adv_clip_max = "rlr", None  # the ddpo preset brings a limit of its own
-    measuring.seed = mix_seed(config.seed, DIAGNOSIS)
-    return measuring
+def measuring_options(config: Any, options: RolloutOptions) -> RolloutOptions:
+    """The samples of one update per rollout, and randomness of its own."""
+    micro, size = config.per_device_train_batch_size, options.batch_size
+    update = micro * config.gradient_accumulation_steps
+    seed = mix_seed(options.seed, DIAGNOSIS)
+    if update % options.group_size:
+        return dataclasses.replace(options, seed=seed, offload=False)
+    size = min(size, update) if update % min(size, update) == 0 else micro
+    return dataclasses.replace(options, seed=seed, batch_size=size, num_batches=update // size, offload=False)
+
+
+def measuring_advantages(rule: AdvantageRule) -> AdvantageRule:
+    """Plain advantages, without a limit or a memory of earlier rewards."""
+    name = "none" if rule.name == "none" and rule.statistics is None else "leave_one_out"
+    return AdvantageRule(name, group_size=rule.group_size, names=rule.names, weights=rule.weights)

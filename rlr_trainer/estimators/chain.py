@@ -37,7 +37,8 @@ class DenoisingChain(Protocol):
     chain of some rows of the batch; a chain needs it when its transitions depend on more than `x` (on a prompt, say).
     """
 
-    num_steps: int
+    @property
+    def num_steps(self) -> int: ...
 
     def parameters(self) -> Parameters:
         """Trainable tensors by name."""

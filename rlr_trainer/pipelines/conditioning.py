@@ -21,7 +21,7 @@ def join_rows(parts: Sequence[Rows]) -> dict[str, Tensor]:
     return {name: torch.cat(_padded([part[name] for part in parts])) for name in parts[0]}
 
 
-def _padded(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _padded(tensors: Sequence[Tensor]) -> list[Tensor]:
     """[N_i, L_i, ...] with the same L."""
     longest = max(tensor.shape[1] if tensor.dim() > 1 else 0 for tensor in tensors)
     return [t if t.dim() < 2 or t.shape[1] == longest else _pad_sequence(t, longest) for t in tensors]
@@ -57,11 +57,11 @@ class Conditioning:
         return dataclasses.replace(self._map(lambda tensor: tensor.to(device)), batch=batch)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        positive, negative = (
-            None if rows is None else {name: function(tensor) for name, tensor in rows.items()}
-            for rows in (self.positive, self.negative)
-        )
-        return dataclasses.replace(self, positive=positive, negative=negative)
+        def each(rows: Rows) -> dict[str, Tensor]:
+            return {name: function(tensor) for name, tensor in rows.items()}
+
+        negative = None if self.negative is None else each(self.negative)
+        return dataclasses.replace(self, positive=each(self.positive), negative=negative)
 
     @staticmethod
     def concatenate(parts: Sequence[Conditioning]) -> Conditioning:

@@ -225,7 +225,7 @@ class RLRConfig(TrainingArguments):
             ValueError: a setting that cannot be honoured, see `configs.options_of_trl_config`.
         """
         converted = cls(**(configs.options_of_trl_config(config) | options))
-        converted._from_trl = "output_dir" not in options
+        setattr(converted, "_from_trl", "output_dir" not in options)  # noqa: B010  # no field: it is no option
         if configs.trl_config_kind(config) == converted.estimator == "ddpo":
             # the trainer, which knows the latents' size, brings them to the unit of its gradient
             configs.mark_mean_density(converted, {"max_grad_norm", "adam_epsilon"} - options.keys())

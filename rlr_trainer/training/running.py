@@ -242,9 +242,10 @@ def present_model(trainer: Any) -> nn.Module:
 
 def prompt_rows(prompts: Sequence[str | Sequence[str]], negative_prompts: Sequence[str] | None) -> list[PromptRow]:
     """Texts, or one text per scale, as prompts without metadata."""
+    negatives: Sequence[str | None] = negative_prompts or [None] * len(prompts)
     return [
         PromptRow(text, {}, negative) if isinstance(text, str) else PromptRow(text[-1], {}, negative, tuple(text))
-        for text, negative in zip(prompts, negative_prompts or [None] * len(prompts), strict=True)
+        for text, negative in zip(prompts, negatives, strict=True)
     ]
 
 
