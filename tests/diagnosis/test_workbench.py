@@ -1,6 +1,7 @@
 """The workbench computes the trainer's own updates, and leaves the run as it was."""
 
 import copy
+import dataclasses
 import random
 
 import numpy as np
@@ -14,10 +15,12 @@ from rlr_trainer.diagnosis.comparison import compose, is_composable
 from rlr_trainer.diagnosis.gradients import GradientReader
 from rlr_trainer.diagnosis.memory import measuring_memory
 from rlr_trainer.diagnosis.step_profile import DEAD_GRADIENT, ProfileBuilder, start_profile
-from rlr_trainer.diagnosis.workbench import measuring_config, untouched
+from rlr_trainer.diagnosis.workbench import measuring_advantages, measuring_options, untouched
 from rlr_trainer.digits.rewards import ink
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.rewards import RewardError
+from rlr_trainer.rollouts.advantage_rule import AdvantageRule
+from rlr_trainer.rollouts.collector import RolloutOptions
 
 
 def test_the_reader_concatenates_and_fills_gaps_with_zeros():
@@ -91,7 +94,9 @@ def test_an_update_is_the_trainers(make_trainer, options):
     recorder = Recorder()
     trainer = make_trainer(max_steps=1, max_grad_norm=0.0, callbacks=[recorder], **options)
     with untouched(trainer) as bench:
-        bench.config.seed = trainer.args.seed  # the training's own noise instead of the diagnosis's
+        bench.options = dataclasses.replace(
+            bench.options, seed=trainer.args.seed
+        )  # the training's own noise instead of the diagnosis's
         batch = bench.collect(0, trainer.plan)
         update, seconds = bench.update(trainer.plan, batch, bench.control_scale(trainer.plan))
     trainer.train()
@@ -113,10 +118,17 @@ def test_an_update_is_the_trainers(make_trainer, options):
 )
 def test_a_measured_batch_has_the_samples_of_one_update(options, sampling):
     config = RLRConfig(use_cpu=True, per_device_train_batch_size=4, sample_num_steps=10, **options)
-    measuring = measuring_config(config)
-    assert (measuring.sample_batch_size, measuring.sample_num_batches_per_epoch) == sampling
-    assert measuring.advantage_limit is None
+    size, number, group = config.sample_batch_size, config.sample_num_batches_per_epoch, config.num_images_per_prompt
+    measuring = measuring_options(config, RolloutOptions(config.seed, size, number, group, offload=True))
+    assert (measuring.batch_size, measuring.num_batches) == sampling
     assert measuring.seed != config.seed
+    assert not measuring.offload
+
+
+def test_advantages_are_plain():
+    limited = AdvantageRule("normalize", limit=5.0, group_size=2, separately=True)
+    assert measuring_advantages(limited) == AdvantageRule("leave_one_out", group_size=2)
+    assert measuring_advantages(AdvantageRule("none")).name == "none"
 
 
 def test_composed_updates_are_those_of_the_plan(make_trainer):
@@ -161,9 +173,9 @@ def snapshot(trainer):
         "random": [random.getstate(), numpy_state["key"].tolist(), numpy_state["pos"], torch.get_rng_state().tolist()],
         "modes": [module.training for module in trainer.model.modules()],
         "position": trainer.prompts.state_dict(),
-        "control": copy.deepcopy(trainer.control_scale.state_dict()),
-        "starts": copy.deepcopy(trainer.starts.state_dict()),
-        "rollouts": trainer._rollouts_done,
+        "control": copy.deepcopy(trainer.parts.plan_state.control_scale.state_dict()),
+        "starts": copy.deepcopy(trainer.parts.plan_state.starts.state_dict()),
+        "rollouts": trainer.parts.rollouts_done,
         "step": trainer.state.global_step,
     }
 
