@@ -256,19 +256,36 @@ def test_calls_that_have_not_begun_are_dropped_with_the_run():
     assert begun == [0]
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("options", [{}, {"asynchronous": True}, {"timeout": 5.0}, {"on_error": "skip"}])
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit, Stop])
 @pytest.mark.parametrize("kind", ["plain", "coroutine"])
-def test_what_ends_the_program_passes_through(stop, options, kind):
+def test_what_is_no_exception_passes_through_as_it_is(stop, kind):
+    """From every thread, and it breaks neither the threads nor the event loop."""
+
     def plain(images, prompts, metadata):
-        raise stop
+        raise stop("because")
 
     async def coroutine(images, prompts, metadata):
-        raise stop
+        raise stop("because")
 
-    with pytest.raises(stop):
-        score({"plain": plain, "coroutine": coroutine}[kind], batch(2), **options)
-    assert score(number, batch(2), asynchronous=True)[0].total.tolist() == [0, 1]
+    function = {"plain": plain, "coroutine": coroutine}[kind]
+    for options in ({}, {"asynchronous": True}, {"timeout": 5.0}, {"asynchronous": True, "timeout": 5.0, "on_error": "skip"}):
+        found = []
+
+        def attempt(options=options, found=found):
+            try:
+                score(function, batch(2), **options)
+            except stop as error:
+                found.extend(error.args)
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert found == ["because"], options
+        assert score(number, batch(2), asynchronous=True)[0].total.tolist() == [0, 1]
 
 
 @groupwise

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from rlr_trainer.estimators import NonDifferentiableRewardError
-from rlr_trainer.rewards import RewardError, Rewards, jpeg_compressibility, jpeg_incompressibility
+from rlr_trainer.rewards import RewardError, Rewards, groupwise, jpeg_compressibility, jpeg_incompressibility
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 BATCH = (IMAGES, ("a", "b", "c"), ({}, {}, {}))
@@ -23,6 +23,8 @@ BATCH = (IMAGES, ("a", "b", "c"), ({}, {}, {}))
         [1, 2.0, np.float64(3)],
         torch.tensor([1.0, 2, 3]).half(),
         [torch.tensor(1.0), 2, torch.tensor([3.0])],
+        torch.tensor([[1.0], [2.0], [3.0]]),
+        np.array([[1], [2], [3]]),
     ],
 )
 def test_any_numeric_form_becomes_float32(values):
@@ -104,8 +106,35 @@ def test_a_graph_is_found_however_the_reward_goes_about_its_pictures():
 
     for function in (in_place_before, in_place_after, recomputed):
         latents = IMAGES.clone().requires_grad_(True)
-        Rewards(function, batch_size=2)(latents * 1.0, *BATCH[1:], differentiable=True).total.sum().backward()
+        pictures = latents * 1.0
+        result = Rewards([function, lambda i, p, m: 2 * i.sum((1, 2, 3))], batch_size=2)(pictures, *BATCH[1:], differentiable=True)
+        assert torch.equal(pictures, IMAGES)
+        result.values[1].sum().backward(retain_graph=True)
+        assert torch.equal(latents.grad, torch.full_like(IMAGES, 2))
+        latents.grad = None
+        result.values[0].sum().backward()
         assert latents.grad.flatten(1).abs().max(1).values.min() > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"asynchronous": True, "workers": 3}, {"timeout": 5.0}], ids=str)
+def test_every_call_gets_pictures_and_metadata_of_its_own(options):
+    seen = []
+
+    def edits(images, prompts, metadata):
+        values = images.mean((1, 2, 3))
+        images.mul_(0).add_(9)
+        seen.extend(row.pop("key") for row in metadata)
+        return values
+
+    images, rows = IMAGES.clone(), tuple({"key": i} for i in range(3))
+    for given in (images, images.expand(3, 3, 16, 16)):
+        rewards = Rewards([edits, edits, groupwise(lambda i, p, m: edits(i, p, m))], group_size=3, **options)
+        result = rewards(given, ("a",) * 3, rows, differentiable=False)
+        for values in result.parts.values():
+            torch.testing.assert_close(values, IMAGES.mean((1, 2, 3)))
+    assert sorted(seen) == [0] * 6 + [1] * 6 + [2] * 6
+    assert torch.equal(images, IMAGES)
+    assert rows == tuple({"key": i} for i in range(3))
 
 
 def named(name):
@@ -166,11 +195,10 @@ def test_queries_are_counted():
 
 
 def test_errors_name_the_reward():
-
     def bad(*batch):
-        return torch.ones(3, 1)
+        return torch.ones(3, 2)
 
-    with pytest.raises(RewardError, match=r"reward 'bad' returned shape \(3, 1\)"):
+    with pytest.raises(RewardError, match=r"reward 'bad' returned shape \(3, 2\)"):
         Rewards(bad)(*BATCH, differentiable=False)
     with pytest.raises(TypeError, match="must be a function"):
         Rewards([3])

@@ -41,5 +41,5 @@ def load_named(name: str) -> Any:
             )
         return ClassifierScore.from_pretrained(folder, int(target) if target.isdigit() else target)
     module, reward, options = NEURAL[kind]
-    load = getattr(importlib.import_module(f"rlr_trainer.rewards.{module}"), reward).from_pretrained
+    load = getattr(importlib.import_module(f"rlr_trainer.rewards.neural.{module}"), reward).from_pretrained
     return load(source, **options) if source else load(**options)
