@@ -34,7 +34,9 @@ def test_any_numeric_form_becomes_float32(values):
 
 
 def test_rewards_and_metadata():
-    result = Rewards(lambda *batch: ([1, 2, 3], {"note": 1}))(*BATCH, differentiable=False)
+    rewards = Rewards(lambda *batch: ([1, 2, 3], {"note": 1}))
+    result = rewards(*BATCH, differentiable=False)
+    assert rewards.queries == 3
     assert result.metadata == {"note": 1}
     several = Rewards([lambda *batch: ([1, 2, 3], "x"), lambda *batch: [0, 0, 1]])(*BATCH, differentiable=False)
     assert list(several.parts) == ["<lambda>", "<lambda>_2"]
@@ -170,40 +172,40 @@ def test_a_reward_of_weight_0_is_only_logged():
     assert Rewards([named("a"), named("b")], [0.0, 0])(*BATCH, differentiable=False).total.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None])
-def test_weights_are_finite_numbers(weight):
-    with pytest.raises(ValueError, match=r"reward_weights=\[1.0, .*must be finite numbers"):
-        Rewards([named("a"), named("b")], [1.0, weight])
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_pictures_that_are_not_finite_are_no_missing_rewards(value, on_error):
+def test_pictures_that_are_not_finite_are_no_missing_rewards(value):
     """As of a decoder in float16 that overflows. A mean of NaN would say "not applicable", and a JPEG file shows black."""
     images = IMAGES.clone()
     images[1, 0, 3, 3] = value
     for reward in (jpeg_compressibility, lambda i, p, m: i.mean((1, 2, 3))):
         with pytest.raises(FloatingPointError, match=r"1 of 3 pictures .*non-finite values \(in batch 5, prompts 'b'\)"):
-            Rewards(reward, on_error=on_error)(images, *BATCH[1:], differentiable=False, where="batch 5")
+            Rewards(reward, on_error="skip")(images, *BATCH[1:], differentiable=False, where="batch 5")
 
 
-def test_queries_are_counted():
-    rewards = Rewards(jpeg_compressibility)
-    for _ in range(2):
-        rewards(*BATCH, differentiable=False)
-    assert rewards.queries == 6
+def test_what_cannot_be():
+    for returned, message in (
+        (torch.ones(3, 2), r"reward 'bad' returned shape \(3, 2\)"),
+        ([torch.ones(2)] * 3, "reward 'bad' returned list"),
+        (["1", 2, 3], r"reward 'bad' returned a list with '1' \(str\)"),
+        (object(), "reward 'bad' returned object"),
+        (torch.ones(3) * 1j, "reward 'bad' returned complex numbers"),
+        ([1, 2, float("inf")], "reward 'bad' returned an infinite value"),
+    ):
 
+        def bad(*batch, returned=returned):
+            return returned
 
-def test_errors_name_the_reward():
-    def bad(*batch):
-        return torch.ones(3, 2)
-
-    with pytest.raises(RewardError, match=r"reward 'bad' returned shape \(3, 2\)"):
-        Rewards(bad)(*BATCH, differentiable=False)
+        with pytest.raises(RewardError, match=message):
+            Rewards(bad)(*BATCH, differentiable=False)
     with pytest.raises(TypeError, match="must be a function"):
         Rewards([3])
     with pytest.raises(ValueError, match="at least one"):
         Rewards([])
+    with pytest.raises(ValueError, match="on_error='ignore': must be one of raise, skip"):
+        Rewards(bad, on_error="ignore")
+    for weight in (float("nan"), float("inf"), "1", None):
+        with pytest.raises(ValueError, match=r"reward_weights=\[.*must be finite numbers"):
+            Rewards([bad, bad], [1.0, weight])
 
 
 def test_jpeg_size_is_that_of_the_file():
