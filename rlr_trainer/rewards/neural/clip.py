@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward, PromptCache, token_ids
-from rlr_trainer.rewards.neural.open_clip import convert_open_clip, open_clip_model
+from rlr_trainer.rewards.neural.open_clip import VIT_H_14, convert_open_clip
 from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor
 from rlr_trainer.rewards.neural.weights import (
     companion,
@@ -166,6 +166,7 @@ class HPSv2(CosineReward):
     HUB_ID = "xswu/HPSv2"
     NAMES = {"v2.0": "hpsv2", "v2.1": "hpsv2.1"}
     FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+    CONFIG = VIT_H_14
 
     @classmethod
     def from_pretrained(
@@ -190,16 +191,18 @@ class HPSv2(CosineReward):
             ValueError: another version.
             WeightsError: something is missing, damaged, or not in OpenCLIP's layout.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
         if version not in cls.FILES:
             raise ValueError(f"version={version!r}: must be {' or '.join(cls.FILES)}")
         name = cls.NAMES[version]
         path = find_file(source, name, cls.FILES[version])
-        state = read_state_dict(path, name)
-        vocabulary = len(state.get("token_embedding.weight", ()))
-        words = load_tokenizer(AutoTokenizer, companion(source, tokenizer, CLIP_H14, TOKENIZER_FILES), name, vocabulary)
-        model = open_clip_model(state, path, name, end_of_text=words.eos_token_id)
-        load_strictly(model, convert_open_clip(state), path, name, unused=r"attn_mask|.*position_ids")
-        preprocess = ImagePreprocessor.hpsv2(model.config.vision_config.image_size, eight_bit=eight_bit)
+        text, place = cls.CONFIG["text_config"], companion(source, tokenizer, CLIP_H14, TOKENIZER_FILES)
+        words = load_tokenizer(AutoTokenizer, place, name, text["vocab_size"])
+        end = words.eos_token_id  # its position gives the text's embedding
+        tokens = {"bos_token_id": words.bos_token_id, "eos_token_id": end, "pad_token_id": end}
+        model = CLIPModel(CLIPConfig(**cls.CONFIG | {"text_config": text | tokens}))
+        state = convert_open_clip(read_state_dict(path, name))
+        load_strictly(model, state, path, name, unused=r"attn_mask|.*position_ids")
+        preprocess = ImagePreprocessor.hpsv2(cls.CONFIG["vision_config"]["image_size"], eight_bit=eight_bit)
         return cls(model, words, preprocess, name=name, **options)

@@ -7,7 +7,7 @@ encoder's names are those of transformers; the projections of BLIP, vision_proj 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -31,18 +31,26 @@ from rlr_trainer.rewards.neural.weights import (
 SCORE_MEAN = 0.16717362830052426
 SCORE_STD = 1.0333394966054072
 PROMPT_TOKENS = 35
-VISION_HEAD_WIDTH = 64  # channels of an attention head of BLIP's ViT, base and large
-VISION_NORM_EPS = 1e-6
 BERT = "google-bert/bert-base-uncased"
 BERT_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 UNUSED_KEYS = r"(vision|text)_proj\.(weight|bias)|text\.embeddings\.position_ids"
+VIT_L_16: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+}
 TEXT_SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
     "hidden_act", "layer_norm_eps", "pad_token_id",
 )  # fmt: skip
 
 # BLIP's names -> those of `ImageRewardModel`.
-_NAMES = {
+BLIP_NAMES = {
     r"^blip\.visual_encoder\.": "vision.",
     r"^blip\.text_encoder\.": "text.",
     r"^blip\.": "",
@@ -87,6 +95,7 @@ class ImageReward(NeuralReward):
     HUB_ID = "THUDM/ImageReward"
     FILE = "ImageReward.pt"
     TEXT_CONFIG = "med_config.json"
+    VISION = VIT_L_16
     reads_prompts = True
 
     def __init__(
@@ -130,57 +139,42 @@ class ImageReward(NeuralReward):
             options: device, dtype, batch_size, recompute; see `NeuralReward`.
 
         Raises:
-            WeightsError: something is missing or damaged, or the checkpoint has another layout.
+            WeightsError: something is missing, damaged, or not in BLIP's layout.
         """
         from transformers import BertTokenizer
 
         name = "image_reward"
         path = find_file(source, name, cls.FILE)
         config = find_file(path.parent if path == Path(source).expanduser() else source, name, cls.TEXT_CONFIG)
-        state = convert_blip(read_state_dict(path, name))
-        model = build_model(state, config, path)
+        state = rename(read_state_dict(path, name), BLIP_NAMES)
+        model = build_model(cls.VISION, config)
         load_strictly(model, state, path, name, unused=UNUSED_KEYS)
         place = companion(source, tokenizer, BERT, BERT_FILES)
         words = load_tokenizer(BertTokenizer, place, name, model.text.config.vocab_size)
         return cls(model, words, eight_bit=eight_bit, **options)
 
 
-def convert_blip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors under the names of `ImageRewardModel`; a key outside the layout keeps its name."""
-    return rename(state, _NAMES)
+def build_model(vision: dict[str, Any], config: Path) -> ImageRewardModel:
+    """An `ImageRewardModel`, not yet loaded.
 
-
-def build_model(state: Mapping[str, Tensor], config: Path, path: Path) -> ImageRewardModel:
-    """An `ImageRewardModel`, not yet loaded: the text encoder as med_config.json says, the vision encoder of the tensors' sizes.
+    Args:
+        vision: options of `BlipVisionConfig`.
+        config: med_config.json, which describes the text encoder.
 
     Raises:
-        WeightsError: the configuration is no JSON, or the tensors have another layout.
+        WeightsError: the file is no such configuration.
     """
     from transformers import BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.configuration_blip import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     try:
-        width, _, patch, _ = state["vision.embeddings.patch_embedding.weight"].shape
-        positions = state["vision.embeddings.position_embedding"].shape[1]
-        hidden = len(state["vision.encoder.layers.0.mlp.fc1.bias"])
         med = json.loads(config.read_text())
         text = {key: med[key] for key in TEXT_SIZES}
     except (KeyError, ValueError) as error:
         raise WeightsError(
-            f"reward 'image_reward': {str(path)!r} and {str(config)!r} are not ImageReward's checkpoint and text configuration: "
-            f"{type(error).__name__} {error}"
+            f"reward 'image_reward': {str(config)!r} is not ImageReward's text configuration: {type(error).__name__} {error}"
         ) from error
-    vision = BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=hidden,
-        num_hidden_layers=sum(key.startswith("vision.") and key.endswith(".layer_norm1.weight") for key in state),
-        num_attention_heads=width // VISION_HEAD_WIDTH,
-        image_size=round((positions - 1) ** 0.5) * patch,
-        patch_size=patch,
-        hidden_act="gelu",
-        layer_norm_eps=VISION_NORM_EPS,
-    )
     special = {"bos_token_id": med["vocab_size"] - 2, "sep_token_id": None, "eos_token_id": None}
-    text_config = BlipTextConfig(**text, **special, encoder_hidden_size=width, is_decoder=True, use_cache=False)
-    return ImageRewardModel(BlipVisionModel(vision), BlipTextModel(text_config, add_pooling_layer=False))
+    text_config = BlipTextConfig(**text, **special, encoder_hidden_size=vision["hidden_size"], is_decoder=True, use_cache=False)
+    return ImageRewardModel(BlipVisionModel(BlipVisionConfig(**vision)), BlipTextModel(text_config, add_pooling_layer=False))

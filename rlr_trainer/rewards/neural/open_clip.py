@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rlr_trainer.rewards.neural.weights import WeightsError, rename
+from rlr_trainer.rewards.neural.weights import rename
 
-# Channels of an attention head of ViT-H-14. The number of heads is the one thing that the weights do not tell.
-VISION_HEAD_WIDTH = 80
-TEXT_HEAD_WIDTH = 64
+VIT_H_14: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    },
+    "text_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        "hidden_act": "gelu",
+    },
+    "projection_dim": 1024,
+}
 
 # OpenCLIP's names -> transformers'. attn.in_proj_{weight,bias} [3 D, ...] is split in three besides, see below.
 _NAMES = {
@@ -47,49 +64,3 @@ def convert_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             converted[key] = value.T if key in _TRANSPOSED else value
     return converted
-
-
-def open_clip_model(state: Mapping[str, Tensor], path: Path, reward: str, *, end_of_text: int) -> Any:
-    """A transformers `CLIPModel` of the sizes that the checkpoint's tensors have, not yet loaded.
-
-    Args:
-        state: tensors under OpenCLIP's names.
-        path, reward: for messages.
-        end_of_text: token whose position gives the text's embedding.
-
-    Raises:
-        WeightsError: the keys are not OpenCLIP's, or the widths are those of another architecture than ViT-H-14's family.
-    """
-    from transformers import CLIPConfig, CLIPModel
-
-    try:
-        vision = _tower(state, "visual.transformer.", VISION_HEAD_WIDTH)
-        text = _tower(state, "transformer.", TEXT_HEAD_WIDTH)
-        patch = state["visual.conv1.weight"].shape[-1]
-        grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
-        vision |= {"image_size": grid * patch, "patch_size": patch}
-        text |= {"vocab_size": len(state["token_embedding.weight"]), "max_position_embeddings": len(state["positional_embedding"])}
-        embedding = state["text_projection"].shape[1]
-    except KeyError as error:
-        raise WeightsError(
-            f"reward {reward!r}: {str(path)!r} is no checkpoint in OpenCLIP's layout: it has no {error}; it has {', '.join(list(state)[:5])}"
-        ) from error
-    if vision["hidden_size"] % VISION_HEAD_WIDTH or text["hidden_size"] % TEXT_HEAD_WIDTH:
-        raise WeightsError(
-            f"reward {reward!r}: {str(path)!r} has the widths {vision['hidden_size']} and {text['hidden_size']}: not a ViT-H-14 (heads of "
-            f"{VISION_HEAD_WIDTH} and {TEXT_HEAD_WIDTH} channels)"
-        )
-    text |= {"bos_token_id": end_of_text - 1, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=embedding))
-
-
-def _tower(state: Mapping[str, Tensor], prefix: str, head_width: int) -> dict[str, Any]:
-    hidden, width = state[f"{prefix}resblocks.0.mlp.c_fc.weight"].shape
-    return {
-        "hidden_size": width,
-        "intermediate_size": hidden,
-        "num_hidden_layers": sum(key.startswith(prefix) and key.endswith(".ln_1.weight") for key in state),
-        "num_attention_heads": width // head_width,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-    }
