@@ -330,13 +330,7 @@ class RewardCalls:
         for number, name in enumerate(rewards.names):
             calls = [call for call in ended if call.function == number]
             notes[name] = merge_notes([call.notes for call in calls], [len(call.prompts) for call in calls]) if calls else {}
-        return RewardResult(
-            total=rewards.combine(values, failed),
-            parts=dict(zip(rewards.names, values.detach(), strict=True)),
-            metadata=notes[rewards.names[0]] if len(rewards.names) == 1 else notes,
-            values=values,
-            errors=sum(call.failed for call in ended),
-        )
+        return RewardResult(rewards.combine(values, failed), values, notes, errors=sum(call.failed for call in ended))
 
     def close(self) -> None:
         """Drops calls that have not begun; those that have, end by themselves."""

@@ -107,15 +107,13 @@ def check_values(name: str, values: Any, count: int, device: torch.device) -> Te
 
 
 def _from_list(name: str, values: Sequence[Any]) -> Tensor:
-    entries = []
     for value in values:
         if value is not None and not hasattr(value, "__float__"):
             raise RewardError(
                 f"reward {name!r} returned a list with {value!r:.80} ({type(value).__name__}): each entry must be a number or None"
             )
-        number = value if isinstance(value, Tensor) else torch.tensor(torch.nan if value is None else float(value))
-        entries.append(number.reshape(()).float())  # fails for more than one number
-    return torch.stack(entries)
+    scalars = [v if isinstance(v, Tensor) else torch.tensor(torch.nan if v is None else float(v)) for v in values]
+    return torch.stack([scalar.reshape(()).float() for scalar in scalars])  # fails for more than one number in an entry
 
 
 def merge_notes(notes: Sequence[Any], counts: Sequence[int]) -> Any:
@@ -158,17 +156,25 @@ class RewardResult:
 
     Attributes:
         total: [B] float32, the weighted sum; NaN where no reward applies or one failed; with a graph when one was asked for.
-        parts: reward name -> [B], detached.
-        metadata: what the functions returned beside the rewards: that of a single one, or name -> metadata of several.
         values: [K, B], the rewards before weights, with a graph when one was asked for; NaN where one does not apply.
+        notes: reward name -> what the function returned beside the rewards; K of them.
         errors: calls that failed (on_error="skip").
     """
 
     total: Tensor
-    parts: dict[str, Tensor]
-    metadata: Any
     values: Tensor
+    notes: dict[str, Any]
     errors: int = 0
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Reward name -> [B], detached."""
+        return dict(zip(self.notes, self.values.detach(), strict=True))
+
+    @property
+    def metadata(self) -> Any:
+        """What the functions returned beside the rewards: that of a single one, or name -> metadata of several."""
+        return self.notes if len(self.notes) > 1 else next(iter(self.notes.values()))
 
     def detach(self) -> RewardResult:
         """The same without a graph."""
@@ -177,17 +183,10 @@ class RewardResult:
     @staticmethod
     def concatenate(results: Sequence[RewardResult]) -> RewardResult:
         """Results of pieces of a batch, joined."""
-        if len(results) == 1:
-            return results[0]
-        names, counts = results[0].parts.keys(), [len(result.total) for result in results]
-        if len(names) == 1:
-            metadata = merge_notes([result.metadata for result in results], counts)
-        else:
-            metadata = {name: merge_notes([result.metadata[name] for result in results], counts) for name in names}
+        counts = [len(result.total) for result in results]
         return RewardResult(
             total=torch.cat([result.total for result in results]),
-            parts={name: torch.cat([result.parts[name] for result in results]) for name in names},
-            metadata=metadata,
             values=torch.cat([result.values for result in results], 1),
+            notes={name: merge_notes([result.notes[name] for result in results], counts) for name in results[0].notes},
             errors=sum(result.errors for result in results),
         )

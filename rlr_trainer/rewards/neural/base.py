@@ -146,12 +146,12 @@ class NeuralReward:
         return torch.cat(scores).to(images.device)
 
     def _pass(self, images: Tensor, conditions: Tensor | None) -> Tensor:
-        if self.recompute and torch.is_grad_enabled() and images.requires_grad:
-            return checkpoint(self._forward, images, conditions, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
-        return self._forward(images, conditions)
+        def scores(images: Tensor) -> Tensor:
+            return self.score(self.preprocess(images).to(self.parameter.dtype), conditions)
 
-    def _forward(self, images: Tensor, conditions: Tensor | None) -> Tensor:
-        return self.score(self.preprocess(images).to(self.parameter.dtype), conditions)
+        if self.recompute and torch.is_grad_enabled() and images.requires_grad:
+            return checkpoint(scores, images, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+        return scores(images)
 
     @property
     def parameter(self) -> Tensor:
