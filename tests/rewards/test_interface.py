@@ -55,19 +55,6 @@ def test_a_reward_that_does_not_apply_leaves_the_others():
     assert torch.isnan(total[2])
 
 
-def test_graph_is_attached_exactly_when_asked_for():
-    seen = []
-
-    def reward(images, prompts, metadata):
-        seen.append((images.requires_grad, torch.is_grad_enabled()))
-        return images.mean((1, 2, 3))
-
-    images = IMAGES.clone().requires_grad_(True)
-    assert Rewards(reward)(images, *BATCH[1:], differentiable=True).total.requires_grad
-    assert not Rewards(reward)(images, *BATCH[1:], differentiable=False).total.requires_grad
-    assert seen == [(True, True), (False, False)]
-
-
 @pytest.mark.parametrize("options", [{}, {"timeout": 5.0}, {"asynchronous": True}], ids=str)
 def test_rewards_are_computed_in_full_precision_within_autocast_too(options):
     """A diagnosis calls them there, training does not: both must see the same numbers."""
@@ -86,12 +73,20 @@ def detached(images, prompts, metadata):
 
 
 def test_each_of_several_rewards_must_have_a_graph_from_the_pictures():
+    """The pictures have one exactly when it is asked for, and so has the result."""
+    seen = []
+
+    def reward(images, prompts, metadata):
+        seen.append((images.requires_grad, torch.is_grad_enabled()))
+        return images.mean((1, 2, 3))
+
     images = IMAGES.clone().requires_grad_(True)
-    for size in (None, 2):
-        rewards = Rewards([lambda i, p, m: i.mean((1, 2, 3)), detached], batch_size=size)
-        with pytest.raises(NonDifferentiableRewardError, match="reward 'detached'"):
-            rewards(images, *BATCH[1:], differentiable=True)
-        assert not rewards(images, *BATCH[1:], differentiable=False).total.requires_grad
+    assert Rewards(reward)(images, *BATCH[1:], differentiable=True).total.requires_grad
+    rewards = Rewards([reward, detached], batch_size=2)
+    assert not rewards(images, *BATCH[1:], differentiable=False).total.requires_grad
+    assert seen == [(True, True), (False, False), (False, False)]
+    with pytest.raises(NonDifferentiableRewardError, match="reward 'detached'"):
+        rewards(images, *BATCH[1:], differentiable=True)
 
 
 def test_a_graph_is_found_however_the_reward_goes_about_its_pictures():

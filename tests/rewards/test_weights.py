@@ -224,11 +224,6 @@ def test_parts_can_be_elsewhere(tmp_path):
     assert reward(tiny_rewards.squares(), tiny_rewards.PROMPTS, ({},) * 3).isfinite().all()
 
 
-def test_an_unknown_version_of_hpsv2():
-    with pytest.raises(ValueError, match=r"version='v3': must be v2\.0 or v2\.1"):
-        HPSv2.from_pretrained(version="v3")
-
-
 # ---- by name ----
 
 
