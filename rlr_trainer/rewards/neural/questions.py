@@ -152,6 +152,8 @@ class QuestionReward:
         failures: list[RemoteRewardError] = []
 
         def ask(body: bytes) -> dict[str, Any]:
+            if failures:
+                raise failures[0]
             try:
                 return self._first_choice(self.client.post(body, stop))
             except RemoteRewardError as error:
@@ -177,10 +179,9 @@ class QuestionReward:
                 return choice
         except (LookupError, TypeError):
             pass
-        said = (
-            f"{self.client.url}: answered with {json.dumps(answer)[:200]}, which has no choices[0].message: is it a chat endpoint?"
-        )
-        raise RemoteRewardError(said, self.client.url, 200)
+        said = json.dumps(answer)[:200]
+        message = f"{self.client.url}: answered with {said}, which has no choices[0].message: is it a chat endpoint?"
+        raise RemoteRewardError(message, self.client.url, 200)
 
     def _read(self, text: str, choice: dict[str, Any]) -> float | None:
         if callable(self.answer):
