@@ -109,6 +109,15 @@ def aesthetic_folder(folder: Path) -> Path:
     return folder
 
 
+def open_clip_config():
+    """Sizes of `open_clip_state`, with the heads of a ViT-H-14: 80 and 64 channels."""
+    vision = {"hidden_size": 160, "intermediate_size": 640, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    text = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2, "vocab_size": len(tokenizer())}
+    text["max_position_embeddings"] = 16
+    shared = {"hidden_act": "gelu", "num_hidden_layers": 2}
+    return {"vision_config": vision | shared, "text_config": text | shared, "projection_dim": 24}
+
+
 def open_clip_state(width=160, text_width=128, layers=2, text_layers=2, embedding=24, patch=7, grid=4, vocabulary=None, context=16):
     """Names and shapes of a ViT-H-14 state dict of OpenCLIP (`hpsv2/src/open_clip/transformer.py`); the sizes are small."""
     vocabulary = len(tokenizer()) if vocabulary is None else vocabulary
@@ -180,6 +189,18 @@ MED = {
     "vocab_size": len(WORDS) + 2,
     "encoder_width": 128,
     "add_cross_attention": True,
+}
+
+
+BLIP_VISION = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
 }
 
 

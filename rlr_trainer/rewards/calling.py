@@ -13,14 +13,12 @@ import queue
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future, wait
+from functools import partial
 from typing import Any
 
 import torch
 
 from rlr_trainer.rewards.values import RewardError
-
-# What a reward may raise to end the program; passed on from any thread as it is.
-STOPPING = (KeyboardInterrupt, SystemExit)
 
 
 class RewardTimeoutError(RewardError):
@@ -73,17 +71,21 @@ def invoke(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], 
             return tuple(part.result() if isinstance(part, Future) else part for part in returned)
         return returned
 
-    returned = call() if timeout is None else _within(name, _in_thread(call), timeout)
+    if timeout is None:
+        returned = call()
+    else:
+        thread = Workers(1)
+        future = thread.submit(call)
+        thread.close(cancel=False)
+        returned = _within(name, future, timeout)
     if not inspect.isawaitable(returned):
         return returned
-    future = asyncio.run_coroutine_threadsafe(_outcome(returned), _event_loop())
+    outcome: Future[Any] = Future()
+    task = asyncio.run_coroutine_threadsafe(_settle_awaitable(outcome, returned), _event_loop())
     try:
-        value, stop = _within(name, future, timeout)
+        return _within(name, outcome, timeout)
     finally:
-        future.cancel()  # after a time limit, or an interrupt, the coroutine ends; done ones do not care
-    if stop is not None:
-        raise stop
-    return value
+        task.cancel()  # after a time limit, or an interrupt, the coroutine ends; done ones do not care
 
 
 def _within(name: str, future: Future[Any], timeout: float | None) -> Any:
@@ -95,47 +97,35 @@ def _within(name: str, future: Future[Any], timeout: float | None) -> Any:
     return future.result()
 
 
-async def _outcome(awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """The value, or what is to stop the program: raised here it would stop the event loop instead."""
-    try:
-        return await awaitable, None
-    except STOPPING as stop:
-        return None, stop
+class _RaisedInto:
+    """A context whose future gets whatever is raised inside, of any class, and raises it for the one who waits.
+
+    Otherwise it would end the thread or the event loop, and leave the caller waiting for ever.
+    """
+
+    def __init__(self, future: Future[Any]) -> None:
+        self.future = future
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
+        if isinstance(error, asyncio.CancelledError):  # no Exception, but of a reward a failure like others
+            error = CancelledError(*error.args)
+        if error is not None:
+            self.future.set_exception(error)
+        return True
 
 
 def settle(future: Future[Any], work: Callable[[], Any]) -> None:
     """Does the work and puts its result, or what it raised, into the future."""
-    try:
+    with _RaisedInto(future):
         future.set_result(work())
-    except asyncio.CancelledError as error:  # no `Exception`: unheard of, it would end the thread and leave the caller waiting
-        future.set_exception(CancelledError(*error.args))
-    except (Exception, *STOPPING) as error:
-        future.set_exception(error)
 
 
-def _in_thread(work: Callable[[], Any]) -> Future[Any]:
-    future: Future[Any] = Future()
-    prepare, context = _same_device_and_mode(), contextvars.copy_context()
-
-    def run() -> None:
-        prepare()
-        settle(future, lambda: context.run(work))
-
-    threading.Thread(target=run, name="rlr-reward", daemon=True).start()
-    return future
-
-
-def _same_device_and_mode() -> Callable[[], None]:
-    """Gives another thread the grad mode and the CUDA device of this one; PyTorch keeps both per thread."""
-    grad_enabled = torch.is_grad_enabled()
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-    def prepare() -> None:
-        torch.set_grad_enabled(grad_enabled)
-        if device is not None:
-            torch.cuda.set_device(device)
-
-    return prepare
+async def _settle_awaitable(future: Future[Any], awaitable: Awaitable[Any]) -> None:
+    with _RaisedInto(future):
+        future.set_result(await awaitable)
 
 
 _loops: list[asyncio.AbstractEventLoop] = []
@@ -158,32 +148,38 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 class Workers:
-    """A number of daemon threads that do work in the order in which it was handed in."""
+    """A number of daemon threads that do work in the order in which it was handed in.
+
+    They have the grad mode and the CUDA device of the thread that made them: PyTorch keeps both per thread.
+    """
 
     def __init__(self, count: int) -> None:
         self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._handed_in: list[Future[Any]] = []
         self._count = count
-        prepare = _same_device_and_mode()
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         for _ in range(count):
-            threading.Thread(target=self._work, args=(prepare,), name="rlr-reward-worker", daemon=True).start()
+            arguments = torch.is_grad_enabled(), device
+            threading.Thread(target=self._work, args=arguments, name="rlr-reward-worker", daemon=True).start()
 
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
-        """Hands in work; its result comes through the future."""
+        """Hands in work, to be done with the caller's context variables; its result comes through the future."""
         future: Future[Any] = Future()
         self._handed_in.append(future)
-        self._queue.put((future, work))
+        self._queue.put((future, partial(contextvars.copy_context().run, work)))
         return future
 
-    def close(self) -> None:
-        """Cancels what has not begun, and lets the threads end after what they are doing."""
-        for future in self._handed_in:
+    def close(self, cancel: bool = True) -> None:
+        """Lets the threads end after what they are doing; what has not begun is cancelled, or done first."""
+        for future in self._handed_in if cancel else ():
             future.cancel()
         for _ in range(self._count):
             self._queue.put(None)
 
-    def _work(self, prepare: Callable[[], None]) -> None:
-        prepare()
+    def _work(self, grad_enabled: bool, device: int | None) -> None:
+        torch.set_grad_enabled(grad_enabled)
+        if device is not None:
+            torch.cuda.set_device(device)
         while (item := self._queue.get()) is not None:
             future, work = item
             if future.set_running_or_notify_cancel():

@@ -4,7 +4,7 @@ A reward is a function `(images, prompts, metadata) -> rewards` or `-> (rewards,
 
 - images: float tensor [B, 3, H, W] in [0, 1]; has a graph exactly when the plan needs a differentiable reward;
 - prompts: tuple of B strings; metadata: tuple of B dicts (whatever the prompt function or the dataset row brought);
-- rewards: [B] tensor, array or list of numbers; None or NaN marks a sample that the reward does not apply to.
+- rewards: [B] or [B, 1] tensor, array or list of numbers; None or NaN marks a sample that the reward does not apply to.
 
 It may be an `async def`, and it may be marked `groupwise` to see all pictures of one prompt at once. B is that of the sampling batch,
 or `reward_batch_size`, or the group's.
@@ -12,6 +12,7 @@ or `reward_batch_size`, or the group's.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -26,7 +27,16 @@ from torch import Tensor
 
 from rlr_trainer.estimators.first_order import NON_DIFFERENTIABLE, NonDifferentiableRewardError
 from rlr_trainer.rewards.calling import Workers, invoke, is_coroutine_function, is_groupwise, settle
-from rlr_trainer.rewards.values import RewardError, check_finite, check_values, depends_on, graph_node, merge_notes, split_returned
+from rlr_trainer.rewards.values import (
+    RewardError,
+    RewardResult,
+    check_finite,
+    check_values,
+    depends_on,
+    graph_node,
+    merge_notes,
+    split_returned,
+)
 
 __all__ = ["RewardCalls", "RewardError", "RewardFunction", "RewardResult", "Rewards"]
 
@@ -35,47 +45,6 @@ logger = logging.getLogger(__name__)
 RewardFunction = Callable[[Tensor, tuple[str, ...], tuple[Any, ...]], Any]
 SHOWN_PROMPTS = 3  # that messages name
 ON_ERROR_NAMES = ("raise", "skip")
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardResult:
-    """Rewards of one batch.
-
-    Attributes:
-        total: [B] float32, the weighted sum; NaN where no reward applies or one failed; with a graph when one was asked for.
-        parts: reward name -> [B], detached.
-        metadata: what the functions returned beside the rewards: that of a single one, or name -> metadata of several.
-        values: [K, B], the rewards before weights, with a graph when one was asked for; NaN where one does not apply.
-        errors: calls that failed (on_error="skip").
-    """
-
-    total: Tensor
-    parts: dict[str, Tensor]
-    metadata: Any
-    values: Tensor
-    errors: int = 0
-
-    def detach(self) -> RewardResult:
-        """The same without a graph."""
-        return dataclasses.replace(self, total=self.total.detach(), values=self.values.detach())
-
-    @staticmethod
-    def concatenate(results: Sequence[RewardResult]) -> RewardResult:
-        """Results of pieces of a batch, joined."""
-        if len(results) == 1:
-            return results[0]
-        names, counts = results[0].parts.keys(), [len(result.total) for result in results]
-        if len(names) == 1:
-            metadata = merge_notes([result.metadata for result in results], counts)
-        else:
-            metadata = {name: merge_notes([result.metadata[name] for result in results], counts) for name in names}
-        return RewardResult(
-            total=torch.cat([result.total for result in results]),
-            parts={name: torch.cat([result.parts[name] for result in results]) for name in names},
-            metadata=metadata,
-            values=torch.cat([result.values for result in results], 1),
-            errors=sum(result.errors for result in results),
-        )
 
 
 class Rewards:
@@ -194,14 +163,16 @@ class Rewards:
             )  # fmt: skip
 
 
+_Batch = tuple[Tensor, tuple[str, ...], tuple[Any, ...]]  # images, prompts, metadata
+
+
 @dataclasses.dataclass
 class _Call:
-    """A call of one function, begun or done: for the samples `first` to `first + count`, in the order in which they were added."""
+    """A call of one function, begun or done: for the samples from number `first` on, in the order in which they were added."""
 
     function: int
     first: int
-    images: Tensor
-    prompts: tuple[str, ...]
+    batch: _Batch
     where: str
     future: Future[tuple[Tensor, Any]]
     values: Tensor | None = None
@@ -209,18 +180,20 @@ class _Call:
     failed: bool = False
 
     @property
-    def count(self) -> int:
-        return len(self.prompts)
+    def prompts(self) -> tuple[str, ...]:
+        return self.batch[1]
 
     @property
     def end(self) -> int:
-        return self.first + self.count
+        return self.first + len(self.prompts)
 
 
 class RewardCalls:
     """The calls for consecutive batches: `add` begins them, `finish` gives the results batch by batch, in the order of adding.
 
     The results do not depend on timing. A group-wise function is called when its group is complete, which may take several batches.
+    Every call gets pictures and metadata dicts of its own, so a function may edit them in place, add keys and remove some; what
+    the dicts hold is not copied.
 
     Args:
         rewards: the functions and how to call them.
@@ -233,7 +206,7 @@ class RewardCalls:
         self._workers = Workers(rewards.workers) if rewards.asynchronous else None
         self._calls: list[_Call] = []
         self._sizes: list[int] = []
-        self._waiting: list[tuple[Tensor, tuple[str, ...], tuple[Any, ...]]] = []  # pictures of a group that is not complete
+        self._waiting: list[_Batch] = []  # pictures of a group that is not complete
 
     def add(
         self,
@@ -250,66 +223,58 @@ class RewardCalls:
         if reason is not None:
             raise NonDifferentiableRewardError(f"{reason}, or choose a plan that needs no reward gradient: estimator='ddpo'")
         check_finite(images, prompts, where)
-        images = images if differentiable else images.detach()
+        batch = images if differentiable else images.detach(), prompts, metadata
         rewards.queries += len(prompts)
         self._sizes.append(len(prompts))
-        batch = images, prompts, metadata
         size = rewards.batch_size or len(prompts)
         for number, function in enumerate(rewards.functions):
             if not is_groupwise(function):
                 for start in range(0, len(prompts), size):
-                    part = (images[start : start + size], prompts[start : start + size], metadata[start : start + size])
-                    self._begin(number, first + start, part, where, images if differentiable else None)
+                    self._begin(number, first + start, _part(batch, start, start + size), where, differentiable)
         if rewards.needs_groups:
             self._add_to_groups(batch, where)
 
-    def _add_to_groups(self, batch: tuple[Tensor, tuple[str, ...], tuple[Any, ...]], where: str) -> None:
-        self._waiting.append(batch)
-        images = torch.cat([part[0] for part in self._waiting])
-        prompts = tuple(prompt for part in self._waiting for prompt in part[1])
-        metadata = tuple(item for part in self._waiting for item in part[2])
-        size, first = self.rewards.group_size, sum(self._sizes) - len(prompts)
-        whole = len(prompts) // size * size
+    def _add_to_groups(self, batch: _Batch, where: str) -> None:
+        parts = [*self._waiting, batch]
+        waiting = (
+            torch.cat([part[0] for part in parts]),
+            tuple(prompt for part in parts for prompt in part[1]),
+            tuple(row for part in parts for row in part[2]),
+        )
+        count, size = len(waiting[1]), self.rewards.group_size
+        first, whole = sum(self._sizes) - count, count // size * size
         for start in range(0, whole, size):
-            group = slice(start, start + size)
-            if len(set(prompts[group])) > 1:
+            group = _part(waiting, start, start + size)
+            if len(set(group[1])) > 1:
                 raise RewardError(
                     f"a group-wise reward compares {size} pictures (num_images_per_prompt) of one prompt, but got the prompts "
-                    f"{_shown(prompts[group])}; it cannot score pictures of different prompts, as evaluate() samples them"
+                    f"{_shown(group[1])}; it cannot score pictures of different prompts, as evaluate() samples them"
                 )
             for number, function in enumerate(self.rewards.functions):
                 if is_groupwise(function):
-                    self._begin(number, first + start, (images[group], prompts[group], metadata[group]), where)
-        self._waiting = [(images[whole:], prompts[whole:], metadata[whole:])] if whole < len(prompts) else []
+                    self._begin(number, first + start, group, where, False)
+        self._waiting = [_part(waiting, whole, count)] if whole < count else []
 
-    def _begin(
-        self,
-        number: int,
-        first: int,
-        part: tuple[Tensor, tuple[str, ...], tuple[Any, ...]],
-        where: str,
-        whole: Tensor | None = None,
-    ) -> None:
-        """With a graph if `whole` is given: the pictures of which the part is one."""
+    def _begin(self, number: int, first: int, batch: _Batch, where: str, differentiable: bool) -> None:
         rewards, name = self.rewards, self.rewards.names[number]
+        images, prompts, metadata = batch
+        rows = tuple(copy.copy(row) if isinstance(row, dict) else row for row in metadata)
 
         def work() -> tuple[Tensor, Any]:
-            origin = None if whole is None else graph_node(whole)
             # as in training everywhere: a diagnosis calls from within autocast, and a thread with a time limit leaves it
-            with torch.autocast(part[0].device.type, enabled=False), torch.set_grad_enabled(whole is not None):
-                values, notes = split_returned(invoke(name, rewards.functions[number], part, rewards.timeout))
-                values = check_values(name, values, len(part[1]), part[0].device)
-            if whole is not None and not depends_on(values, origin):
+            with torch.autocast(images.device.type, enabled=False), torch.set_grad_enabled(differentiable):
+                own = images.clone()
+                origin = graph_node(own)
+                values, notes = split_returned(invoke(name, rewards.functions[number], (own, prompts, rows), rewards.timeout))
+                values = check_values(name, values, len(prompts), images.device)
+            if differentiable and not depends_on(values, origin):
                 raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}")
             return values, notes
 
-        future: Future[tuple[Tensor, Any]] = Future()
-        call = _Call(number, first, part[0], part[1], where, future)
+        call = _Call(number, first, batch, where, Future() if self._workers is None else self._workers.submit(work))
         self._calls.append(call)
-        if self._workers is not None:
-            call.future = self._workers.submit(work)
-        else:
-            settle(future, work)
+        if self._workers is None:
+            settle(call.future, work)
             self._read(call)
 
     def _read(self, call: _Call) -> None:
@@ -324,10 +289,10 @@ class RewardCalls:
         except Exception as error:
             if self.on_error == "raise":
                 raise _explain(error, name, call) from error
-            self.rewards.count_failure(name, call.count, error)
+            self.rewards.count_failure(name, len(call.prompts), error)
             call.failed = True
             # 0 * images: with a graph, if the others have one
-            call.values = torch.nan + 0.0 * call.images.float().flatten(1).sum(1)
+            call.values = torch.nan + 0.0 * call.batch[0].float().flatten(1).sum(1)
 
     def finish(self) -> list[RewardResult]:
         """Waits for all calls; the results of the batches, in the order in which they were added.
@@ -342,15 +307,14 @@ class RewardCalls:
             )
         for call in self._calls:
             self._read(call)
-        rows = []
-        for number in range(len(self.rewards.functions)):
-            calls = [call for call in self._calls if call.function == number]  # in the order of the samples
-            rows.append(torch.cat([call.values for call in calls if call.values is not None]))
-        values = torch.stack(rows)
+        rows: list[list[Tensor]] = [[] for _ in self.rewards.functions]
+        for call in self._calls:  # of each function in the order of the samples
+            assert call.values is not None
+            rows[call.function].append(call.values)
+        values = torch.stack([torch.cat(row) for row in rows])
         failed = torch.zeros(values.shape[1], dtype=torch.bool, device=values.device)
         for call in self._calls:
-            if call.failed:
-                failed[call.first : call.end] = True
+            failed[call.first : call.end] |= call.failed
         results, first = [], 0
         for size in self._sizes:
             results.append(self._result(values[:, first : first + size], failed[first : first + size], first))
@@ -365,14 +329,8 @@ class RewardCalls:
         notes: dict[str, Any] = {}
         for number, name in enumerate(rewards.names):
             calls = [call for call in ended if call.function == number]
-            notes[name] = merge_notes([call.notes for call in calls], [call.count for call in calls]) if calls else {}
-        return RewardResult(
-            total=rewards.combine(values, failed),
-            parts=dict(zip(rewards.names, values.detach(), strict=True)),
-            metadata=notes[rewards.names[0]] if len(rewards.names) == 1 else notes,
-            values=values,
-            errors=sum(call.failed for call in ended),
-        )
+            notes[name] = merge_notes([call.notes for call in calls], [len(call.prompts) for call in calls]) if calls else {}
+        return RewardResult(rewards.combine(values, failed), values, notes, errors=sum(call.failed for call in ended))
 
     def close(self) -> None:
         """Drops calls that have not begun; those that have, end by themselves."""
@@ -381,9 +339,14 @@ class RewardCalls:
             self._workers = None
 
 
+def _part(batch: _Batch, start: int, stop: int) -> _Batch:
+    images, prompts, metadata = batch
+    return images[start:stop], prompts[start:stop], metadata[start:stop]
+
+
 def _explain(error: Exception, name: str, call: _Call) -> RewardError:
     """The error with the place where it happened."""
-    place = f"{f'in {call.where}, ' if call.where else ''}on {call.count} prompts: {_shown(call.prompts)}"
+    place = f"{f'in {call.where}, ' if call.where else ''}on {len(call.prompts)} prompts: {_shown(call.prompts)}"
     if isinstance(error, RewardError) and str(error).startswith(f"reward {name!r}"):
         return RewardError(f"{error} ({place})")
     return RewardError(f"reward {name!r} raised {type(error).__name__}: {error} ({place})")

@@ -1,9 +1,13 @@
-"""What reward functions get and return: finite pictures; one number per sample, in any numeric form, and notes beside them."""
+"""What reward functions get and return: finite pictures; one number per sample, in any numeric form, and notes beside them.
+
+`RewardResult` is what becomes of them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,10 +82,10 @@ def check_values(name: str, values: Any, count: int, device: torch.device) -> Te
     Raises:
         RewardError: another shape, no numbers, complex or infinite ones; names the reward.
     """
-    if isinstance(values, list | tuple):
-        values = _from_list(name, values)
     try:
-        tensor = torch.as_tensor(values)
+        tensor = _from_list(name, values) if isinstance(values, list | tuple) else torch.as_tensor(values)
+    except RewardError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
             f"reward {name!r} returned {type(values).__name__} ({values!r:.80}): must be a tensor, array or list of {count} numbers, "
@@ -89,6 +93,8 @@ def check_values(name: str, values: Any, count: int, device: torch.device) -> Te
         ) from error
     if tensor.is_complex():
         raise RewardError(f"reward {name!r} returned complex numbers ({tensor.dtype}): return real ones")
+    if tensor.shape == (count, 1):  # as heads of one output return
+        tensor = tensor.squeeze(1)
     if tensor.shape != (count,):
         raise RewardError(
             f"reward {name!r} returned shape {tuple(tensor.shape)} for a batch of {count}: must be ({count},), one number per sample "
@@ -101,20 +107,13 @@ def check_values(name: str, values: Any, count: int, device: torch.device) -> Te
 
 
 def _from_list(name: str, values: Sequence[Any]) -> Tensor:
-    wrong_type = next(
-        (v for v in values if v is not None and not isinstance(v, numbers.Real) and not hasattr(v, "__float__")), None
-    )
-    if wrong_type is not None or not values:
-        raise RewardError(
-            f"reward {name!r} returned a list with {wrong_type!r:.80} ({type(wrong_type).__name__}): each entry must be a number or None"
-        )
-    if any(isinstance(value, Tensor) for value in values):
-        scalars = [torch.as_tensor(torch.nan if value is None else value) for value in values]
-        wrong = next((tuple(s.shape) for s in scalars if s.numel() != 1), None)
-        if wrong is not None:
-            raise RewardError(f"reward {name!r} returned a list with a tensor of shape {wrong}: each entry must be one number")
-        return torch.stack([scalar.reshape(()).float() for scalar in scalars])
-    return torch.tensor([torch.nan if value is None else float(value) for value in values])
+    for value in values:
+        if value is not None and not hasattr(value, "__float__"):
+            raise RewardError(
+                f"reward {name!r} returned a list with {value!r:.80} ({type(value).__name__}): each entry must be a number or None"
+            )
+    scalars = [v if isinstance(v, Tensor) else torch.tensor(torch.nan if v is None else float(v)) for v in values]
+    return torch.stack([scalar.reshape(()).float() for scalar in scalars])  # fails for more than one number in an entry
 
 
 def merge_notes(notes: Sequence[Any], counts: Sequence[int]) -> Any:
@@ -126,27 +125,68 @@ def merge_notes(notes: Sequence[Any], counts: Sequence[int]) -> Any:
         notes: one entry per call.
         counts: samples of each call.
     """
-    if len(notes) == 1:
-        return notes[0]
     first = notes[0]
-    if all(isinstance(note, dict) for note in notes):
-        if any(note.keys() != first.keys() for note in notes):
-            return list(notes)
+    if len(notes) == 1:
+        return first
+    if all(isinstance(note, dict) and note.keys() == first.keys() for note in notes):
         return {key: merge_notes([note[key] for note in notes], counts) for key in first}
-    if [_length(note) for note in notes] == list(counts):
-        if all(isinstance(note, Tensor) for note in notes):
-            return torch.cat(list(notes))
-        if all(isinstance(note, np.ndarray) for note in notes):
-            return np.concatenate(notes)
-        if all(isinstance(note, list) for note in notes):
-            return [item for note in notes for item in note]
-        if all(isinstance(note, tuple) for note in notes):
-            return tuple(item for note in notes for item in note)
+    for kind, join in _JOINS.items():
+        if all(isinstance(note, kind) for note in notes) and [_length(note) for note in notes] == list(counts):
+            return join(notes)
     return list(notes)
 
 
+# How notes with one entry per sample are joined.
+_JOINS: dict[type, Callable[..., Any]] = {
+    Tensor: torch.cat,
+    np.ndarray: np.concatenate,
+    list: lambda notes: [item for note in notes for item in note],
+    tuple: lambda notes: tuple(item for note in notes for item in note),
+}
+
+
 def _length(note: Any) -> int:
-    """Entries of a note that could have one per sample; -1 for anything else."""
-    if isinstance(note, Tensor | np.ndarray):
-        return len(note) if note.ndim else -1
-    return len(note) if isinstance(note, list | tuple) else -1
+    """Entries of an array or list; -1 of a single number."""
+    return len(note) if getattr(note, "ndim", 1) else -1
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardResult:
+    """Rewards of one batch.
+
+    Attributes:
+        total: [B] float32, the weighted sum; NaN where no reward applies or one failed; with a graph when one was asked for.
+        values: [K, B], the rewards before weights, with a graph when one was asked for; NaN where one does not apply.
+        notes: reward name -> what the function returned beside the rewards; K of them.
+        errors: calls that failed (on_error="skip").
+    """
+
+    total: Tensor
+    values: Tensor
+    notes: dict[str, Any]
+    errors: int = 0
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Reward name -> [B], detached."""
+        return dict(zip(self.notes, self.values.detach(), strict=True))
+
+    @property
+    def metadata(self) -> Any:
+        """What the functions returned beside the rewards: that of a single one, or name -> metadata of several."""
+        return self.notes if len(self.notes) > 1 else next(iter(self.notes.values()))
+
+    def detach(self) -> RewardResult:
+        """The same without a graph."""
+        return dataclasses.replace(self, total=self.total.detach(), values=self.values.detach())
+
+    @staticmethod
+    def concatenate(results: Sequence[RewardResult]) -> RewardResult:
+        """Results of pieces of a batch, joined."""
+        counts = [len(result.total) for result in results]
+        return RewardResult(
+            total=torch.cat([result.total for result in results]),
+            values=torch.cat([result.values for result in results], 1),
+            notes={name: merge_notes([result.notes[name] for result in results], counts) for name in results[0].notes},
+            errors=sum(result.errors for result in results),
+        )

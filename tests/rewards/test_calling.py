@@ -47,7 +47,7 @@ def score(function, *batches, **options):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("size", [2, 9])
 def test_pieces_give_what_one_call_gives(size, asynchronous):
     sizes = []
 
@@ -62,18 +62,6 @@ def test_pieces_give_what_one_call_gives(size, asynchronous):
     assert rewards.queries == 5
     assert result.metadata["prompt"] == [f"p{i}" for i in range(5)]
     assert torch.equal(result.metadata["tensor"], batch(5)[0].mean((1, 2, 3)))
-
-
-def test_the_gradient_passes_through_pieces():
-    images = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-    gradients = []
-    for size in (None, 2):
-        total = Rewards(lambda i, p, m: i.square().sum((1, 2, 3)), batch_size=size)(
-            images, *batch(5)[1:], differentiable=True
-        ).total
-        gradients.append(torch.autograd.grad(total.sum(), images)[0])
-    assert torch.equal(*gradients)
-    assert torch.equal(gradients[0], 2 * images.detach())
 
 
 def test_notes_of_several_calls():
@@ -99,7 +87,7 @@ def rank(images, prompts, metadata):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("sizes", [[12], [4, 8], [6, 6], [2] * 6, [1] * 12, [5, 7]])
+@pytest.mark.parametrize("sizes", [[12], [5, 7], [1] * 12])
 def test_a_group_wise_reward_sees_whole_groups_however_they_are_sampled(sizes, asynchronous):
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(12, 3, 2, 2, generator=generator)
@@ -124,18 +112,15 @@ def test_groups_that_cannot_be():
 
 
 def test_groupwise_marks_functions_and_classes():
-    class Diversity:
+    class Count:
         needs_group = True
 
         def __call__(self, images, prompts, metadata):
             return [len(prompts)] * len(prompts)
 
-        def method(self, images, prompts, metadata):
-            return [0] * len(prompts)
-
-    assert score(Diversity(), batch(4, prompts=["a"] * 4), group_size=2)[0].total.tolist() == [2, 2, 2, 2]
+    assert score(Count(), batch(4, prompts=["a"] * 4), group_size=2)[0].total.tolist() == [2, 2, 2, 2]
     with pytest.raises(TypeError, match="wrap it in a function"):
-        groupwise(Diversity().method)
+        groupwise(Count().__call__)
 
 
 # ---- threads ----
@@ -179,24 +164,6 @@ def test_workers_bound_the_calls_at_a_time(workers):
 
     score([plain, coroutine], *(batch(1, f) for f in range(4)), asynchronous=True, workers=workers)
     assert most == workers
-
-
-def test_calls_run_beside_the_caller():
-    def slow(images, prompts, metadata):
-        time.sleep(0.2)
-        return number(images, prompts, metadata)
-
-    def seconds(**options):
-        started = time.perf_counter()
-        calls = RewardCalls(Rewards(slow, **options))
-        for first in range(4):
-            time.sleep(0.2)  # the sampling
-            calls.add(*batch(1, first))
-        calls.finish()
-        calls.close()
-        return time.perf_counter() - started
-
-    assert seconds(asynchronous=True) < 0.8 * seconds()  # 5 / 8 if nothing else ran
 
 
 def test_coroutines_run_in_one_loop_with_or_without_threads():
@@ -243,7 +210,7 @@ def test_calls_that_have_not_begun_are_dropped_with_the_run():
 
     calls = RewardCalls(Rewards(reward, asynchronous=True))
     for first in range(3):
-        calls.add(*batch(1, first))
+        calls.add(*batch(1, first))  # comes back while the first call runs
     deadline = time.monotonic() + 5
     while not begun and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -256,19 +223,36 @@ def test_calls_that_have_not_begun_are_dropped_with_the_run():
     assert begun == [0]
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("options", [{}, {"asynchronous": True}, {"timeout": 5.0}, {"on_error": "skip"}])
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit, Stop])
 @pytest.mark.parametrize("kind", ["plain", "coroutine"])
-def test_what_ends_the_program_passes_through(stop, options, kind):
+def test_what_is_no_exception_passes_through_as_it_is(stop, kind):
+    """From every thread, and it breaks neither the threads nor the event loop."""
+
     def plain(images, prompts, metadata):
-        raise stop
+        raise stop("because")
 
     async def coroutine(images, prompts, metadata):
-        raise stop
+        raise stop("because")
 
-    with pytest.raises(stop):
-        score({"plain": plain, "coroutine": coroutine}[kind], batch(2), **options)
-    assert score(number, batch(2), asynchronous=True)[0].total.tolist() == [0, 1]
+    function = {"plain": plain, "coroutine": coroutine}[kind]
+    for options in ({}, {"asynchronous": True}, {"timeout": 5.0}, {"asynchronous": True, "timeout": 5.0, "on_error": "skip"}):
+        found = []
+
+        def attempt(options=options, found=found):
+            try:
+                score(function, batch(2), **options)
+            except stop as error:
+                found.extend(error.args)
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert found == ["because"], options
+        assert score(number, batch(2), asynchronous=True)[0].total.tolist() == [0, 1]
 
 
 @groupwise
@@ -296,20 +280,21 @@ def test_no_gradient_of_these(function, options, message):
 # ---- time limits ----
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_call_that_takes_too_long(asynchronous):
+def test_a_call_that_takes_too_long():
     release = threading.Event()
 
     def hanging(images, prompts, metadata):
         release.wait(10)
         return [0.0] * len(prompts)
 
-    started = time.perf_counter()
-    with pytest.raises(
-        RewardError, match=r"'hanging' did not return within reward_timeout=0.1 seconds .*on 4 prompts: 'p0', 'p1', 'p2' and 1 more"
-    ):
-        score(hanging, batch(4), timeout=0.1, asynchronous=asynchronous)
-    assert time.perf_counter() - started < 5
+    for asynchronous in (False, True):
+        started = time.perf_counter()
+        with pytest.raises(
+            RewardError,
+            match=r"'hanging' did not return within reward_timeout=0.1 seconds .*on 4 prompts: 'p0', 'p1', 'p2' and 1 more",
+        ):
+            score(hanging, batch(4), timeout=0.1, asynchronous=asynchronous)
+        assert time.perf_counter() - started < 5
     release.set()
 
 
@@ -330,14 +315,6 @@ def test_a_coroutine_that_takes_too_long_is_cancelled():
     assert events == ["cancelled"]
 
 
-def test_a_time_out_of_the_reward_itself_is_its_own_error():
-    def reward(images, prompts, metadata):
-        raise TimeoutError("the server did not answer")
-
-    with pytest.raises(RewardError, match="raised TimeoutError: the server did not answer"):
-        score(reward, batch(2), timeout=5.0)
-
-
 def test_a_gradient_within_a_time_limit():
     images = torch.rand(3, 3, 2, 2).requires_grad_(True)
     total = Rewards(lambda i, p, m: i.sum((1, 2, 3)), timeout=5.0)(images, *batch(3)[1:], differentiable=True).total
@@ -348,12 +325,12 @@ def test_a_gradient_within_a_time_limit():
         ).total.requires_grad
 
 
-@pytest.mark.parametrize("options", ["timeout=0.1", "asynchronous=True, timeout=0.1"])
-def test_a_hung_reward_does_not_keep_the_program_alive(options):
+def test_a_hung_reward_does_not_keep_the_program_alive():
     program = (
         "import time, torch\n"
         "from rlr_trainer.rewards.interface import Rewards\n"
-        f"Rewards(lambda i, p, m: time.sleep(600), {options})(torch.zeros(1, 3, 2, 2), ('a',), ({{}},), differentiable=False)"
+        "rewards = Rewards(lambda i, p, m: time.sleep(600), timeout=0.1, asynchronous=True)\n"
+        "rewards(torch.zeros(1, 3, 2, 2), ('a',), ({},), differentiable=False)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
@@ -366,31 +343,23 @@ def test_a_hung_reward_does_not_keep_the_program_alive(options):
 
 @pytest.mark.parametrize("options", [{}, {"timeout": 5.0}, {"asynchronous": True}], ids=str)
 def test_a_cancelled_task_in_a_reward_is_a_failure_like_others(options):
-    """asyncio.CancelledError is no Exception: in a thread nobody would hear of it."""
+    """asyncio.CancelledError is no Exception."""
 
     def reward(images, prompts, metadata):
         if metadata[0] == 0:
             raise asyncio.CancelledError("by the server")
         return number(images, prompts, metadata)
 
-    def totals(on_error):
-        results: list = []
-        thread = threading.Thread(target=lambda: results.extend(attempt(on_error)), daemon=True)
-        thread.start()
-        thread.join(10)
-        assert results, "the caller waits for ever"
-        return results
+    async def coroutine(images, prompts, metadata):
+        return reward(images, prompts, metadata)
 
-    def attempt(on_error):
-        try:
-            return [result.total for result in score(reward, batch(1, 0), batch(1, 1), on_error=on_error, **options)]
-        except RewardError as error:
-            return [str(error)]
-
-    assert totals("raise")[0].startswith("reward 'reward' raised CancelledError: by the server (")
-    skipped, other = totals("skip")
-    assert torch.isnan(skipped).all()
-    assert other.tolist() == [1]
+    for function in (reward, coroutine):
+        with pytest.raises(RewardError, match=r"raised CancelledError: .*\(on 1 prompts") as caught:
+            score(function, batch(1, 0), **options)
+        assert isinstance(caught.value.__cause__, concurrent.futures.CancelledError)
+        skipped, other = score(function, batch(1, 0), batch(1, 1), on_error="skip", **options)
+        assert torch.isnan(skipped.total).all()
+        assert other.total.tolist() == [1]
 
 
 def test_the_message_names_reward_place_and_prompts_and_keeps_the_cause():
@@ -406,6 +375,12 @@ def test_the_message_names_reward_place_and_prompts_and_keeps_the_cause():
 
     with pytest.raises(RewardError, match=r"returned shape \(1,\) .*\(in here, on 2 prompts: 'p0', 'p1'\)"):
         Rewards(lambda i, p, m: [1.0])(*batch(2), differentiable=False, where="here")
+
+    def impatient(images, prompts, metadata):
+        raise TimeoutError("the server did not answer")
+
+    with pytest.raises(RewardError, match="raised TimeoutError: the server did not answer"):  # its own, not reward_timeout's
+        score(impatient, batch(2), timeout=5.0)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -442,40 +417,21 @@ def test_a_skipped_call_has_no_gradient_and_leaves_the_others():
             raise OSError
         return images.sum((1, 2, 3))
 
-    result = Rewards(flaky, batch_size=2, on_error="skip")(images, *batch(4)[1:], differentiable=True)
+    rewards = Rewards(flaky, batch_size=2, on_error="skip")
+    result = rewards(images, *batch(4)[1:], differentiable=True)
     (gradient,) = torch.autograd.grad(result.total.nan_to_num().sum(), images)
     assert torch.equal(gradient, torch.ones_like(images) * torch.tensor([0.0, 0, 1, 1]).reshape(-1, 1, 1, 1))
-
-
-def test_a_missing_graph_is_never_skipped():
-    with pytest.raises(NonDifferentiableRewardError):
+    with pytest.raises(NonDifferentiableRewardError):  # a missing graph is never skipped
         Rewards(lambda i, p, m: i.detach().sum((1, 2, 3)), on_error="skip")(*batch(2), differentiable=True)
 
 
 def test_warnings_become_rare(caplog):
-    def broken(images, prompts, metadata):
-        raise OSError
-
-    rewards = Rewards(broken, on_error="skip")
+    rewards = Rewards(number, on_error="skip")
     with caplog.at_level(logging.WARNING):
         for _ in range(100):
-            rewards(*batch(1), differentiable=False)
+            rewards.count_failure("number", 1, OSError())
     assert rewards.failures == 100
     assert [int(record.message.split("number ")[1].split()[0]) for record in caplog.records] == [1, 2, 3, 4, 8, 16, 32, 64]
-
-
-def test_a_cancelled_coroutine_is_a_failure_not_a_hang():
-    async def gives_up(images, prompts, metadata):
-        raise asyncio.CancelledError
-
-    with pytest.raises(RewardError) as caught:
-        score(gives_up, batch(1))
-    assert isinstance(caught.value.__cause__, concurrent.futures.CancelledError)
-
-
-def test_unknown_ways_to_treat_errors():
-    with pytest.raises(ValueError, match="on_error='ignore': must be one of raise, skip"):
-        Rewards(number, on_error="ignore")
 
 
 # ---- each reward normalized before the sum ----
@@ -497,14 +453,6 @@ def test_normalize_then_sum_by_hand():
     torch.testing.assert_close(advantages.values, (total - total.mean()) / whole)
     torch.testing.assert_close(factors, torch.tensor(weights) / std.expand(3, 4, 3).reshape(12, 3) / whole)
     assert torch.equal(advantages.scale, torch.ones(12, dtype=torch.float64))
-
-
-def test_the_scale_of_a_reward_does_not_matter_any_more():
-    rewards = torch.randn(8, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    scaled = rewards * torch.tensor([1000.0, 1.0]) + torch.tensor([-7.0, 0.0])
-    plain, _ = normalize_then_sum(rewards, [1.0, 1.0], lambda k, values: normalize_in_groups(values, None))
-    other, _ = normalize_then_sum(scaled, [1.0, 1.0], lambda k, values: normalize_in_groups(values, None))
-    torch.testing.assert_close(plain.values, other.values, rtol=1e-6, atol=1e-6)
 
 
 def test_normalize_then_sum_leaves_out_what_does_not_apply():

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from rlr_trainer.estimators import NonDifferentiableRewardError
-from rlr_trainer.rewards import RewardError, Rewards, jpeg_compressibility, jpeg_incompressibility
+from rlr_trainer.rewards import RewardError, Rewards, groupwise, jpeg_compressibility, jpeg_incompressibility
 
 IMAGES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 BATCH = (IMAGES, ("a", "b", "c"), ({}, {}, {}))
@@ -23,6 +23,8 @@ BATCH = (IMAGES, ("a", "b", "c"), ({}, {}, {}))
         [1, 2.0, np.float64(3)],
         torch.tensor([1.0, 2, 3]).half(),
         [torch.tensor(1.0), 2, torch.tensor([3.0])],
+        torch.tensor([[1.0], [2.0], [3.0]]),
+        np.array([[1], [2], [3]]),
     ],
 )
 def test_any_numeric_form_becomes_float32(values):
@@ -32,7 +34,9 @@ def test_any_numeric_form_becomes_float32(values):
 
 
 def test_rewards_and_metadata():
-    result = Rewards(lambda *batch: ([1, 2, 3], {"note": 1}))(*BATCH, differentiable=False)
+    rewards = Rewards(lambda *batch: ([1, 2, 3], {"note": 1}))
+    result = rewards(*BATCH, differentiable=False)
+    assert rewards.queries == 3
     assert result.metadata == {"note": 1}
     several = Rewards([lambda *batch: ([1, 2, 3], "x"), lambda *batch: [0, 0, 1]])(*BATCH, differentiable=False)
     assert list(several.parts) == ["<lambda>", "<lambda>_2"]
@@ -49,19 +53,6 @@ def test_a_reward_that_does_not_apply_leaves_the_others():
     total = Rewards([some, other], [2.0, 1.0])(*BATCH, differentiable=False).total
     assert total[:2].tolist() == [12.0, 20.0]
     assert torch.isnan(total[2])
-
-
-def test_graph_is_attached_exactly_when_asked_for():
-    seen = []
-
-    def reward(images, prompts, metadata):
-        seen.append((images.requires_grad, torch.is_grad_enabled()))
-        return images.mean((1, 2, 3))
-
-    images = IMAGES.clone().requires_grad_(True)
-    assert Rewards(reward)(images, *BATCH[1:], differentiable=True).total.requires_grad
-    assert not Rewards(reward)(images, *BATCH[1:], differentiable=False).total.requires_grad
-    assert seen == [(True, True), (False, False)]
 
 
 @pytest.mark.parametrize("options", [{}, {"timeout": 5.0}, {"asynchronous": True}], ids=str)
@@ -82,12 +73,20 @@ def detached(images, prompts, metadata):
 
 
 def test_each_of_several_rewards_must_have_a_graph_from_the_pictures():
+    """The pictures have one exactly when it is asked for, and so has the result."""
+    seen = []
+
+    def reward(images, prompts, metadata):
+        seen.append((images.requires_grad, torch.is_grad_enabled()))
+        return images.mean((1, 2, 3))
+
     images = IMAGES.clone().requires_grad_(True)
-    for size in (None, 2):
-        rewards = Rewards([lambda i, p, m: i.mean((1, 2, 3)), detached], batch_size=size)
-        with pytest.raises(NonDifferentiableRewardError, match="reward 'detached'"):
-            rewards(images, *BATCH[1:], differentiable=True)
-        assert not rewards(images, *BATCH[1:], differentiable=False).total.requires_grad
+    assert Rewards(reward)(images, *BATCH[1:], differentiable=True).total.requires_grad
+    rewards = Rewards([reward, detached], batch_size=2)
+    assert not rewards(images, *BATCH[1:], differentiable=False).total.requires_grad
+    assert seen == [(True, True), (False, False), (False, False)]
+    with pytest.raises(NonDifferentiableRewardError, match="reward 'detached'"):
+        rewards(images, *BATCH[1:], differentiable=True)
 
 
 def test_a_graph_is_found_however_the_reward_goes_about_its_pictures():
@@ -104,8 +103,35 @@ def test_a_graph_is_found_however_the_reward_goes_about_its_pictures():
 
     for function in (in_place_before, in_place_after, recomputed):
         latents = IMAGES.clone().requires_grad_(True)
-        Rewards(function, batch_size=2)(latents * 1.0, *BATCH[1:], differentiable=True).total.sum().backward()
+        pictures = latents * 1.0
+        result = Rewards([function, lambda i, p, m: 2 * i.sum((1, 2, 3))], batch_size=2)(pictures, *BATCH[1:], differentiable=True)
+        assert torch.equal(pictures, IMAGES)
+        result.values[1].sum().backward(retain_graph=True)
+        assert torch.equal(latents.grad, torch.full_like(IMAGES, 2))
+        latents.grad = None
+        result.values[0].sum().backward()
         assert latents.grad.flatten(1).abs().max(1).values.min() > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"asynchronous": True, "workers": 3}, {"timeout": 5.0}], ids=str)
+def test_every_call_gets_pictures_and_metadata_of_its_own(options):
+    seen = []
+
+    def edits(images, prompts, metadata):
+        values = images.mean((1, 2, 3))
+        images.mul_(0).add_(9)
+        seen.extend(row.pop("key") for row in metadata)
+        return values
+
+    images, rows = IMAGES.clone(), tuple({"key": i} for i in range(3))
+    for given in (images, images.expand(3, 3, 16, 16)):
+        rewards = Rewards([edits, edits, groupwise(lambda i, p, m: edits(i, p, m))], group_size=3, **options)
+        result = rewards(given, ("a",) * 3, rows, differentiable=False)
+        for values in result.parts.values():
+            torch.testing.assert_close(values, IMAGES.mean((1, 2, 3)))
+    assert sorted(seen) == [0] * 6 + [1] * 6 + [2] * 6
+    assert torch.equal(images, IMAGES)
+    assert rows == tuple({"key": i} for i in range(3))
 
 
 def named(name):
@@ -141,41 +167,40 @@ def test_a_reward_of_weight_0_is_only_logged():
     assert Rewards([named("a"), named("b")], [0.0, 0])(*BATCH, differentiable=False).total.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", None])
-def test_weights_are_finite_numbers(weight):
-    with pytest.raises(ValueError, match=r"reward_weights=\[1.0, .*must be finite numbers"):
-        Rewards([named("a"), named("b")], [1.0, weight])
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("on_error", ["raise", "skip"])
-def test_pictures_that_are_not_finite_are_no_missing_rewards(value, on_error):
+def test_pictures_that_are_not_finite_are_no_missing_rewards(value):
     """As of a decoder in float16 that overflows. A mean of NaN would say "not applicable", and a JPEG file shows black."""
     images = IMAGES.clone()
     images[1, 0, 3, 3] = value
     for reward in (jpeg_compressibility, lambda i, p, m: i.mean((1, 2, 3))):
         with pytest.raises(FloatingPointError, match=r"1 of 3 pictures .*non-finite values \(in batch 5, prompts 'b'\)"):
-            Rewards(reward, on_error=on_error)(images, *BATCH[1:], differentiable=False, where="batch 5")
+            Rewards(reward, on_error="skip")(images, *BATCH[1:], differentiable=False, where="batch 5")
 
 
-def test_queries_are_counted():
-    rewards = Rewards(jpeg_compressibility)
-    for _ in range(2):
-        rewards(*BATCH, differentiable=False)
-    assert rewards.queries == 6
+def test_what_cannot_be():
+    for returned, message in (
+        (torch.ones(3, 2), r"reward 'bad' returned shape \(3, 2\)"),
+        ([torch.ones(2)] * 3, "reward 'bad' returned list"),
+        (["1", 2, 3], r"reward 'bad' returned a list with '1' \(str\)"),
+        (object(), "reward 'bad' returned object"),
+        (torch.ones(3) * 1j, "reward 'bad' returned complex numbers"),
+        ([1, 2, float("inf")], "reward 'bad' returned an infinite value"),
+    ):
 
+        def bad(*batch, returned=returned):
+            return returned
 
-def test_errors_name_the_reward():
-
-    def bad(*batch):
-        return torch.ones(3, 1)
-
-    with pytest.raises(RewardError, match=r"reward 'bad' returned shape \(3, 1\)"):
-        Rewards(bad)(*BATCH, differentiable=False)
+        with pytest.raises(RewardError, match=message):
+            Rewards(bad)(*BATCH, differentiable=False)
     with pytest.raises(TypeError, match="must be a function"):
         Rewards([3])
     with pytest.raises(ValueError, match="at least one"):
         Rewards([])
+    with pytest.raises(ValueError, match="on_error='ignore': must be one of raise, skip"):
+        Rewards(bad, on_error="ignore")
+    for weight in (float("nan"), float("inf"), "1", None):
+        with pytest.raises(ValueError, match=r"reward_weights=\[.*must be finite numbers"):
+            Rewards([bad, bad], [1.0, weight])
 
 
 def test_jpeg_size_is_that_of_the_file():

@@ -8,7 +8,7 @@ import pytest
 import tiny_rewards
 import torch
 
-from rlr_trainer.rewards import AestheticScore, ClassifierScore, CLIPScore, HPSv2, ImageReward, PickScore, Rewards
+from rlr_trainer.rewards import AestheticScore, ClassifierScore, CLIPScore, HPSv2, ImageReward, PickScore
 from rlr_trainer.rewards.neural.base import NeuralReward, PromptCache
 from rlr_trainer.rewards.neural.preprocessing import ImageRangeError
 
@@ -43,12 +43,6 @@ def pictures():
     return tiny_rewards.squares()
 
 
-def test_its_name_is_the_metrics(loaded):
-    name, _, reward = loaded
-    assert Rewards([reward, reward]).names == [name, f"{name}_2"]
-    assert repr(reward) == f"<{type(reward).__name__} {name!r}>"
-
-
 def test_the_gradient_is_the_functions(reward, pictures):
     """In float64, along random directions in the pictures, against central differences."""
     reward(pictures, tiny_rewards.PROMPTS, METADATA)  # keeps the prompts' features: transformers 4 cannot read them in float64
@@ -56,6 +50,8 @@ def test_the_gradient_is_the_functions(reward, pictures):
     pictures = pictures.double().requires_grad_()
     generator = torch.Generator().manual_seed(0)
     weight = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    assert not any(parameter.requires_grad for parameter in reward.model.parameters())
+    assert not any(module.training for module in reward.model.modules())  # dropout would be noise
     (gradient,) = torch.autograd.grad((reward(pictures, tiny_rewards.PROMPTS, METADATA) * weight).sum(), pictures)
     assert (gradient.abs().amax((1, 2, 3)) > 0).all()
     for _ in range(3):
@@ -67,36 +63,22 @@ def test_the_gradient_is_the_functions(reward, pictures):
         assert (gradient * direction).sum().item() == pytest.approx(((up - down) / 2e-5).item(), rel=1e-5, abs=1e-9)
 
 
-def test_no_parameter_gets_a_gradient(reward, pictures):
-    reward(pictures.requires_grad_(), tiny_rewards.PROMPTS, METADATA).sum().backward()
-    assert pictures.grad is not None
-    assert all(not parameter.requires_grad and parameter.grad is None for parameter in reward.model.parameters())
-    assert not any(module.training for module in reward.model.modules())  # dropout would be noise
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 2, 7])
-def test_micro_batches_change_nothing(reward, pictures, batch_size, recompute):
-    pictures.requires_grad_()
-    whole = reward(pictures, tiny_rewards.PROMPTS, METADATA)
-    (expected,) = torch.autograd.grad(whole.square().sum(), pictures)
-    reward.batch_size, reward.recompute = batch_size, recompute
-    parts = reward(pictures, tiny_rewards.PROMPTS, METADATA)
-    (gradient,) = torch.autograd.grad(parts.square().sum(), pictures)
-    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-
-
-def test_each_pass_has_at_most_batch_size_pictures_and_recomputes_on_demand(reward, pictures):
+def test_micro_batches_change_nothing(reward, pictures):
+    """Each pass has at most `batch_size` pictures, and is done again in the backward pass on demand."""
     seen = []
     score = reward.score
     reward.score = lambda pixels, conditions: seen.append(len(pixels)) or score(pixels, conditions)
-    reward.batch_size = 2
-    reward(pictures, tiny_rewards.PROMPTS, METADATA)
-    assert seen == [2, 1]
-    reward.recompute = True
-    reward(pictures.requires_grad_(), tiny_rewards.PROMPTS, METADATA).sum().backward()
-    assert sorted(seen[2:]) == [1, 1, 2, 2]
+    pictures.requires_grad_()
+    whole = reward(pictures, tiny_rewards.PROMPTS, METADATA)
+    (expected,) = torch.autograd.grad(whole.square().sum(), pictures)
+    for recompute, passes in ((False, [1, 2]), (True, [1, 1, 2, 2])):
+        seen.clear()
+        reward.batch_size, reward.recompute = 2, recompute
+        parts = reward(pictures, tiny_rewards.PROMPTS, METADATA)
+        (gradient,) = torch.autograd.grad(parts.square().sum(), pictures)
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        assert sorted(seen) == passes
 
 
 def test_each_picture_is_scored_against_its_own_prompt(loaded, pictures):
@@ -110,17 +92,6 @@ def test_each_picture_is_scored_against_its_own_prompt(loaded, pictures):
     torch.testing.assert_close(other, scores[order], rtol=1e-5, atol=1e-6)
     moved = reward(pictures, tuple(tiny_rewards.PROMPTS[i] for i in order), METADATA)
     assert ((moved - scores).abs() > 1e-3 * scores.abs()).all() == (name in READ_PROMPTS)
-
-
-def test_under_the_trainers_interface(reward, pictures):
-    """With a graph where one is asked for, without one otherwise, under autocast too."""
-    rewards = Rewards(reward)
-    expected = reward(pictures, tiny_rewards.PROMPTS, METADATA)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = rewards(pictures.requires_grad_(), tiny_rewards.PROMPTS, METADATA, differentiable=True)
-    assert result.total.requires_grad and result.total.dtype == torch.float32
-    torch.testing.assert_close(result.total.detach(), expected)
-    assert not rewards(pictures, tiny_rewards.PROMPTS, METADATA, differentiable=False).total.requires_grad
 
 
 def test_half_precision_weights_score_alike(loaded, pictures):
@@ -160,7 +131,7 @@ def test_wrong_batches_are_refused(loaded, pictures):
     with pytest.raises(ValueError, match="2 prompts for 3 images"):
         reward(pictures, ("a", "b"), METADATA)
     if name in READ_PROMPTS:
-        with pytest.raises(ValueError, match="prompts=None"):
+        with pytest.raises(ValueError, match="0 prompts for 3 images"):
             reward(pictures, None, None)
     else:
         assert reward(pictures, None, None).shape == (3,)
@@ -172,6 +143,8 @@ def test_impossible_options_are_refused():
         NeuralReward(model, torch.nn.Identity(), name="mine", batch_size=0)
     with pytest.raises(ValueError, match="no parameters"):
         NeuralReward(torch.nn.Identity(), torch.nn.Identity(), name="mine")
+    with pytest.raises(ValueError, match=r"version='v3': must be v2\.0 or v2\.1"):
+        HPSv2.from_pretrained(version="v3")
     with pytest.raises(TypeError, match="batchsize"):
         NeuralReward(model, torch.nn.Identity(), name="mine", batchsize=1)
 
@@ -195,10 +168,7 @@ def test_a_prompt_is_read_once(tmp_path, pictures):
     first = reward(pictures.requires_grad_(), ("seven", "a nine", "seven"), METADATA)
     second = reward(pictures, ("a nine", "a nine", "seven"), METADATA)
     assert passes == [False]  # one pass, of both prompts, without a graph
-    assert reward.prompt_cache.computed == 2
     assert second[2].item() == first[2].item()
-    reward(pictures, ("seven", "eight", "seven"), METADATA)
-    assert reward.prompt_cache.computed == 3
 
 
 def test_features_from_inference_mode_can_enter_a_graph(tmp_path, pictures):
@@ -225,7 +195,6 @@ def test_the_cache_keeps_the_last_used():
     assert read == ["a", "bb", "ccc"]
     assert cache(["bb", "ccc", "dddd"], "cpu").tolist() == [[2], [3], [4]]  # a batch larger than the cache
     assert read == ["a", "bb", "ccc", "bb", "dddd"]
-    assert cache.computed == 5
 
 
 def test_the_cache_keeps_the_memory_of_its_rows_alone():
@@ -245,7 +214,7 @@ def test_the_cache_follows_a_model_that_others_move():
     assert cache(["a", "b"], device).device.type == "meta"
 
 
-@pytest.mark.parametrize("name", READ_PROMPTS)
+@pytest.mark.parametrize("name", ["clip_score", "image_reward"])
 def test_a_prompt_that_is_cut_is_named(name, tmp_path, pictures, caplog):
     reward = LOADERS[name](tmp_path / "model")
     long = "a handwritten digit, " * 40
@@ -255,16 +224,3 @@ def test_a_prompt_that_is_cut_is_named(name, tmp_path, pictures, caplog):
     assert scores.isfinite().all()
     warnings = [record.message[:28] for record in caplog.records if record.name.startswith("rlr_trainer")]
     assert warnings == ["prompt 'a handwritten digit,"] * 2  # once a prompt, and none for the short one
-
-
-# ---- in a training ----
-
-
-def test_a_run_ascends_a_neural_reward(make_trainer, tmp_path):
-    """RLR on the bundled model with a tiny CLIP: two updates, with the gradient of the reward."""
-    reward = CLIPScore.from_pretrained(tiny_rewards.clip_folder(tmp_path / "clip"), batch_size=2, recompute=True)
-    trainer = make_trainer(reward_function=reward)
-    trainer.train()
-    rows = [row for row in trainer.state.log_history if "rewards/clip_score/mean" in row]
-    assert len(rows) == 2
-    assert all(row["estimator/fo_grad_norm"] > 0 for row in rows)

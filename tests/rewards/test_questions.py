@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from rlr_trainer.estimators import NonDifferentiableRewardError
 from rlr_trainer.rewards import QuestionReward, RemoteRewardError, RewardError, Rewards
 from rlr_trainer.rewards.neural.questions import parse_score, parse_yes_no, yes_probability
 
@@ -139,27 +138,20 @@ def test_what_is_asked(endpoint):
     assert request == {
         "model": "tiny", "temperature": 0, "logprobs": True, "top_logprobs": 20, "max_completion_tokens": 4, "seed": 1,
     }  # fmt: skip
-    ask(endpoint, images=IMAGES[:1], logprobs=False)
+    rows = ({"color": "{prompt.__class__}{0}"},)  # values are no templates
+    ask(endpoint, images=IMAGES[:1], question="{prompt} {color}", rows=rows, logprobs=False)
+    assert endpoint.requests[1]["messages"][0]["content"][0]["text"] == "a {prompt.__class__}{0}"
     assert "logprobs" not in endpoint.requests[1]
     assert endpoint.requests[1]["max_tokens"] == 16
 
 
-def test_values_are_not_templates(endpoint):
-    ask(endpoint, images=IMAGES[:1], question="{prompt} {color}", rows=({"color": "{prompt.__class__}{0}"},))
-    assert endpoint.requests[0]["messages"][0]["content"][0]["text"] == "a {prompt.__class__}{0}"
-
-
 def test_scores_are_mapped_to_one(endpoint):
-    endpoint.answer = lambda brightness, question: f"Score: {1 + 4 * brightness:.2f}"
+    endpoint.answer = lambda brightness, question: f"Score: {round(1 + 4 * brightness, 1):.2f}"
     rewards, _ = ask(endpoint, answer="score", score_range=(1, 5))
     assert rewards == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.005)
     assert "logprobs" not in endpoint.requests[0]
-
-
-def test_a_function_reads_the_answers(endpoint):
-    endpoint.answer = lambda brightness, question: json.dumps({"grade": round(brightness, 1)})
-    rewards, _ = ask(endpoint, answer=lambda text: json.loads(text)["grade"])
-    assert rewards == [0, 0.3, 0.5, 0.7, 1]
+    rewards, _ = ask(endpoint, answer=lambda text: float(text[7:]))  # a function reads the answers
+    assert rewards == [1, 2, 3, 4, 5]
 
 
 def test_videos_are_asked_about_with_all_frames(endpoint):
@@ -168,11 +160,12 @@ def test_videos_are_asked_about_with_all_frames(endpoint):
 
 
 def test_answers_that_cannot_be_read_are_dropped_and_counted(endpoint, caplog):
-    endpoint.answer = lambda brightness, question: "perhaps" if 0.4 < brightness < 0.6 else "yes"
-    reward = QuestionReward(endpoint.url, "tiny")
-    result = Rewards(reward)(IMAGES, PROMPTS, ROWS, differentiable=False)
+    refusal = {"message": {"content": None, "refusal": "I cannot help with that."}}
+    endpoint.answer = lambda brightness, question: refusal if 0.4 < brightness < 0.6 else "yes"
+    result = Rewards(QuestionReward(endpoint.url, "tiny"))(IMAGES, PROMPTS, ROWS, differentiable=False)
     assert result.total.isnan().tolist() == [False, False, True, False, False]
-    assert "1 of 5 answers could not be read: 'perhaps'" in caplog.text
+    assert result.metadata["answers"][2] == "I cannot help with that."
+    assert "1 of 5 answers could not be read: 'I cannot help with that.'" in caplog.text
 
 
 def test_an_endpoint_that_never_answers_the_question_is_an_error(endpoint):
@@ -191,23 +184,10 @@ def test_an_endpoint_that_never_answers_the_question_is_an_error(endpoint):
         reward(IMAGES, PROMPTS, ROWS)
 
 
-def test_refusals_are_unreadable_answers(endpoint):
-    refusal = {"message": {"content": None, "refusal": "I cannot help with that."}}
-    endpoint.answer = lambda brightness, question: refusal if brightness > 0.9 else "yes"
-    rewards, metadata = ask(endpoint)
-    assert rewards == [1, 1, 1, 1, None]
-    assert metadata["answers"][-1] == "I cannot help with that."
-
-
 def test_a_key_that_the_metadata_lacks(endpoint):
     with pytest.raises(RewardError, match=r"needs size, but the metadata of prompt 'a' has color, prompt"):
         ask(endpoint, question="{prompt} {size}")
     assert not endpoint.requests
-
-
-def test_a_plan_that_needs_a_gradient_is_told(endpoint):
-    with pytest.raises(NonDifferentiableRewardError, match="question"):
-        Rewards(QuestionReward(endpoint.url, "tiny"))(IMAGES.clone().requires_grad_(), PROMPTS, ROWS, differentiable=True)
 
 
 # ---- many questions at once, and trouble ----
@@ -228,23 +208,9 @@ def test_questions_run_at_the_same_time_and_keep_their_order(endpoint):
     assert 2 <= endpoint.most_running <= 6
 
 
-def test_failures_that_may_pass_are_tried_again(endpoint):
-    failed = set()
-
-    def answer(brightness, question):
-        if brightness not in failed:
-            failed.add(brightness)
-            return 503, {"error": {"message": "loading"}}
-        return "yes"
-
-    endpoint.answer = answer
-    assert ask(endpoint, retries=1)[0] == [1] * 5
-    assert len(endpoint.requests) == 10
-
-
 def test_a_failure_ends_the_whole_batch_soon(endpoint):
     endpoint.answer = lambda brightness, question: (
-        (401, {"error": {"message": "bad key", "code": None}}) if brightness == 0 else (503, {})
+        (401, {"error": {"message": "bad key", "code": None}}) if brightness == 1 else (503, {})
     )
     started = time.monotonic()
     with pytest.raises(RemoteRewardError, match="401 Unauthorized: bad key"):
@@ -258,27 +224,11 @@ def test_a_refusal_of_logprobs_says_what_to_set(endpoint):
         ask(endpoint)
 
 
-def test_a_slow_endpoint_is_given_up(endpoint):
-    endpoint.answer = lambda brightness, question: time.sleep(0.6) or "yes"
-    with pytest.raises(RemoteRewardError, match=r"no answer within timeout=0\.2 s"):
-        ask(endpoint, images=IMAGES[:2], timeout=0.2, retries=0)
-
-
-@pytest.mark.parametrize("body", [{}, [], {"choices": []}, {"choices": [{"text": "yes"}]}, {"choices": "x"}])
-def test_something_that_is_no_chat_endpoint(endpoint, body):
-    endpoint.answer = lambda brightness, question: (200, body)
-    with pytest.raises(RemoteRewardError, match="is it a chat endpoint"):
-        ask(endpoint)
-
-
-def test_a_training_run(make_trainer, endpoint):
-    endpoint.answer = lambda brightness, question: f"{10 * brightness:.2f}/10"
-    reward = QuestionReward(endpoint.url, "tiny", "How bright is {prompt}, from 0 to 10?", answer="score", name="bright")
-    trainer = make_trainer(reward_function=reward, estimator="ddpo", sample_num_steps=2, max_steps=1)
-    trainer.train()
-    row = next(row for row in trainer.state.log_history if "loss" in row)
-    assert 0 < row["rewards/bright/mean"] < 1
-    assert row["samples_dropped"] == 0
+def test_something_that_is_no_chat_endpoint(endpoint):
+    for body in ({}, [], {"choices": []}, {"choices": [{"text": "yes"}]}, {"choices": "x"}):
+        endpoint.answer = lambda brightness, question, body=body: (200, body)
+        with pytest.raises(RemoteRewardError, match="is it a chat endpoint"):
+            ask(endpoint, images=IMAGES[:1])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Weights that are missing, damaged, or those of another model: one error, that says which file and what to do. And loading by name."""
 
 import json
+import re
 
 import huggingface_hub.constants
 import pytest
@@ -10,8 +11,7 @@ from safetensors.torch import save_file
 
 from rlr_trainer.cli.settings import load_reward
 from rlr_trainer.rewards import AestheticScore, ClassifierScore, CLIPScore, HPSv2, ImageReward, PickScore, WeightsError
-from rlr_trainer.rewards.neural import named
-from rlr_trainer.rewards.neural.weights import companion, find_file, is_local, load_strictly, read_state_dict
+from rlr_trainer.rewards.neural.weights import companion, is_local, read_state_dict
 
 
 @pytest.fixture
@@ -31,48 +31,29 @@ def change(path, edit):
 
 
 @pytest.mark.parametrize(
-    ("load", "named"),
-    [
-        (AestheticScore.from_pretrained, "'aesthetic': cannot get 'aesthetic-model.pth' of the hub repository 'trl-lib/ddpo"),
-        (HPSv2.from_pretrained, r"'hpsv2.1': cannot get 'HPS_v2.1_compressed.pt' of the hub repository 'xswu/HPSv2'"),
-        (ImageReward.from_pretrained, "'image_reward': cannot get 'ImageReward.pt' of the hub repository 'THUDM/ImageReward'"),
-        (PickScore.from_pretrained, "'pickscore': cannot load CLIPModel from 'yuvalkirstain/PickScore_v1'"),
-        (CLIPScore.from_pretrained, "'clip_score': cannot load CLIPModel from 'openai/clip-vit-large-patch14'"),
-    ],
-    ids=["aesthetic", "hpsv2.1", "image_reward", "pickscore", "clip_score"],
+    ("name", "missing"),
+    {
+        "aesthetic": "cannot get 'aesthetic-model.pth' of the hub repository 'trl-lib/ddpo-aesthetic-predictor'",
+        "hpsv2.1": "cannot get 'HPS_v2.1_compressed.pt' of the hub repository 'xswu/HPSv2'",
+        "image_reward": "cannot get 'ImageReward.pt' of the hub repository 'THUDM/ImageReward'",
+        "pickscore": "cannot load CLIPModel from 'yuvalkirstain/PickScore_v1'",
+        "clip_score": "cannot load CLIPModel from 'openai/clip-vit-large-patch14'",
+    }.items(),
 )
-def test_without_a_connection_the_error_says_what_to_download(offline, load, named):
-    with pytest.raises(WeightsError, match=f"reward {named}") as error:
-        load()
-    assert "`hf download" in str(error.value)
-    assert "pass the folder" in str(error.value)
-
-
-@pytest.mark.parametrize("load", [AestheticScore, HPSv2, ImageReward, PickScore, CLIPScore, ClassifierScore])
-def test_a_folder_that_does_not_exist(load, tmp_path):
-    options = {"target": 0} if load is ClassifierScore else {}
-    with pytest.raises(WeightsError, match="no folder .*nowhere"):
-        load.from_pretrained(tmp_path / "nowhere", **options)
-
-
-@pytest.mark.parametrize("load", [AestheticScore, HPSv2, ImageReward])
-def test_a_folder_without_the_file_is_listed(load, tmp_path):
+def test_without_a_connection_the_error_says_what_to_download(offline, name, missing, tmp_path):
+    with pytest.raises(WeightsError, match=f"reward '{name}': {missing}.*`hf download .*pass the folder"):
+        load_reward(name)
+    with pytest.raises(WeightsError, match=f"reward '{name}': no folder .*nowhere"):
+        load_reward(f"{name}:{tmp_path}/nowhere")
     (tmp_path / "README.md").write_text("nothing here")
-    with pytest.raises(WeightsError, match=r"has no .*\.p.*; it holds README\.md"):
-        load.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"has no .*\.p.*; it holds README\.md|cannot load CLIPModel"):
+        load_reward(f"{name}:{tmp_path}")
 
 
-@pytest.mark.parametrize(
-    ("file", "named"),
-    [
-        ("config.json", "cannot load CLIPModel"),
-        ("model.safetensors", "cannot load CLIPModel"),
-        ("preprocessor_config.json", "cannot load ImagePreprocessor"),
-    ],
-)
-def test_a_part_that_is_missing(tmp_path, file, named):
+@pytest.mark.parametrize("file", ["model.safetensors", "preprocessor_config.json"])
+def test_a_part_that_is_missing(tmp_path, file):
     (tiny_rewards.clip_folder(tmp_path) / file).unlink()
-    with pytest.raises(WeightsError, match=named):
+    with pytest.raises(WeightsError, match="cannot load (CLIPModel|ImagePreprocessor)"):
         CLIPScore.from_pretrained(tmp_path)
 
 
@@ -100,21 +81,33 @@ def bert(folder):
 @pytest.mark.parametrize(
     ("folder", "file", "load"),
     [
-        (tiny_rewards.aesthetic_folder, "sac+logos+ava1-l14-linearMSE.pth", AestheticScore.from_pretrained),
         (tiny_rewards.hpsv2_folder, "HPS_v2.1_compressed.pt", HPSv2.from_pretrained),
-        (tiny_rewards.image_reward_folder, "ImageReward.pt", ImageReward.from_pretrained),
         (tiny_rewards.clip_folder, "model.safetensors", PickScore.from_pretrained),
     ],
-    ids=["aesthetic", "hpsv2", "image_reward", "pickscore"],
+    ids=["torch", "safetensors"],
 )
-@pytest.mark.parametrize("keep", [0, 100, 0.5])
-def test_a_file_that_is_cut_short(tmp_path, folder, file, load, keep):
+def test_a_file_that_is_cut_short(tmp_path, folder, file, load):
     path = folder(tmp_path) / file
     content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    with pytest.raises(WeightsError) as error:
-        load(tmp_path)
-    assert str(tmp_path) in str(error.value)
+    for keep in (0, 100, len(content) // 2):
+        path.write_bytes(content[:keep])
+        with pytest.raises(WeightsError, match=re.escape(str(tmp_path))):
+            load(tmp_path)
+
+
+def test_a_file_without_tensors(tmp_path):
+    for content in ({}, {"epoch": 3}, [torch.zeros(1)], {"state_dict": {}}):
+        torch.save(content, tmp_path / "file.pt")
+        with pytest.raises(WeightsError, match="no tensors by name"):
+            read_state_dict(tmp_path / "file.pt", "mine")
+
+
+def test_image_reward_with_another_text_configuration(tmp_path):
+    path = tiny_rewards.image_reward_folder(tmp_path) / "med_config.json"
+    for content in ("{", '{"hidden_size": 48}', "\x00"):
+        path.write_text(content)
+        with pytest.raises(WeightsError, match=r"med_config\.json"):
+            ImageReward.from_pretrained(tmp_path)
 
 
 def test_a_file_that_would_run_code_is_not_loaded(tmp_path):
@@ -126,13 +119,6 @@ def test_a_file_that_would_run_code_is_not_loaded(tmp_path):
     torch.save({"state_dict": Code()}, path)
     with pytest.raises(WeightsError, match="never loaded"):
         HPSv2.from_pretrained(tmp_path, tokenizer=tiny_rewards.TOKENIZER)
-
-
-@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [torch.zeros(1)], {"state_dict": {}}])
-def test_a_file_without_tensors(tmp_path, content):
-    torch.save(content, tmp_path / "file.pt")
-    with pytest.raises(WeightsError, match="no tensors by name"):
-        read_state_dict(tmp_path / "file.pt", "mine")
 
 
 def test_other_containers_of_the_same_tensors(tmp_path):
@@ -152,12 +138,10 @@ def test_other_containers_of_the_same_tensors(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (lambda s: s.pop("ln_final.bias"), r"1 missing: text_model\.final_layer_norm\.bias"),
-        (lambda s: s.update(score_predictor=torch.zeros(1)), "1 unexpected: score_predictor"),
-        (lambda s: s.update({"visual.ln_pre.bias": torch.zeros(3)}), r"pre_layrnorm\.bias \(3,\) instead of \(160,\)"),
-        (lambda s: s.pop("visual.transformer.resblocks.0.attn.in_proj_bias"), r"3 missing: .*q_proj\.bias"),
-        (lambda s: s.pop("visual.conv1.weight"), r"no checkpoint in OpenCLIP's layout: it has no 'visual.conv1.weight'"),
-        (lambda s: s.update({"visual.positional_embedding": torch.zeros(18, 160)}), "18 positions.*not a ViT-H-14"),
+        (lambda s: s.pop("ln_final.bias"), r'Missing .*"text_model\.final_layer_norm\.bias"'),
+        (lambda s: s.update(score_predictor=torch.zeros(1)), "Unexpected .*score_predictor"),
+        (lambda s: s.update({"visual.ln_pre.bias": torch.zeros(3)}), r"size mismatch for .*pre_layrnorm\.bias"),
+        (lambda s: s.pop("visual.transformer.resblocks.0.attn.in_proj_bias"), r"Missing .*q_proj\.bias"),
     ],
 )
 def test_hpsv2_with_other_keys(tmp_path, edit, named):
@@ -169,10 +153,9 @@ def test_hpsv2_with_other_keys(tmp_path, edit, named):
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (lambda s: s.pop("blip.visual_encoder.norm.bias"), r"1 missing: vision\.post_layernorm\.bias"),
-        (lambda s: s.pop("blip.text_encoder.encoder.layer.1.crossattention.self.key.bias"), "1 missing: text.*crossattention"),
-        (lambda s: s.update({"mlp.layers.9.bias": torch.zeros(1)}), r"1 unexpected: head\.layers\.9\.bias"),
-        (lambda s: s.pop("blip.visual_encoder.pos_embed"), "not ImageReward's checkpoint"),
+        (lambda s: s.pop("blip.visual_encoder.norm.bias"), r"Missing .*vision\.post_layernorm\.bias"),
+        (lambda s: s.pop("blip.text_encoder.encoder.layer.1.crossattention.self.key.bias"), "Missing .*text.*crossattention"),
+        (lambda s: s.update({"mlp.layers.9.bias": torch.zeros(1)}), r"Unexpected .*head\.layers\.9\.bias"),
     ],
 )
 def test_image_reward_with_other_keys(tmp_path, edit, named):
@@ -181,17 +164,10 @@ def test_image_reward_with_other_keys(tmp_path, edit, named):
         ImageReward.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", '{"hidden_size": 48}', "\x00"])
-def test_image_reward_with_another_text_configuration(tmp_path, content):
-    (tiny_rewards.image_reward_folder(tmp_path) / "med_config.json").write_text(content)
-    with pytest.raises(WeightsError, match=r"med_config\.json"):
-        ImageReward.from_pretrained(tmp_path)
-
-
 def test_a_head_for_another_embedding(tmp_path):
     tiny_rewards.aesthetic_folder(tmp_path)
     change(tmp_path / "sac+logos+ava1-l14-linearMSE.pth", lambda s: s.update({"layers.0.weight": torch.zeros(1024, 768)}))
-    with pytest.raises(WeightsError, match=r"layers\.0\.weight \(1024, 768\) instead of \(1024, 24\)"):
+    with pytest.raises(WeightsError, match=r"size mismatch for layers\.0\.weight"):
         AestheticScore.from_pretrained(tmp_path)
 
 
@@ -213,14 +189,6 @@ def test_a_classifier_whose_processor_has_a_foreign_step(tmp_path):
     with pytest.raises(WeightsError, match="resample=1.*pass preprocess="):
         ClassifierScore.from_pretrained(tmp_path, 0)
     assert ClassifierScore.from_pretrained(tmp_path, 0, preprocess=torch.nn.Identity()).target == 0
-
-
-def test_left_over_keys_may_be_named():
-    module = torch.nn.Linear(1, 1)
-    state = {**module.state_dict(), "attn_mask": torch.zeros(1)}
-    load_strictly(module, state, "file.pt", "mine", unused=("attn_.*",))
-    with pytest.raises(WeightsError, match="1 unexpected: attn_mask"):
-        load_strictly(module, state, "file.pt", "mine", unused=("attn",))
 
 
 # ---- where the parts come from ----
@@ -248,13 +216,6 @@ def test_hub_ids_and_paths_are_told_apart(tmp_path, monkeypatch):
     assert [is_local(name) for name in ("gpt2", "org/name-v1.0", "nowhere/else")] == [False] * 3
 
 
-def test_the_file_itself_can_be_named(tmp_path):
-    path = tiny_rewards.hpsv2_folder(tmp_path) / "HPS_v2.1_compressed.pt"
-    other = path.rename(tmp_path / "mine.pt")
-    assert find_file(other, "HPS_v2.1_compressed.pt", "hpsv2") == other
-    assert HPSv2.from_pretrained(other).__name__ == "hpsv2.1"
-
-
 def test_parts_can_be_elsewhere(tmp_path):
     """PickScore's repository has the model alone; its processor is another's."""
     tiny_rewards.clip_folder(tmp_path / "model", parts=False)
@@ -263,35 +224,25 @@ def test_parts_can_be_elsewhere(tmp_path):
     assert reward(tiny_rewards.squares(), tiny_rewards.PROMPTS, ({},) * 3).isfinite().all()
 
 
-def test_an_unknown_version_of_hpsv2():
-    with pytest.raises(ValueError, match=r"version='v3': must be v2\.0 or v2\.1"):
-        HPSv2.from_pretrained(version="v3")
-
-
 # ---- by name ----
 
 
 @pytest.mark.parametrize(
     ("name", "folder", "kind"),
     [
+        ("hpsv2", lambda folder: tiny_rewards.hpsv2_folder(folder, "HPS_v2_compressed.pt"), HPSv2),
+        ("hpsv2.1", lambda folder: tiny_rewards.hpsv2_folder(folder, "mine.pt") / "mine.pt", HPSv2),
         ("aesthetic", tiny_rewards.aesthetic_folder, AestheticScore),
         ("clip_score", tiny_rewards.clip_folder, CLIPScore),
-        ("hpsv2", lambda folder: tiny_rewards.hpsv2_folder(folder, "HPS_v2_compressed.pt"), HPSv2),
-        ("hpsv2.1", tiny_rewards.hpsv2_folder, HPSv2),
         ("image_reward", tiny_rewards.image_reward_folder, ImageReward),
         ("pickscore", tiny_rewards.clip_folder, PickScore),
     ],
 )
 def test_rewards_are_loaded_by_name(tmp_path, name, folder, kind):
+    """From a folder, or the file itself."""
     reward = load_reward(f"{name}:{folder(tmp_path / 'weights')}")
     assert type(reward) is kind
     assert reward.__name__ == name
-    assert name in named.NAMES
-
-
-def test_every_name_is_tried_above():
-    tried = {mark.args[1][row][0] for mark in test_rewards_are_loaded_by_name.pytestmark for row in range(len(mark.args[1]))}
-    assert tried == named.NEURAL.keys()
 
 
 def test_a_classifier_by_name(tmp_path):
@@ -301,11 +252,6 @@ def test_a_classifier_by_name(tmp_path):
     for name in ("classifier", "classifier:owl"):
         with pytest.raises(ValueError, match="classifier:SOURCE:CLASS"):
             load_reward(name)
-
-
-def test_a_name_without_a_source_takes_the_published_weights(offline):
-    with pytest.raises(WeightsError, match="yuvalkirstain/PickScore_v1"):
-        load_reward("pickscore")
 
 
 def test_an_unknown_name_lists_the_known():

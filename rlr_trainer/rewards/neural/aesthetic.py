@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward
 from rlr_trainer.rewards.neural.clip import CLIP_L14, image_embeddings
 from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor
-from rlr_trainer.rewards.neural.weights import companion, find_file, load_pretrained, load_strictly, read_state_dict
+from rlr_trainer.rewards.neural.weights import companion, find_file, load_model, load_strictly, read_state_dict
 
 
 class ScoreHead(nn.Module):
@@ -107,14 +107,9 @@ class AestheticScore(NeuralReward):
         from transformers import CLIPModel
 
         name = "aesthetic"
-        path = find_file(source, cls.FILES, name)
-        model = load_pretrained(CLIPModel, companion(source, clip, CLIP_L14, ("config.json",), "clip"), name)
+        path = find_file(source, name, *cls.FILES)
+        model = load_model(CLIPModel, companion(source, clip, CLIP_L14, ("config.json",), "clip"), name)
         head = ScoreHead(model.config.projection_dim)
         load_strictly(head, read_state_dict(path, name), path, name)
-        return cls(
-            model,
-            head,
-            ImagePreprocessor.torchvision_clip(model.config.vision_config.image_size, eight_bit=eight_bit),
-            name=name,
-            **options,
-        )
+        preprocess = ImagePreprocessor.torchvision_clip(model.config.vision_config.image_size, eight_bit=eight_bit)
+        return cls(model, head, preprocess, name=name, **options)

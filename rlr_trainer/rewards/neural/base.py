@@ -25,32 +25,27 @@ class PromptCache:
     Args:
         encode: prompts -> [N, D].
         size: prompts kept; the least recently used go first.
-
-    Attributes:
-        computed: prompts that went through `encode` so far.
     """
 
     def __init__(self, encode: Callable[[list[str]], Tensor], size: int = CACHED_PROMPTS) -> None:
         self.encode = encode
         self.size = size
-        self.computed = 0
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, prompts: Sequence[str], device: torch.device | str) -> Tensor:
         """[B, D], one row a prompt, on `device`; rows that were computed on another are brought there."""
-        rows = {prompt: self._kept.pop(prompt, None) for prompt in dict.fromkeys(prompts)}
-        new = [prompt for prompt, row in rows.items() if row is None]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
         with torch.no_grad():
             for start in range(0, len(new), PROMPTS_PER_PASS):
                 part = new[start : start + PROMPTS_PER_PASS]
-                rows |= zip(
-                    part, (row.clone() for row in self.encode(part)), strict=True
-                )  # a view would keep those of the whole part
-        self.computed += len(new)
-        self._kept.update(rows)  # type: ignore[arg-type]
+                for prompt, row in zip(part, self.encode(part), strict=True):
+                    self._kept[prompt] = row.clone()  # a view would keep the features of the whole part
+        for prompt in dict.fromkeys(prompts):
+            self._kept.move_to_end(prompt)
+        rows = torch.stack([self._kept[prompt].to(device) for prompt in prompts])
         while len(self._kept) > self.size:
             self._kept.popitem(last=False)
-        return torch.stack([rows[prompt].to(device) for prompt in prompts])  # type: ignore[union-attr]
+        return rows
 
 
 class ModelOptions(TypedDict, total=False):
@@ -136,33 +131,27 @@ class NeuralReward:
             ValueError: another number of prompts than images.
         """
         check_images(self.__name__, images)
-        if prompts is not None and len(prompts) != len(images):
-            raise ValueError(f"reward {self.__name__!r}: {len(prompts)} prompts for {len(images)} images")
-        if self.reads_prompts and prompts is None:
-            raise ValueError(f"reward {self.__name__!r}: scores pictures against prompts, so prompts=None will not do")
+        count = len(prompts or ())
+        if count != len(images) and (prompts is not None or self.reads_prompts):
+            raise ValueError(f"reward {self.__name__!r}: {count} prompts for {len(images)} images")
         if self.device is None and self.parameter.device != images.device:
             with torch.inference_mode(False):  # parameters made in inference mode could not enter a graph later
                 self.model.to(images.device)
         device = self.parameter.device
         with torch.autocast(device.type, enabled=False):
             conditions = self.conditions(prompts, metadata)
-            scores = [
-                self._pass(images[rows].to(device), None if conditions is None else conditions[rows])
-                for rows in self._rows(len(images))
-            ]
+            step = self.batch_size or len(images)
+            rows = [slice(start, start + step) for start in range(0, len(images), step)]
+            scores = [self._pass(images[part].to(device), None if conditions is None else conditions[part]) for part in rows]
         return torch.cat(scores).to(images.device)
 
-    def _rows(self, count: int) -> list[slice]:
-        step = self.batch_size or count
-        return [slice(start, start + step) for start in range(0, count, step)]
-
     def _pass(self, images: Tensor, conditions: Tensor | None) -> Tensor:
-        if self.recompute and torch.is_grad_enabled() and images.requires_grad:
-            return checkpoint(self._forward, images, conditions, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
-        return self._forward(images, conditions)
+        def scores(images: Tensor) -> Tensor:
+            return self.score(self.preprocess(images).to(self.parameter.dtype), conditions)
 
-    def _forward(self, images: Tensor, conditions: Tensor | None) -> Tensor:
-        return self.score(self.preprocess(images).to(self.parameter.dtype), conditions)
+        if self.recompute and torch.is_grad_enabled() and images.requires_grad:
+            return checkpoint(scores, images, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+        return scores(images)
 
     @property
     def parameter(self) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward
-from rlr_trainer.rewards.neural.weights import load_pretrained
+from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor
+from rlr_trainer.rewards.neural.weights import load_model, load_pretrained
 
 
 class ClassifierScore(NeuralReward):
@@ -53,12 +54,7 @@ class ClassifierScore(NeuralReward):
             raise ValueError(f"output={output!r}: must be one of {', '.join(self.OUTPUTS)}")
         if (target is None) == (target_key is None):
             raise ValueError(f"target={target!r}, target_key={target_key!r}: give exactly one of them")
-        super().__init__(
-            model,
-            preprocess if preprocess is not None else nn.Identity(),
-            name=name,
-            **options,
-        )
+        super().__init__(model, preprocess if preprocess is not None else nn.Identity(), name=name, **options)
         self.output = output
         self.target_key = target_key
         self.labels = dict(getattr(getattr(model, "config", None), "label2id", None) or {}) if labels is None else dict(labels)
@@ -98,33 +94,24 @@ class ClassifierScore(NeuralReward):
         source: str | Path,
         target: int | str | None = None,
         *,
-        target_key: str | None = None,
-        output: str = "probability",
         preprocess: Callable[[Tensor], Tensor] | None = None,
         name: str = "classifier",
         eight_bit: bool = False,
-        **options: Unpack[ModelOptions],
+        **options: Any,
     ) -> ClassifierScore:
         """Loads any transformers image classifier, with the steps of its image processor unless `preprocess` is given.
 
         Args:
             source: folder or hub id.
-            target, target_key, output, preprocess, name, options: as the class.
             eight_bit: see `ImagePreprocessor`.
+            options: target_key, output, labels, device, dtype, batch_size, recompute; these and the others as the class.
 
         Raises:
             WeightsError: something is missing or damaged, or the image processor has a step without a counterpart.
         """
         from transformers import AutoModelForImageClassification
 
-        from rlr_trainer.rewards.neural.clip import load_preprocessor
-
-        return cls(
-            load_pretrained(AutoModelForImageClassification, source, name),
-            target,
-            target_key=target_key,
-            output=output,
-            preprocess=preprocess if preprocess is not None else load_preprocessor(source, name, eight_bit),
-            name=name,
-            **options,
-        )
+        model = load_model(AutoModelForImageClassification, source, name)
+        if preprocess is None:
+            preprocess = load_pretrained(ImagePreprocessor, source, name, eight_bit=eight_bit)
+        return cls(model, target, preprocess=preprocess, name=name, **options)

@@ -13,16 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward, PromptCache, token_ids
-from rlr_trainer.rewards.neural.open_clip import convert_open_clip, open_clip_model
+from rlr_trainer.rewards.neural.open_clip import VIT_H_14, convert_open_clip
 from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor
-from rlr_trainer.rewards.neural.weights import companion, find_file, load_pretrained, load_strictly, load_tokenizer, read_state_dict
+from rlr_trainer.rewards.neural.weights import (
+    companion,
+    find_file,
+    load_model,
+    load_pretrained,
+    load_strictly,
+    load_tokenizer,
+    read_state_dict,
+)
 
 CLIP_L14 = "openai/clip-vit-large-patch14"
 CLIP_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -33,12 +41,6 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 def image_embeddings(model: Any, pixels: Tensor) -> Tensor:
     """Unit embeddings [B, D], at least float32, of pixels [B, 3, h, w], by a transformers `CLIPModel`."""
     return _unit(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
-
-
-def text_embeddings(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Unit embeddings [B, D], at least float32, of tokens [B, L], by a transformers `CLIPModel`."""
-    hidden = model.text_model(input_ids=input_ids, attention_mask=attention_mask)
-    return _unit(model.text_projection(hidden.pooler_output))
 
 
 def _unit(embeddings: Tensor) -> Tensor:
@@ -57,13 +59,7 @@ class CosineReward(NeuralReward):
     reads_prompts = True
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        preprocess: Callable[[Tensor], Tensor],
-        *,
-        name: str,
-        **options: Unpack[ModelOptions],
+        self, model: Any, tokenizer: Any, preprocess: Callable[[Tensor], Tensor], *, name: str, **options: Unpack[ModelOptions]
     ) -> None:
         self.logit_scale = float(model.logit_scale.detach().exp())  # before the model may become bfloat16: 99 there instead of 100
         super().__init__(model, preprocess, name=name, **options)
@@ -84,90 +80,81 @@ class CosineReward(NeuralReward):
     def _encode(self, prompts: list[str]) -> Tensor:
         length = self.model.config.text_config.max_position_embeddings
         tokens = token_ids(self.tokenizer, prompts, length, pad_to_length=False).to(self.parameter.device)
-        return text_embeddings(self.model, tokens["input_ids"], tokens["attention_mask"])
+        hidden = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return _unit(self.model.text_projection(hidden.pooler_output))
 
 
-class CLIPScore(CosineReward):
+class _TransformersCosine(CosineReward):
+    """A CLIP model in transformers' layout.
+
+    Attributes:
+        NAME: of the metric.
+        HUB_ID: of the published weights.
+        PARTS: hub id of the tokenizer and the image processor where the weights have none beside them; None: that of the weights.
+    """
+
+    NAME: str
+    HUB_ID: str
+    PARTS: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        *,
+        processor: str | Path | None = None,
+        eight_bit: bool = False,
+        **options: Unpack[ModelOptions],
+    ) -> Self:
+        """Loads a transformers CLIP model with its tokenizer and image processor.
+
+        Args:
+            source: folder or hub id of the weights; None: the published ones.
+            processor: folder or hub id of tokenizer and image processor; None: `source`, if it is a folder that has them, else
+                those that the published weights were trained with.
+            eight_bit: see `ImagePreprocessor`.
+            options: device, dtype, batch_size, recompute; see `NeuralReward`.
+
+        Raises:
+            WeightsError: something is missing or damaged.
+        """
+        from transformers import AutoTokenizer, CLIPModel
+
+        source = cls.HUB_ID if source is None else source
+        model = load_model(CLIPModel, source, cls.NAME)
+        words, pixels = (
+            companion(source, processor, cls.PARTS or str(source), files) for files in (TOKENIZER_FILES, PROCESSOR_FILES)
+        )
+        return cls(
+            model,
+            load_tokenizer(AutoTokenizer, words, cls.NAME, model.config.text_config.vocab_size),
+            load_pretrained(ImagePreprocessor, pixels, cls.NAME, eight_bit=eight_bit),
+            name=cls.NAME,
+            **options,
+        )
+
+
+class CLIPScore(_TransformersCosine):
     """CLIP score: max(100 cos, 0), in [0, 100]; about 15 to 35 for pictures and prompts that belong together. Differentiable where
     the cosine is positive."""
 
+    NAME = "clip_score"
+    HUB_ID = CLIP_L14
     SCALE = 100.0
 
     def from_cosine(self, cosine: Tensor) -> Tensor:
         return (self.SCALE * cosine).clamp_min(0)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path = CLIP_L14,
-        *,
-        eight_bit: bool = False,
-        **options: Unpack[ModelOptions],
-    ) -> CLIPScore:
-        """Loads any transformers CLIP model with its tokenizer and image processor.
 
-        Args:
-            source: folder or hub id.
-            eight_bit: see `ImagePreprocessor`.
-            options: device, dtype, batch_size, recompute; see `NeuralReward`.
-
-        Raises:
-            WeightsError: something is missing or damaged.
-        """
-        from transformers import AutoTokenizer, CLIPModel
-
-        name = "clip_score"
-        model = load_pretrained(CLIPModel, source, name)
-        return cls(
-            model,
-            load_tokenizer(AutoTokenizer, source, model.config.text_config.vocab_size, name),
-            load_preprocessor(source, name, eight_bit),
-            name=name,
-            **options,
-        )
-
-
-class PickScore(CosineReward):
+class PickScore(_TransformersCosine):
     """PickScore: exp(logit_scale) cos, about 15 to 25 with the published weights (logit scale 100). Differentiable."""
 
+    NAME = "pickscore"
     HUB_ID = "yuvalkirstain/PickScore_v1"
+    PARTS = CLIP_H14
 
     def from_cosine(self, cosine: Tensor) -> Tensor:
         return self.logit_scale * cosine
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path = HUB_ID,
-        *,
-        processor: str | Path | None = None,
-        eight_bit: bool = False,
-        **options: Unpack[ModelOptions],
-    ) -> PickScore:
-        """Loads a transformers CLIP model, and the tokenizer and image processor of the model that it was fine-tuned from.
-
-        Args:
-            source: folder or hub id of the weights.
-            processor: folder or hub id of tokenizer and image processor; None: `source`, if it is a folder that has them, else
-                the published laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
-            eight_bit: see `ImagePreprocessor`.
-            options: device, dtype, batch_size, recompute; see `NeuralReward`.
-
-        Raises:
-            WeightsError: something is missing or damaged.
-        """
-        from transformers import AutoTokenizer, CLIPModel
-
-        name = "pickscore"
-        model = load_pretrained(CLIPModel, source, name)
-        words = companion(source, processor, CLIP_H14, TOKENIZER_FILES)
-        return cls(
-            model,
-            load_tokenizer(AutoTokenizer, words, model.config.text_config.vocab_size, name),
-            load_preprocessor(companion(source, processor, CLIP_H14, PROCESSOR_FILES), name, eight_bit),
-            name=name,
-            **options,
-        )
 
 
 class HPSv2(CosineReward):
@@ -179,6 +166,7 @@ class HPSv2(CosineReward):
     HUB_ID = "xswu/HPSv2"
     NAMES = {"v2.0": "hpsv2", "v2.1": "hpsv2.1"}
     FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+    CONFIG = VIT_H_14
 
     @classmethod
     def from_pretrained(
@@ -203,30 +191,18 @@ class HPSv2(CosineReward):
             ValueError: another version.
             WeightsError: something is missing, damaged, or not in OpenCLIP's layout.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
         if version not in cls.FILES:
             raise ValueError(f"version={version!r}: must be {' or '.join(cls.FILES)}")
         name = cls.NAMES[version]
-        path = find_file(source, cls.FILES[version], name)
-        state = read_state_dict(path, name)
-        vocabulary = len(state.get("token_embedding.weight", ()))
-        words = load_tokenizer(AutoTokenizer, companion(source, tokenizer, CLIP_H14, TOKENIZER_FILES), vocabulary, name)
-        model = open_clip_model(state, path, name, end_of_text=words.eos_token_id)
-        load_strictly(model, convert_open_clip(state), path, name, unused=("attn_mask", r".*position_ids"))
-        return cls(
-            model,
-            words,
-            ImagePreprocessor.hpsv2(model.config.vision_config.image_size, eight_bit=eight_bit),
-            name=name,
-            **options,
-        )
-
-
-def load_preprocessor(source: str | Path, reward: str, eight_bit: bool) -> ImagePreprocessor:
-    """The steps of a source's image processor.
-
-    Raises:
-        WeightsError: it has none, or one with a step that has no differentiable counterpart.
-    """
-    return load_pretrained(ImagePreprocessor, source, reward, eight_bit=eight_bit)
+        path = find_file(source, name, cls.FILES[version])
+        text, place = cls.CONFIG["text_config"], companion(source, tokenizer, CLIP_H14, TOKENIZER_FILES)
+        words = load_tokenizer(AutoTokenizer, place, name, text["vocab_size"])
+        end = words.eos_token_id  # its position gives the text's embedding
+        tokens = {"bos_token_id": words.bos_token_id, "eos_token_id": end, "pad_token_id": end}
+        model = CLIPModel(CLIPConfig(**cls.CONFIG | {"text_config": text | tokens}))
+        state = convert_open_clip(read_state_dict(path, name))
+        load_strictly(model, state, path, name, unused=r"attn_mask|.*position_ids")
+        preprocess = ImagePreprocessor.hpsv2(cls.CONFIG["vision_config"]["image_size"], eight_bit=eight_bit)
+        return cls(model, words, preprocess, name=name, **options)

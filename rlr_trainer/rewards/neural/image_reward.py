@@ -1,22 +1,13 @@
 """ImageReward (arXiv:2304.05977): BLIP's text encoder reads the prompt with cross-attention to the picture; a head scores its first token.
 
-The published checkpoint (github.com/THUDM/ImageReward, ImageReward/ImageReward.py) has the layout of the original BLIP code:
-
-| checkpoint                                                | transformers                                                  |
-|-----------------------------------------------------------|---------------------------------------------------------------|
-| blip.visual_encoder.{cls_token,pos_embed,patch_embed.proj} | BlipVisionModel embeddings.{class_,position_,patch_}embedding |
-| blip.visual_encoder.blocks.N.{norm1,attn.qkv,attn.proj}    | encoder.layers.N.{layer_norm1,self_attn.qkv,self_attn.projection} |
-| blip.visual_encoder.blocks.N.{norm2,mlp.fc1,mlp.fc2}, norm | encoder.layers.N.{layer_norm2,mlp.fc1,mlp.fc2}, post_layernorm |
-| blip.text_encoder.*                                        | BlipTextModel, the same names                                 |
-| mlp.layers.N                                               | `ScoreHead`, the same names                                   |
-| blip.vision_proj, blip.text_proj                           | not used by the reward                                        |
+The published checkpoint (github.com/THUDM/ImageReward, ImageReward/ImageReward.py) has the layout of the original BLIP code. The text
+encoder's names are those of transformers; the projections of BLIP, vision_proj and text_proj, are not used by the reward.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -26,28 +17,53 @@ from torch import Tensor, nn
 from rlr_trainer.rewards.neural.aesthetic import ScoreHead, cast_all_but_head
 from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward, PromptCache, token_ids
 from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor
-from rlr_trainer.rewards.neural.weights import WeightsError, companion, find_file, load_strictly, load_tokenizer, read_state_dict
+from rlr_trainer.rewards.neural.weights import (
+    WeightsError,
+    companion,
+    find_file,
+    load_strictly,
+    load_tokenizer,
+    read_state_dict,
+    rename,
+)
 
 # The head's mean and standard deviation over the reference's data: the reward is standardised by them.
 SCORE_MEAN = 0.16717362830052426
 SCORE_STD = 1.0333394966054072
 PROMPT_TOKENS = 35
-VISION_HEAD_WIDTH = 64  # channels of an attention head of BLIP's ViT, base and large
-VISION_NORM_EPS = 1e-6
 BERT = "google-bert/bert-base-uncased"
 BERT_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
-UNUSED_KEYS = (r"(vision|text)_proj\.(weight|bias)", r"text\.embeddings\.position_ids")
+UNUSED_KEYS = r"(vision|text)_proj\.(weight|bias)|text\.embeddings\.position_ids"
+VIT_L_16: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+}
+TEXT_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "hidden_act", "layer_norm_eps", "pad_token_id",
+)  # fmt: skip
 
-_VISION_NAMES = (
-    (r"cls_token", "embeddings.class_embedding"),
-    (r"pos_embed", "embeddings.position_embedding"),
-    (r"patch_embed\.proj\.(.+)", r"embeddings.patch_embedding.\1"),
-    (r"blocks\.(\d+)\.norm([12])\.(.+)", r"encoder.layers.\1.layer_norm\2.\3"),
-    (r"blocks\.(\d+)\.attn\.qkv\.(.+)", r"encoder.layers.\1.self_attn.qkv.\2"),
-    (r"blocks\.(\d+)\.attn\.proj\.(.+)", r"encoder.layers.\1.self_attn.projection.\2"),
-    (r"blocks\.(\d+)\.mlp\.(.+)", r"encoder.layers.\1.mlp.\2"),
-    (r"norm\.(.+)", r"post_layernorm.\1"),
-)
+# BLIP's names -> those of `ImageRewardModel`.
+BLIP_NAMES = {
+    r"^blip\.visual_encoder\.": "vision.",
+    r"^blip\.text_encoder\.": "text.",
+    r"^blip\.": "",
+    r"^mlp\.": "head.",
+    r"^vision\.cls_token$": "vision.embeddings.class_embedding",
+    r"^vision\.pos_embed$": "vision.embeddings.position_embedding",
+    r"^vision\.patch_embed\.proj\.": "vision.embeddings.patch_embedding.",
+    r"^vision\.blocks\.": "vision.encoder.layers.",
+    r"\.norm([12])\.": r".layer_norm\1.",
+    r"\.attn\.qkv\.": ".self_attn.qkv.",
+    r"\.attn\.proj\.": ".self_attn.projection.",
+    r"^vision\.norm\.": "vision.post_layernorm.",
+}
 
 
 class ImageRewardModel(nn.Module):
@@ -79,22 +95,14 @@ class ImageReward(NeuralReward):
     HUB_ID = "THUDM/ImageReward"
     FILE = "ImageReward.pt"
     TEXT_CONFIG = "med_config.json"
+    VISION = VIT_L_16
     reads_prompts = True
 
     def __init__(
-        self,
-        model: ImageRewardModel,
-        tokenizer: Any,
-        *,
-        eight_bit: bool = False,
-        **options: Unpack[ModelOptions],
+        self, model: ImageRewardModel, tokenizer: Any, *, eight_bit: bool = False, **options: Unpack[ModelOptions]
     ) -> None:
-        super().__init__(
-            model,
-            ImagePreprocessor.torchvision_clip(model.vision.config.image_size, eight_bit=eight_bit),
-            name="image_reward",
-            **options,
-        )
+        preprocess = ImagePreprocessor.torchvision_clip(model.vision.config.image_size, eight_bit=eight_bit)
+        super().__init__(model, preprocess, name="image_reward", **options)
         self.tokenizer = tokenizer
         self.prompt_cache = PromptCache(self._tokens)
 
@@ -131,83 +139,42 @@ class ImageReward(NeuralReward):
             options: device, dtype, batch_size, recompute; see `NeuralReward`.
 
         Raises:
-            WeightsError: something is missing or damaged, or the checkpoint has another layout.
+            WeightsError: something is missing, damaged, or not in BLIP's layout.
         """
         from transformers import BertTokenizer
 
         name = "image_reward"
-        path = find_file(source, cls.FILE, name)
-        config = find_file(path.parent if path == Path(source).expanduser() else source, cls.TEXT_CONFIG, name)
-        state = convert_blip(read_state_dict(path, name))
-        model = build_model(state, config, path)
-        words = companion(source, tokenizer, BERT, BERT_FILES)
+        path = find_file(source, name, cls.FILE)
+        config = find_file(path.parent if path == Path(source).expanduser() else source, name, cls.TEXT_CONFIG)
+        state = rename(read_state_dict(path, name), BLIP_NAMES)
+        model = build_model(cls.VISION, config)
         load_strictly(model, state, path, name, unused=UNUSED_KEYS)
-        return cls(
-            model,
-            load_tokenizer(BertTokenizer, words, model.text.config.vocab_size, name),
-            **options,
-            eight_bit=eight_bit,
-        )
+        place = companion(source, tokenizer, BERT, BERT_FILES)
+        words = load_tokenizer(BertTokenizer, place, name, model.text.config.vocab_size)
+        return cls(model, words, eight_bit=eight_bit, **options)
 
 
-def convert_blip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The checkpoint's tensors under the names of `ImageRewardModel`; a key outside the layout keeps its name."""
-    converted = {}
-    for key, value in state.items():
-        if key.startswith("blip.visual_encoder."):
-            key = f"vision.{_vision_name(key.removeprefix('blip.visual_encoder.'))}"
-        elif key.startswith("blip.text_encoder."):
-            key = f"text.{key.removeprefix('blip.text_encoder.')}"
-        elif key.startswith("mlp."):
-            key = f"head.{key.removeprefix('mlp.')}"
-        else:
-            key = key.removeprefix("blip.")
-        converted[key] = value
-    return converted
+def build_model(vision: dict[str, Any], config: Path) -> ImageRewardModel:
+    """An `ImageRewardModel`, not yet loaded.
 
-
-def _vision_name(name: str) -> str:
-    for pattern, replacement in _VISION_NAMES:
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, replacement, name)
-    return name
-
-
-def build_model(state: Mapping[str, Tensor], config: Path, path: Path) -> ImageRewardModel:
-    """An `ImageRewardModel`, not yet loaded: the text encoder as med_config.json says, the vision encoder of the tensors' sizes.
+    Args:
+        vision: options of `BlipVisionConfig`.
+        config: med_config.json, which describes the text encoder.
 
     Raises:
-        WeightsError: the configuration is no JSON, or the tensors have another layout.
+        WeightsError: the file is no such configuration.
     """
     from transformers import BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.configuration_blip import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     try:
-        width, _, patch, _ = state["vision.embeddings.patch_embedding.weight"].shape
-        positions = state["vision.embeddings.position_embedding"].shape[1]
-        hidden = len(state["vision.encoder.layers.0.mlp.fc1.bias"])
         med = json.loads(config.read_text())
-        text = {
-            key: med[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        }
-        text |= {key: med[key] for key in ("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id")}
-    except (KeyError, ValueError, UnicodeDecodeError) as error:
+        text = {key: med[key] for key in TEXT_SIZES}
+    except (KeyError, ValueError) as error:
         raise WeightsError(
-            f"reward 'image_reward': {str(path)!r} and {str(config)!r} are not ImageReward's checkpoint and text configuration: "
-            f"{type(error).__name__} {error}"
+            f"reward 'image_reward': {str(config)!r} is not ImageReward's text configuration: {type(error).__name__} {error}"
         ) from error
-    layers = {int(found[1]) for found in map(re.compile(r"vision\.encoder\.layers\.(\d+)\..+").fullmatch, state) if found}
-    vision = BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=hidden,
-        num_hidden_layers=1 + max(layers),
-        num_attention_heads=width // VISION_HEAD_WIDTH,
-        image_size=round((positions - 1) ** 0.5) * patch,
-        patch_size=patch,
-        hidden_act="gelu",
-        layer_norm_eps=VISION_NORM_EPS,
-    )
     special = {"bos_token_id": med["vocab_size"] - 2, "sep_token_id": None, "eos_token_id": None}
-    text_config = BlipTextConfig(**text, **special, encoder_hidden_size=width, is_decoder=True, use_cache=False)
-    return ImageRewardModel(BlipVisionModel(vision), BlipTextModel(text_config, add_pooling_layer=False))
+    text_config = BlipTextConfig(**text, **special, encoder_hidden_size=vision["hidden_size"], is_decoder=True, use_cache=False)
+    return ImageRewardModel(BlipVisionModel(BlipVisionConfig(**vision)), BlipTextModel(text_config, add_pooling_layer=False))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-# Name -> (module, class, options of its from_pretrained).
-NEURAL: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "aesthetic": ("aesthetic", "AestheticScore", {}),
-    "clip_score": ("clip", "CLIPScore", {}),
-    "hpsv2": ("clip", "HPSv2", {"version": "v2.0"}),
-    "hpsv2.1": ("clip", "HPSv2", {"version": "v2.1"}),
-    "image_reward": ("image_reward", "ImageReward", {}),
-    "pickscore": ("clip", "PickScore", {}),
+# Name -> (class of rlr_trainer.rewards, options of its from_pretrained).
+NEURAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "aesthetic": ("AestheticScore", {}),
+    "clip_score": ("CLIPScore", {}),
+    "hpsv2": ("HPSv2", {"version": "v2.0"}),
+    "hpsv2.1": ("HPSv2", {"version": "v2.1"}),
+    "image_reward": ("ImageReward", {}),
+    "pickscore": ("PickScore", {}),
 }
 CLASSIFIER = "classifier"
 NAMES = (*NEURAL, CLASSIFIER)
@@ -30,16 +29,13 @@ def load_named(name: str) -> Any:
         ValueError: a classifier without a source and a class.
         WeightsError: something is missing or damaged.
     """
-    kind, _, source = name.partition(":")
-    if kind == CLASSIFIER:
-        from rlr_trainer.rewards.neural.classifier import ClassifierScore
+    from rlr_trainer import rewards
 
-        folder, _, target = source.rpartition(":")
-        if not folder or not target:
-            raise ValueError(
-                f"reward={name!r}: must be classifier:SOURCE:CLASS, with a folder or hub id and a class's number or label"
-            )
-        return ClassifierScore.from_pretrained(folder, int(target) if target.isdigit() else target)
-    module, reward, options = NEURAL[kind]
-    load = getattr(importlib.import_module(f"rlr_trainer.rewards.{module}"), reward).from_pretrained
-    return load(source, **options) if source else load(**options)
+    kind, _, source = name.partition(":")
+    if kind != CLASSIFIER:
+        reward, options = NEURAL[kind]
+        return getattr(rewards, reward).from_pretrained(*filter(None, [source]), **options)
+    folder, _, target = source.rpartition(":")
+    if not folder or not target:
+        raise ValueError(f"reward={name!r}: must be classifier:SOURCE:CLASS, with a folder or hub id and a class's number or label")
+    return rewards.ClassifierScore.from_pretrained(folder, int(target) if target.isdigit() else target)

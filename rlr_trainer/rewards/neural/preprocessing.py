@@ -14,6 +14,8 @@ Shape suffixes: B pictures, C = 3 colours, H x W pixels.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -34,13 +36,8 @@ class ImageRangeError(ValueError):
 
 def check_images(name: str, images: Tensor) -> None:
     """Raises `ImageRangeError` unless the images are a float tensor [B, 3, H, W] in [0, 1]; `name` is the reward's."""
-    if (
-        not isinstance(images, Tensor)
-        or not images.is_floating_point()
-        or images.ndim != 4
-        or images.shape[1] != 3
-        or not len(images)
-    ):
+    is_float = isinstance(images, Tensor) and images.is_floating_point()
+    if not is_float or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ImageRangeError(
             f"reward {name!r}: images is {found}, but must be a floating-point tensor [B, 3, H, W] in [0, 1]; divide 8-bit pictures "
@@ -56,17 +53,16 @@ def check_images(name: str, images: Tensor) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ImagePreprocessor:
-    """Resize, crop or pad, normalise: [B, 3, H, W] in [0, 1] -> [B, 3, h, w], differentiable.
+    """Resize, crop or pad, normalize: [B, 3, H, W] in [0, 1] -> [B, 3, h, w], differentiable.
 
     Attributes:
-        size: pixels of the resized picture, or (height, width) for `fit="exact"`.
-        fit: "shortest": the shorter side becomes `size`; "longest": the longer one, and black is added on both sides to a square;
-            "exact": both sides as given, whatever the aspect ratio.
+        size: of the resized picture: a number for its shorter side, or (height, width) whatever the aspect ratio.
+        pad: the number is for the longer side instead, and black is added on both sides to a square.
         crop: (height, width) cut out of the middle, or None.
-        crop_offset: where the middle is when an odd number of pixels is cut: "floor" as transformers does, "round" (half to even)
-            as torchvision does. They differ by one pixel.
+        middle: the middle's first pixel when an odd number is cut: `math.floor` as transformers has it, `round` (half to even) as
+            torchvision. They differ by one pixel.
         resample: "bicubic" or "bilinear", both antialiased.
-        mean, std: per colour, on the scale of [0, 1]; None for none.
+        mean, std: per colour, on the scale of [0, 1].
         clip: cut values outside [0, 1] that the bicubic kernel makes at edges, after each pass, as PIL does with 8-bit pictures.
         eight_bit: round to multiples of 1/255 wherever the reference does (the picture itself; with `clip` also after each pass of
             the resize). The values are then the reference's, but for ties (Pillow 13 also rounds elsewhere where it squeezes a
@@ -74,24 +70,24 @@ class ImagePreprocessor:
     """
 
     size: int | tuple[int, int]
-    fit: Literal["shortest", "longest", "exact"] = "shortest"
+    pad: bool = False
     crop: tuple[int, int] | None = None
-    crop_offset: Literal["floor", "round"] = "floor"
+    middle: Callable[[float], int] = math.floor
     resample: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: tuple[float, ...] | None = CLIP_MEAN
-    std: tuple[float, ...] | None = CLIP_STD
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
     clip: bool = True
     eight_bit: bool = False
 
     @classmethod
     def torchvision_clip(cls, size: int, *, eight_bit: bool = False) -> ImagePreprocessor:
         """Resize(size, bicubic), CenterCrop(size), Normalize of a PIL picture: OpenAI's CLIP package and ImageReward."""
-        return cls(size=size, crop=(size, size), crop_offset="round", eight_bit=eight_bit)
+        return cls(size=size, crop=(size, size), middle=round, eight_bit=eight_bit)
 
     @classmethod
     def hpsv2(cls, size: int, *, eight_bit: bool = False) -> ImagePreprocessor:
         """HPSv2's inference transform: the longer side to `size`, black padding; resized as a float tensor, so nothing is clipped."""
-        return cls(size=size, fit="longest", clip=False, eight_bit=eight_bit)
+        return cls(size=size, pad=True, clip=False, eight_bit=eight_bit)
 
     @classmethod
     def from_processor(cls, processor: Any, source: str, *, eight_bit: bool = False) -> ImagePreprocessor:
@@ -106,24 +102,23 @@ class ImagePreprocessor:
             wrong.append("rescale_factor")
         if getattr(processor, "resample", 3) not in PIL_RESAMPLE:
             wrong.append("resample")
-        if wrong:
+        size = _sides(processor.size)
+        if size is None:
+            wrong.append("size")
+        crop = _sides(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
+        if wrong or size is None:
             settings = ", ".join(f"{name}={getattr(processor, name)!r}" for name in wrong)
             raise ValueError(
                 f"image processor of {source!r} ({type(processor).__name__}): {settings} has no differentiable counterpart here; pass "
                 "preprocess=, a function from images [B, 3, H, W] in [0, 1] to the model's pixels"
             )
-        size = _sides(processor.size, source)
-        crop = _sides(processor.crop_size, source) if getattr(processor, "do_center_crop", False) else None
-        if isinstance(crop, int):
-            crop = (crop, crop)
-        normalize = getattr(processor, "do_normalize", True)
+        normalized = getattr(processor, "do_normalize", True)
         return cls(
             size=size,
-            fit="shortest" if isinstance(size, int) else "exact",
-            crop=crop,
+            crop=(crop, crop) if isinstance(crop, int) else crop,
             resample=PIL_RESAMPLE[processor.resample],
-            mean=tuple(processor.image_mean) if normalize else None,
-            std=tuple(processor.image_std) if normalize else None,
+            mean=tuple(processor.image_mean) if normalized else (0.0,),
+            std=tuple(processor.image_std) if normalized else (1.0,),
             eight_bit=eight_bit,
         )
 
@@ -143,49 +138,32 @@ class ImagePreprocessor:
         """Pixels [B, 3, h, w] in the images' dtype, at least float32 (a resize in half precision loses more than an 8-bit step)."""
         pixels = images_BCHW.to(torch.promote_types(images_BCHW.dtype, torch.float32))
         pixels = _round_to_8_bits(pixels) if self.eight_bit else pixels
-        pixels = self._resize(pixels, self._target(pixels.shape[-2:]))
-        if self.fit == "longest":
-            pixels = _pad_to_square(pixels, self._one_size())
-        if self.crop is not None:
-            pixels = self._center_crop(pixels, self.crop)
-        if self.mean is not None and self.std is not None:
-            mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-            pixels = (pixels - mean) / std
-        return pixels
-
-    def _one_size(self) -> int:
-        if isinstance(self.size, int):
-            return self.size
-        raise ValueError(f"size={self.size!r}: fit={self.fit!r} takes one number")
-
-    def _target(self, shape: torch.Size) -> tuple[int, int]:
-        height, width = shape
-        if self.fit == "exact":
-            return (self.size, self.size) if isinstance(self.size, int) else self.size
-        size = self._one_size()
-        if self.fit == "longest":
-            scale = size / max(height, width)
-            return round(height * scale), round(width * scale)
-        if height <= width:
-            return size, int(size * width / height)
-        return int(size * height / width), size
-
-    def _resize(self, pixels: Tensor, target: tuple[int, int]) -> Tensor:
+        target = self._target(*pixels.shape[-2:])
         for shape in ((pixels.shape[-2], target[1]), target):  # PIL: across first, then down
             if tuple(pixels.shape[-2:]) != shape:
                 pixels = F.interpolate(pixels, size=shape, mode=self.resample, antialias=True)
                 pixels = pixels.clamp(0, 1) if self.clip else pixels
                 pixels = _round_to_8_bits(pixels) if self.clip and self.eight_bit else pixels
-        return pixels
+        if self.pad:
+            down, across = max(target) - target[0], max(target) - target[1]
+            pixels = F.pad(pixels, (across // 2, across - across // 2, down // 2, down - down // 2))
+        if self.crop is not None:
+            if target[0] < self.crop[0] or target[1] < self.crop[1]:
+                raise ValueError(f"crop={self.crop}: larger than the resized picture of {target} pixels; size is {self.size}")
+            top, left = (self.middle((side - cut) / 2) for side, cut in zip(target, self.crop, strict=True))
+            pixels = pixels[..., top : top + self.crop[0], left : left + self.crop[1]]
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
-    def _center_crop(self, pixels: Tensor, crop: tuple[int, int]) -> Tensor:
-        surplus = [pixels.shape[-2] - crop[0], pixels.shape[-1] - crop[1]]
-        if min(surplus) < 0:
-            raise ValueError(
-                f"crop={crop}: larger than the resized picture of {tuple(pixels.shape[-2:])} pixels; size is {self.size}"
-            )
-        top, left = (round(s / 2) if self.crop_offset == "round" else s // 2 for s in surplus)
-        return pixels[..., top : top + crop[0], left : left + crop[1]]
+    def _target(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the resize."""
+        if isinstance(self.size, tuple):
+            return self.size
+        if self.pad:
+            scale = self.size / max(height, width)
+            return round(height * scale), round(width * scale)
+        short = min(height, width)
+        return int(self.size * height / short), int(self.size * width / short)
 
 
 def _round_to_8_bits(pixels: Tensor) -> Tensor:
@@ -193,17 +171,10 @@ def _round_to_8_bits(pixels: Tensor) -> Tensor:
     return pixels + ((pixels.detach() * 255 + 0.5).floor() / 255 - pixels.detach())
 
 
-def _pad_to_square(pixels: Tensor, size: int) -> Tensor:
-    height, width = size - pixels.shape[-2], size - pixels.shape[-1]
-    return F.pad(pixels, (width // 2, width - width // 2, height // 2, height - height // 2))
-
-
-def _sides(size: Any, source: str) -> int | tuple[int, int]:
-    """The shorter side, or (height, width), of a processor's size."""
-    sides = dataclasses.asdict(size) if dataclasses.is_dataclass(size) and not isinstance(size, type) else dict(size)
+def _sides(size: Any) -> int | tuple[int, int] | None:
+    """The shorter side, or (height, width), of a processor's size; None for another kind of size."""
+    sides = vars(size) if dataclasses.is_dataclass(size) else size
     given = {key: value for key, value in sides.items() if value is not None}
     if given.keys() == {"shortest_edge"}:
         return given["shortest_edge"]
-    if given.keys() == {"height", "width"}:
-        return given["height"], given["width"]
-    raise ValueError(f"image processor of {source!r}: size={given!r} must be a shortest_edge, or a height and a width")
+    return (given["height"], given["width"]) if given.keys() == {"height", "width"} else None

@@ -80,8 +80,8 @@ class QuestionReward:
         low, high = score_range
         if not low < high:
             raise ValueError(f"score_range={score_range}: must be (lowest, highest)")
-        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
-            raise ValueError(f"concurrency={concurrency!r}: must be a whole number of at least 1")
+        if concurrency < 1:
+            raise ValueError(f"concurrency={concurrency!r}: must be at least 1")
         self.client = JsonClient(url, timeout=timeout, retries=retries, backoff=backoff, token=token)
         if not self.client.url.endswith(CHAT_PATH):
             self.client.url += CHAT_PATH
@@ -114,10 +114,10 @@ class QuestionReward:
         """
         questions = [self._fill_in(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
         bodies = [self._body(question, picture) for question, picture in zip(questions, images, strict=True)]
-        answers = self._ask_all(bodies)
         rewards, texts = [], []
-        for choice in answers:
-            text = self._text(choice)
+        for choice in self._ask_all(bodies):
+            # what the model wrote; the reason instead when it refused
+            text = str(choice["message"].get("content") or choice["message"].get("refusal") or "")
             reward = self._read(text, choice)
             self._unreadable_in_a_row = 0 if reward is not None else self._unreadable_in_a_row + 1
             self._readable += reward is not None
@@ -147,48 +147,41 @@ class QuestionReward:
         return json.dumps({name: value for name, value in fields.items() if value is not None}).encode("ascii")
 
     def _ask_all(self, bodies: Sequence[bytes]) -> list[dict[str, Any]]:
-        """The first choice of each answer, in the order of the questions; the first failure ends the others' attempts."""
+        """The first choice of each answer, in the order of the questions; the first failure in time ends the others' attempts."""
         stop = threading.Event()
+        failures: list[RemoteRewardError] = []
 
         def ask(body: bytes) -> dict[str, Any]:
+            if failures:
+                raise failures[0]
             try:
                 return self._first_choice(self.client.post(body, stop))
-            except RemoteRewardError:
+            except RemoteRewardError as error:
+                failures.append(error)
                 stop.set()
                 raise
 
         with concurrent.futures.ThreadPoolExecutor(min(self.concurrency, max(1, len(bodies)))) as pool:
-            futures = [pool.submit(ask, body) for body in bodies]
             try:
-                concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-                if stop.is_set():
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise next(error for f in futures if not f.cancelled() and (error := f.exception()) is not None)
-            except RemoteRewardError as error:
+                return list(pool.map(ask, bodies))
+            except RemoteRewardError:
+                error = failures[0]
                 if error.status in (400, 422) and "logprob" in str(error):
                     raise RemoteRewardError(f"{error}; set logprobs=False", error.url, error.status, error.attempts) from error
-                raise
+                raise error from None
             finally:  # at an interrupt, too: leaving the pool waits for what is under way
                 stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-        return [future.result() for future in futures]
 
     def _first_choice(self, answer: Any) -> dict[str, Any]:
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-            raise RemoteRewardError(
-                f"{self.client.url}: answered with {json.dumps(answer)[:200]}, which has no choices[0].message: is it a chat endpoint?",
-                self.client.url,
-                200,
-            )
-        return choice
-
-    def _text(self, choice: dict[str, Any]) -> str:
-        """What the model wrote; the reason instead when it refused."""
-        message = choice["message"]
-        text = message.get("content") or message.get("refusal") or ""
-        return text if isinstance(text, str) else json.dumps(text)
+        try:
+            choice = answer["choices"][0]
+            if isinstance(choice["message"], dict):
+                return choice
+        except (LookupError, TypeError):
+            pass
+        said = json.dumps(answer)[:200]
+        message = f"{self.client.url}: answered with {said}, which has no choices[0].message: is it a chat endpoint?"
+        raise RemoteRewardError(message, self.client.url, 200)
 
     def _read(self, text: str, choice: dict[str, Any]) -> float | None:
         if callable(self.answer):
@@ -204,29 +197,28 @@ class QuestionReward:
         if not unreadable:
             return
         shown = ", ".join(f"{text[:80]!r}" for text in unreadable[:3])
-        if not self._readable or self._unreadable_in_a_row >= MAX_UNREADABLE_IN_A_ROW:
-            wanted = {"yes_no": "yes or no", "score": f"one number from {self.score_range[0]:g} to {self.score_range[1]:g}"}
-            needed = wanted[self.answer] if isinstance(self.answer, str) else "something that the given function reads"
-            raise RewardError(
-                f"reward {self.__name__!r}: the last {self._unreadable_in_a_row} answers of {self.model} could not be read, such as {shown}; "
-                f"they must be {needed}: say so in the question, or raise max_tokens (request_options) if they are cut off"
-            )
-        logger.warning("reward %r: %d of %d answers could not be read: %s", self.__name__, len(unreadable), len(rewards), shown)
+        if self._readable and self._unreadable_in_a_row < MAX_UNREADABLE_IN_A_ROW:
+            logger.warning("reward %r: %d of %d answers could not be read: %s", self.__name__, len(unreadable), len(rewards), shown)
+            return
+        wanted = {"yes_no": "yes or no", "score": f"one number from {self.score_range[0]:g} to {self.score_range[1]:g}"}
+        needed = wanted[self.answer] if isinstance(self.answer, str) else "something that the given function reads"
+        raise RewardError(
+            f"reward {self.__name__!r}: the last {self._unreadable_in_a_row} answers of {self.model} could not be read, such as {shown}; "
+            f"they must be {needed}: say so in the question, or raise max_tokens (request_options) if they are cut off"
+        )
 
 
 def _fields(template: str) -> set[str]:
+    """Names in a template's braces."""
+    braces = "write {{ and }} for braces"
     try:
-        parts = [(name, spec) for _, name, spec, _ in string.Formatter().parse(template) if name is not None]
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
-        raise ValueError(
-            f"question={template!r}: cannot be read as a template ({error}); write {{{{ and }}}} for braces"
-        ) from error
-    wrong = [name for name, spec in parts if not re.fullmatch(r"\w+", name) or name.isdigit() or "{" in (spec or "")]
+        raise ValueError(f"question={template!r}: cannot be read as a template ({error}); {braces}") from error
+    wrong = [name for name in names if not re.fullmatch(r"(?!\d+$)\w+", name)]
     if wrong:
-        raise ValueError(
-            f"question={template!r}: {{{wrong[0]}}} must be {{prompt}} or a key of the metadata; write {{{{ and }}}} for braces"
-        )
-    return {name for name, _ in parts}
+        raise ValueError(f"question={template!r}: {{{wrong[0]}}} must be {{prompt}} or a key of the metadata; {braces}")
+    return names
 
 
 def parse_yes_no(text: str) -> float | None:

@@ -6,15 +6,16 @@ Every failure is a `WeightsError` that names the file, what is wrong with it and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SHOWN = 5  # keys that a message lists
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MESSAGE_LENGTH = 1000  # of torch's list of keys that do not fit
 
 
 class WeightsError(ValueError):
@@ -26,22 +27,21 @@ def is_local(source: str | Path) -> bool:
     return Path(source).expanduser().exists() or not HUB_ID.fullmatch(str(source)) or str(source).startswith(".")
 
 
-def find_file(source: str | Path, filenames: str | Sequence[str], reward: str) -> Path:
+def find_file(source: str | Path, reward: str, *filenames: str) -> Path:
     """The weights file: `source` itself if it is a file, else the first of `filenames` in the folder or the hub repository.
 
     Raises:
         WeightsError: there is none; says where it was looked for and where it can be had.
     """
-    filenames = (filenames,) if isinstance(filenames, str) else tuple(filenames)
     path = Path(source).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
-        found = next((path / name for name in filenames if (path / name).is_file()), None)
-        if found is None:
-            held = ", ".join(sorted(child.name for child in path.iterdir())[: 2 * SHOWN]) or "nothing"
+        found = [path / name for name in filenames if (path / name).is_file()]
+        if not found:
+            held = ", ".join(sorted(child.name for child in path.iterdir())[:10]) or "nothing"
             raise WeightsError(f"reward {reward!r}: folder {str(source)!r} has no {' or '.join(filenames)}; it holds {held}")
-        return found
+        return found[0]
     if is_local(source):
         raise WeightsError(f"reward {reward!r}: no folder or file {str(source)!r} (and it is no hub id)")
     from huggingface_hub import hf_hub_download
@@ -50,8 +50,8 @@ def find_file(source: str | Path, filenames: str | Sequence[str], reward: str) -
         return Path(hf_hub_download(str(source), filenames[0]))
     except (OSError, ValueError) as error:  # all of the hub's errors are one of them
         raise WeightsError(
-            f"reward {reward!r}: cannot get {filenames[0]!r} of the hub repository {str(source)!r}: {_first_line(error)}. Without a "
-            f"connection, download the repository elsewhere (`hf download {source}`) and pass the folder"
+            f"reward {reward!r}: cannot get {filenames[0]!r} of the hub repository {str(source)!r}: {_first_line(error)}"
+            f"{_way_out(source)}"
         ) from error
 
 
@@ -69,11 +69,8 @@ def companion(source: str | Path, given: str | Path | None, default: str, marker
         return str(given)
     path = Path(source).expanduser()
     folder = path.parent if path.is_file() else path
-    candidates = [folder / subfolder, folder] if subfolder else [folder]
-    for candidate in candidates:
-        if any((candidate / name).is_file() for name in markers):
-            return str(candidate)
-    return default
+    found = [place for place in (folder / subfolder, folder) if any((place / name).is_file() for name in markers)]
+    return str(found[0]) if found else default
 
 
 def read_state_dict(path: Path, reward: str) -> dict[str, Tensor]:
@@ -101,60 +98,73 @@ def read_state_dict(path: Path, reward: str) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path, reward: str, unused: Iterable[str] = ()) -> None:
-    """Loads every key of the module from the state; keys that match a pattern of `unused` may be left over.
+def rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors under other names. A key that no pattern matches keeps its name, so that strict loading reports it.
+
+    Args:
+        names: patterns of `re` and their replacements; all are applied to each key, in their order.
+    """
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in names.items():
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    return renamed
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path, reward: str, unused: str = "") -> None:
+    """Loads every key of the module from the state; keys that the pattern `unused` matches may be left over.
 
     Raises:
         WeightsError: keys missing, left over, or of another shape.
     """
-    own = module.state_dict()
-    patterns = [re.compile(pattern) for pattern in unused]
-    missing = [key for key in own if key not in state]
-    surplus = [key for key in state if key not in own and not any(pattern.fullmatch(key) for pattern in patterns)]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems = [
-        f"{len(keys)} {what}: {_some(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", surplus), ("of another shape", shapes))
-        if keys
-    ]
-    if problems:
-        raise WeightsError(f"reward {reward!r}: {str(path)!r} does not fit the model: {'; '.join(problems)}")
-    module.load_state_dict({key: state[key] for key in own})
+    try:
+        module.load_state_dict({key: value for key, value in state.items() if not re.fullmatch(unused, key)})
+    except RuntimeError as error:
+        problems = textwrap.shorten(str(error), MESSAGE_LENGTH)
+        raise WeightsError(f"reward {reward!r}: {str(path)!r} does not fit the model: {problems}") from error
 
 
 def load_pretrained(auto: Any, source: str | Path, reward: str, **options: Any) -> Any:
-    """`auto.from_pretrained(source)` of a transformers class, for models in float32, with its failures as `WeightsError`.
+    """`auto.from_pretrained(source, **options)`, with its failures as `WeightsError`.
 
     Args:
-        auto: a model, tokenizer or image processor class, or `ImagePreprocessor`.
+        auto: a tokenizer or model class of transformers, or `ImagePreprocessor`.
         source: local folder or hub id.
         reward: its name, for messages.
-        options: go to `from_pretrained`.
 
     Raises:
-        WeightsError: no such folder or repository, damaged files, or weights that leave a part of the model without values.
+        WeightsError: no such folder or repository, or damaged files.
     """
-    is_model = hasattr(auto, "_from_config") or (isinstance(auto, type) and issubclass(auto, nn.Module))
-    if is_local(source) and not Path(source).expanduser().is_dir():
+    local = is_local(source)
+    place = str(Path(source).expanduser() if local else source)
+    if local and not Path(place).is_dir():
         raise WeightsError(f"reward {reward!r}: no folder {str(source)!r} (and it is no hub id)")
-    source = str(Path(source).expanduser()) if is_local(source) else str(source)
-    if not is_model:
-        return _loaded(auto, source, reward, **options)
-    model, report = _loaded(auto, source, reward, dtype=torch.float32, output_loading_info=True, **options)
+    try:
+        return auto.from_pretrained(place, **options)
+    except Exception as error:  # OSError, ValueError, RuntimeError, those of safetensors and pickle
+        raise WeightsError(
+            f"reward {reward!r}: cannot load {auto.__name__} from {place!r}: {_first_line(error)}{'' if local else _way_out(source)}"
+        ) from error
+
+
+def load_model(auto: Any, source: str | Path, reward: str) -> Any:
+    """A transformers model in float32.
+
+    Raises:
+        WeightsError: as `load_pretrained`; or weights that leave a part of the model without values.
+    """
+    model, report = load_pretrained(auto, source, reward, dtype=torch.float32, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
         raise WeightsError(
-            f"reward {reward!r}: the weights in {source!r} leave {len(missing)} parts of {type(model).__name__} without values: "
-            f"{_some(missing)}"
+            f"reward {reward!r}: the weights in {str(source)!r} leave {len(missing)} parts of {type(model).__name__} without values: "
+            f"{', '.join(missing[:5])}"
         )
     return model
 
 
-def load_tokenizer(auto: Any, source: str | Path, vocabulary: int, reward: str) -> Any:
+def load_tokenizer(auto: Any, source: str | Path, reward: str, vocabulary: int) -> Any:
     """A tokenizer that fits a model with `vocabulary` embeddings.
 
     Raises:
@@ -169,22 +179,9 @@ def load_tokenizer(auto: Any, source: str | Path, vocabulary: int, reward: str) 
     return tokenizer
 
 
-def _loaded(auto: Any, source: str, reward: str, **options: Any) -> Any:
-    try:
-        return auto.from_pretrained(source, **options)
-    except Exception as error:  # OSError, ValueError, RuntimeError, those of safetensors and pickle
-        name = getattr(auto, "__name__", str(auto))
-        hint = (
-            ""
-            if is_local(source)
-            else f". Without a connection, download it elsewhere (`hf download {source}`) and pass the folder"
-        )
-        raise WeightsError(f"reward {reward!r}: cannot load {name} from {source!r}: {_first_line(error)}{hint}") from error
-
-
-def _first_line(error: BaseException) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")
+def _way_out(source: str | Path) -> str:
+    return f". Without a connection, download the repository elsewhere (`hf download {source}`) and pass the folder"
