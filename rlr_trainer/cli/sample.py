@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
     )
     result = None
     if options.reward is not None:
-        result = trainer.eval_rewards(images, tuple(prompts), tuple(row.metadata for row in rows), differentiable=False)
+        metadata = tuple(row.metadata for row in rows)
+        result = trainer.parts.evaluator.scorer.rate(images, tuple(prompts), metadata, "rlr-trainer sample")
     for path in old:
         path.unlink()
     files = write_pictures(images, folder)
