@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})  # may be another the next time; any other is final
 MAX_DELAY = 60.0  # seconds between two attempts
-MAX_ANSWER_BYTES = 64 * 10**6
 REMEDIES = {
     401: "; give the token that the server was started with",
     403: "; check the token",
@@ -61,7 +60,7 @@ class JsonClient:
     Args:
         url: of the endpoint, http or https. Proxies are taken from the environment, except for addresses of this machine.
             Redirections are not followed: they would carry the token elsewhere.
-        timeout: seconds for each of connecting, sending a piece of the request, waiting for the answer, and reading it.
+        timeout: most seconds without progress in connecting, sending, waiting for the answer, or reading it.
         retries: attempts after the first.
         backoff: seconds before the first of them.
         token: sent as `Authorization: Bearer <token>`.
@@ -82,9 +81,6 @@ class JsonClient:
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self._token = token
         self._random = random.Random()  # its own: the global one may make the prompts
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.url!r}, timeout={self.timeout}, retries={self.retries}, backoff={self.backoff})"
 
     def post(self, body: bytes, stop: threading.Event | None = None) -> Any:
         """The parsed answer to `body`.
@@ -131,42 +127,29 @@ class JsonClient:
         return min(max(own, state.outcome.exception().wait), MAX_DELAY)
 
     def _attempt(self, body: bytes) -> Any:
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": "rlr-trainer"}
+        headers = {"Content-Type": "application/json", "User-Agent": "rlr-trainer"}
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
-        local = is_loopback(httpx.URL(self.url).host)
+        environment = not is_loopback(httpx.URL(self.url).host)  # where proxies are named
         try:
-            with (
-                httpx.Client(timeout=self.timeout, trust_env=not local, verify=_tls()) as client,
-                client.stream("POST", self.url, content=body, headers=headers) as response,
-            ):
-                answer = self._read(response)
+            with httpx.Client(timeout=self.timeout, trust_env=environment, verify=_tls()) as client:
+                response = client.post(self.url, content=body, headers=headers)
         except httpx.TimeoutException as error:
             raise _MayPass(f"no answer within timeout={self.timeout:g} s", self.url) from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             kind = RemoteRewardError if "CERTIFICATE_VERIFY_FAILED" in str(error) else _MayPass
             raise kind(f"no connection: {str(error) or repr(error)}", self.url) from error
         if not response.is_success:
-            raise self._refused(response, answer)
+            raise self._refused(response)
         try:
-            return load_json(answer)
+            return load_json(response.content)
         except WireError as error:
-            raise RemoteRewardError(f"answered with something else than JSON: {error}: {answer[:120]!r}", self.url) from error
+            raise RemoteRewardError(
+                f"answered with something else than JSON: {error}: {response.content[:120]!r}", self.url
+            ) from error
 
-    def _read(self, response: httpx.Response) -> bytes:
-        """The body; one that trickles in is given up after `timeout` seconds, one above the limit at once."""
-        deadline = time.monotonic() + self.timeout
-        answer = bytearray()
-        for part in response.iter_raw():
-            answer += part
-            if len(answer) > MAX_ANSWER_BYTES:
-                raise RemoteRewardError(f"answered with more than {MAX_ANSWER_BYTES // 10**6} MB", self.url, response.status_code)
-            if time.monotonic() > deadline:
-                raise httpx.ReadTimeout("the answer trickles in")
-        return bytes(answer)
-
-    def _refused(self, response: httpx.Response, body: bytes) -> RemoteRewardError:
-        status, said, wait = response.status_code, _message_in(body[: 10**5]), response.headers.get("Retry-After", "")
+    def _refused(self, response: httpx.Response) -> RemoteRewardError:
+        status, said, wait = response.status_code, _message_in(response.text), response.headers.get("Retry-After", "")
         kind = _MayPass if status in RETRIED_STATUSES else RemoteRewardError
         error = kind(f"answered {status} {response.reason_phrase}{': ' + said if said else ''}", self.url, status)
         if isinstance(error, _MayPass) and wait.isascii() and wait.isdigit():
@@ -204,9 +187,8 @@ def _tls() -> ssl.SSLContext:
     return ssl.create_default_context()  # the system's certificates; reading them takes a while
 
 
-def _message_in(body: bytes) -> str:
+def _message_in(text: str) -> str:
     """What an error's body says: {"error": "..."} of a reward server, {"error": {"message": "..."}} of a chat endpoint, or its text."""
-    text = body.decode("utf-8", "replace")
     try:
         message = json.loads(text)
     except (ValueError, RecursionError):

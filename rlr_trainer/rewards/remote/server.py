@@ -9,11 +9,11 @@ import functools
 import hmac
 import logging
 import math
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import uvicorn
@@ -23,20 +23,8 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rlr_trainer.rewards.calling import invoke
-from rlr_trainer.rewards.remote.encoding import (
-    HEALTH_PATH,
-    PROTOCOL_VERSION,
-    SCORE_PATH,
-    TOKEN_VARIABLE,
-    Pictures,
-    ScoreRequest,
-    WireError,
-    check_token,
-    dump_json,
-    load_json,
-    read_message,
-    to_json,
-)
+from rlr_trainer.rewards.remote import encoding
+from rlr_trainer.rewards.remote.encoding import HEALTH_PATH, PROTOCOL_VERSION, SCORE_PATH, TOKEN_VARIABLE, WireError
 from rlr_trainer.rewards.remote.http_client import is_loopback
 from rlr_trainer.rewards.values import check_values, split_returned
 
@@ -87,7 +75,7 @@ class RewardServer:
                 raise ValueError(f"{name}={value!r}: must be a positive number")
         if workers < 1 or not 0 <= port < 65536:
             raise ValueError(f"workers={workers!r}, port={port!r}: must be at least 1, and from 0 to 65535")
-        check_token(token)
+        encoding.check_token(token)
         if not callable(reward):
             raise TypeError(f"reward={reward!r}: must be a function (images, prompts, metadata) -> rewards")
         self.reward = reward
@@ -162,7 +150,7 @@ class RewardServer:
     def _check_host(self, request: Request) -> None:
         """A web page can have its own name resolved to this machine and then send requests here; its name is in the Host header."""
         host = request.headers.get("host", "")
-        if self.token is None and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self.token is None and not is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
             raise HTTPException(
                 403,
                 f"the request is for the host {host!r:.80}, but a server without a token answers only to names of its own machine "
@@ -209,8 +197,8 @@ class RewardServer:
     def _turn(self, body: bytes, client_is_gone: Callable[[], bool]) -> dict[str, Any]:
         """The answer to a request's body, in a worker's thread."""
         try:
-            message = read_message(ScoreRequest, load_json(body))
-            pictures = Pictures(message.images)
+            message = encoding.read_message(encoding.ScoreRequest, encoding.load_json(body))
+            pictures = encoding.Pictures(message.images)
             counts = len(message.images), len(message.prompts), len(message.metadata)
             if len(set(counts)) > 1:
                 raise WireError("{} images, {} prompts and {} metadata: must be as many of each".format(*counts))
@@ -226,7 +214,7 @@ class RewardServer:
             with torch.no_grad():
                 values, notes = split_returned(invoke(self.name, self.reward, batch, None))
                 rewards = check_values(self.name, values, len(batch[0]), torch.device("cpu")).tolist()
-            notes = to_json(notes, "reward metadata", nan_as_null=True)
+            notes = encoding.to_json(notes, "reward metadata", nan_as_null=True)
         except (
             Exception,
             asyncio.CancelledError,
@@ -293,20 +281,22 @@ class _Protocol(H11Protocol):
 
 
 async def _refuse(request: Request, error: Any) -> Response:
-    logger.warning("%s: answered %d: %s", request.client and request.client.host, error.status_code, error.detail)
-    if error.status_code in BEFORE_THE_BODY:
+    status, reason = error.status_code, error.detail
+    if status in (404, 405):
+        reason = f"no such path or method; there are GET {HEALTH_PATH} and POST {SCORE_PATH}"
+    logger.warning("%s: answered %d: %s", request.client and request.client.host, status, reason)
+    if status in BEFORE_THE_BODY:
         # Closing a connection with unread data would tear the answer out of the client's hands.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 while (await request.receive()).get("more_body"):
                     continue
-    headers = {"Retry-After": "1"} if error.status_code == 503 else None
-    return Response(_error(error.detail), error.status_code, headers, "application/json")
+    return Response(_error(reason), status, {"Retry-After": "1"} if status == 503 else None, "application/json")
 
 
 def _json(message: Any) -> Response:
-    return Response(dump_json(message), media_type="application/json")
+    return Response(encoding.dump_json(message), media_type="application/json")
 
 
 def _error(message: str) -> bytes:
-    return dump_json({"version": PROTOCOL_VERSION, "error": message})
+    return encoding.dump_json({"version": PROTOCOL_VERSION, "error": message})
