@@ -3,6 +3,7 @@
 import argparse
 import base64
 import contextlib
+import http
 import importlib
 import io
 import json
@@ -135,12 +136,10 @@ def test_pictures_arrive_rounded_to_eight_bits_and_not_a_second_time():
     torch.testing.assert_close(Pictures(encode_images(video)).decode(), eight_bits(video), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("images", "says"), [(torch.full((1, 3, 2, 2), torch.nan), "not finite"), (torch.zeros(1, 4, 2, 2), r"shape \(4, 2, 2\)")]
-)
-def test_pictures_that_cannot_be_sent(images, says):
-    with pytest.raises(WireError, match=says):
-        encode_images(images)
+def test_pictures_that_cannot_be_sent():
+    for images, says in ((torch.full((1, 3, 2, 2), torch.nan), "not finite"), (torch.zeros(1, 4, 2, 2), r"shape \(4, 2, 2\)")):
+        with pytest.raises(WireError, match=says):
+            encode_images(images)
 
 
 def png(pixels):
@@ -166,19 +165,16 @@ GOOD = png(np.zeros((8, 8, 3), np.uint8))
 @pytest.mark.parametrize(
     ("images", "says"),
     [
-        ([], "must be a list of pictures"),
         (["%%%"], r"images\[0\] cannot be read as the base64 text"),
-        ([base64.b64encode(b"GIF89a" + b"\0" * 40).decode()], "cannot be read as the base64 text of a PNG"),
+        ([base64.b64encode(b"GIF89a" + b"\0" * 40).decode()], "cannot be read"),
         ([GOOD[:64]], "cannot be read"),
         ([GOOD, png(np.zeros((8, 9, 3), np.uint8))], r"images\[1\] is 9 x 8, but the first picture 8 x 8"),
         ([png(np.zeros((8, 8, 4), np.uint8))], "mode is 'RGBA'"),
-        ([png(np.zeros((8, 8), np.uint16))], "mode is 'I;16'"),
         ([handmade(2**30, 2**30, black(1, 1))], "exceeds limit"),
         ([handmade(8, 8, black(8, 8), b"iCCP")], "cannot be read"),
-        ([[GOOD], [GOOD, GOOD]], "same number of frames"),
         ([[GOOD], GOOD], "same number of frames"),
         ([[GOOD, GOOD], [GOOD, "%"]], r"images\[1\]\[1\] cannot be read"),
-        ([[]], "same number of frames"),
+        ([[]], "not empty"),
     ],
 )
 def test_pictures_that_cannot_be_read(images, says):
@@ -286,38 +282,33 @@ def test_pictures_are_decoded_when_their_turn_has_come(serve, held):
         time.sleep(0.4)
         assert not damaged.done()
         held.release.set()
-        assert damaged.result() == (400, "images[0] cannot be read as the base64 text of a PNG file (Truncated File Read)")
+        assert damaged.result()[0] == 400
         assert len(first.result()[0]) == 3
 
 
 # ---- refusals ----
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        (b"{", "the body is not JSON"),
-        (b"\xff\xfe", "the body is not JSON"),
-        (b"[" * 100_000, "the body is not JSON"),
-        (b"[]", "the body: Input should be"),
-        (message(version=2), "version: Input should be 1"),
-        (message(version=...), "version: Field required"),
-        (message(prompts=...), "prompts: Field required"),
-        (message(extra=1), "extra: Extra inputs are not permitted"),
-        (message(prompts=["a"]), "3 images, 1 prompts and 3 metadata"),
-        (message(prompts=[1, 2, 3]), "prompts.0: Input should be a valid string"),
-        (message(images=[3]), "images.0.str: Input should be a valid string"),
-        (message(metadata={}), "metadata: Input should be a valid list"),
-        (message(images=["zzz"] * 3), "images[0] cannot be read as the base64 text"),
-        (message(images=[handmade(7000, 7000, black(1, 1))] * 3), "3 entries of 7000 x 7000: the pictures of one request may have"),
-        (message().replace(b"{}", b'{"a": NaN}', 1), "NaN is not JSON"),
-    ],
-    ids=range(15),
-)
-def test_garbage_is_answered_with_the_reason(url, body, says):
-    status, error = post(url, body)
-    assert status == 400
-    assert says in error
+GARBAGE = [
+    (b"{", "the body is not JSON"),
+    (b"\xff\xfe", "the body is not JSON"),
+    (b"[" * 100_000, "the body is not JSON"),
+    (message().replace(b"{}", b'{"a": NaN}', 1), "NaN is not JSON"),
+    (b"[]", "the body: Input should be"),
+    (message(version=2), "version: Input should be 1"),
+    (message(prompts=...), "prompts: Field required"),
+    (message(extra=1), "extra: Extra inputs are not permitted"),
+    (message(prompts=["a"]), "3 images, 1 prompts and 3 metadata"),
+    (message(images=[3]), "images.0.str: Input should be a valid string"),
+    (message(images=[]), "'images' must be a list of pictures"),
+    (message(images=[handmade(7000, 7000, black(1, 1))] * 3), "3 entries of 7000 x 7000: the pictures of one request may have"),
+]
+
+
+def test_garbage_is_answered_with_the_reason(url):
+    for body, says in GARBAGE:
+        status, error = post(url, body)
+        assert status == 400 and says in error, (says, error)
 
 
 def test_other_paths_types_and_methods(url):
@@ -332,23 +323,19 @@ def test_other_paths_types_and_methods(url):
     assert b"400 Bad Request" in talk(url, b"\0\0\0\0\r\n\r\n")
 
 
-@pytest.mark.parametrize(
-    "host", ["attacker.example", "attacker.example:8000", "localhost.attacker.example", "192.168.1.7", "[", ""]
-)
+@pytest.mark.parametrize("host", ["attacker.example", "localhost.attacker.example:8000", "192.168.1.7", "[", ""])
 def test_without_a_token_only_names_of_this_machine_are_answered(url, host):
     """A web page whose own name resolves to 127.0.0.1 could ask otherwise."""
-    for path in ("/score", "/health"):
-        refused = httpx.request("POST" if path == "/score" else "GET", url + path, headers={"Host": host}, content=message())
+    for method, path in (("POST", "/score"), ("GET", "/health")):
+        refused = httpx.request(method, url + path, headers={"Host": host}, content=message())
         assert refused.status_code == 403
-        assert "answers only to names of its own machine" in refused.json()["error"]
-        assert "start it with a token (--token, or RLR_REWARD_TOKEN)" in refused.json()["error"]
+        assert re.search(r"only to names of its own machine.*start it with a token \(--token, or RLR_", refused.json()["error"])
 
 
 def test_names_that_are_answered(url, serve):
-    for host in ("localhost", "localhost:1", "127.0.0.1:8000", "127.8.8.8", "[::1]:8000"):
+    for host in ("localhost", "localhost:1", "127.8.8.8:8000", "[::1]:8000"):
         assert httpx.get(url + "/health", headers={"Host": host}).status_code == 200
-    guarded = serve(token="x").url
-    assert post(guarded, message(), Host="gpu-box", Authorization="Bearer x")[0] == 200
+    assert post(serve(token="x").url, message(), Host="gpu-box", Authorization="Bearer x")[0] == 200
 
 
 def test_a_request_above_the_limit_is_refused_and_the_client_is_told_what_to_do(serve):
@@ -389,8 +376,7 @@ def test_a_reward_that_returns_something_else(serve, returned, says):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"workers": 0}, {"max_request_mb": 0}, {"token": ""}, {"token": "a\nb"}, {"receive_timeout": float("nan")}, {"port": 70000}],
+    "options", [{"workers": 0}, {"max_request_mb": 0}, {"token": "a\nb"}, {"receive_timeout": float("nan")}, {"port": 70000}]
 )
 def test_server_options_that_cannot_be(options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -401,14 +387,10 @@ def test_server_options_that_cannot_be(options):
     ("options", "says"),
     [
         ({"url": "localhost:8000"}, "must be like http"),
-        ({"url": "ftp://x"}, "must be like http"),
         ({"url": "http://a:b:c"}, "must be like http"),
-        ({"url": None}, "must be like http"),
         ({"url": "http://user:secret@host"}, "a secret goes into token"),
-        ({"url": "http://host/?x=1"}, "no user, password, query"),
         ({"timeout": 0}, "timeout=0"),
         ({"timeout": float("nan")}, "timeout=nan"),
-        ({"retries": -1}, "retries=-1"),
         ({"retries": 1.5}, "retries=1.5"),
         ({"backoff": -1}, "backoff=-1"),
         ({"batch_size": 0}, "batch_size=0"),
@@ -422,7 +404,7 @@ def test_client_options_that_cannot_be(options, says):
         RemoteReward(**({"url": "http://127.0.0.1:1"} | options))
 
 
-@pytest.mark.parametrize("name", ["RemoteReward", "RewardServer", "RemoteRewardError", "QuestionReward"])
+@pytest.mark.parametrize("name", ["RewardServer", "QuestionReward"])
 def test_without_the_extra_the_error_names_it(monkeypatch, name):
     for module in [module for module in sys.modules if "rewards.remote" in module or module.endswith("neural.questions")]:
         monkeypatch.delitem(sys.modules, module)
@@ -459,28 +441,20 @@ def test_a_server_that_is_away_and_comes_back(serve, held, caplog):
         torch.testing.assert_close(asked.result()[0], mean(eight_bits(IMAGES), None, None))
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        b"",
-        b"POST /sc",
-        b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
-    ],
-    ids=["nothing", "head", "body"],
-)
-def test_a_client_that_trickles_is_let_go(serve, start):
+@pytest.mark.parametrize("head", ["", "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"])
+def test_a_client_that_trickles_is_let_go(serve, head):
     """Each byte comes in time; the whole request does not."""
-    url = serve(receive_timeout=0.5).url
-    started = time.monotonic()
-    with connect(url) as connection, pytest.raises(OSError, match=r"reset|[Bb]roken"):
-        connection.sendall(start)
-        while time.monotonic() < started + 5:
-            connection.sendall(b"x" if start else b"")
+
+    def trickle(connection):
+        connection.sendall(b"POST /score HTTP/1.1\r\n" + head.encode())
+        for _ in range(100):
+            connection.sendall(b"x")
             time.sleep(0.05)
-            if not start and not connection.recv(1):
-                raise ConnectionResetError("reset")
+
+    started = time.monotonic()
+    with connect(serve(receive_timeout=0.4).url) as connection, pytest.raises(OSError, match=r"reset|[Bb]roken"):
+        trickle(connection)
     assert time.monotonic() - started < 4
-    assert len(RemoteReward(url)(*BATCH)[0]) == 3
 
 
 def test_more_connections_than_the_server_takes(serve, monkeypatch):
@@ -488,8 +462,7 @@ def test_more_connections_than_the_server_takes(serve, monkeypatch):
     url = serve(receive_timeout=0.8).url
     with connect(url), connect(url):
         time.sleep(0.2)
-        answer = talk(url, b"")
-        assert answer.startswith(b"HTTP/1.1 503 Service Unavailable") and b'"error":"more than 2 connections"' in answer
+        assert re.search(b'^HTTP/1.1 503 .*Retry-After: 1\r\n.*"error":"more than 2 connections"', talk(url, b""), re.DOTALL)
         assert len(RemoteReward(url, retries=5, backoff=0.2)(*BATCH)[0]) == 3  # when the idle ones have been let go
 
 
@@ -516,39 +489,30 @@ def test_stopping_answers_what_is_under_way_and_refuses_what_waits(serve, held):
 
 @pytest.fixture
 def fake():
-    """A server that answers each request with the next of a list: (status, headers, body), or bytes as they are."""
-    started = []
+    """Starts servers that answer each request with the next of some bytes; gives URL and bodies seen."""
+    with contextlib.ExitStack() as servers:
 
-    def start(*answers):
-        left = list(answers)
-        seen = []
+        def start(*answers):
+            left, seen = list(answers), []
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                seen.append(self.rfile.read(int(self.headers["Content-Length"])))
-                answer = left.pop(0)
-                if isinstance(answer, bytes):
-                    self.wfile.write(answer)
-                    return
-                status, headers, body = answer
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(body)
+            class Handler(BaseHTTPRequestHandler):
+                def do_POST(self):
+                    seen.append(self.rfile.read(int(self.headers["Content-Length"])))
+                    self.wfile.write(left.pop(0))
 
-            def log_message(self, *arguments):
-                pass
+                def log_message(self, *arguments):
+                    pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        started.append(server)
-        return f"http://127.0.0.1:{server.server_port}", seen
+            server = servers.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+            servers.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}", seen
 
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
+        yield start
+
+
+def answer(status, body=b"", header="X: y"):
+    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{header}\r\nConnection: close\r\n\r\n".encode() + body
 
 
 OK = json.dumps({"version": 1, "rewards": [1, 2, 3], "metadata": {}}).encode()
@@ -556,8 +520,7 @@ OK = json.dumps({"version": 1, "rewards": [1, 2, 3], "metadata": {}}).encode()
 
 def test_failures_that_may_pass_are_tried_again(fake):
     cut = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + OK
-    statuses = [(status, {"Content-Length": "0"}, b"") for status in sorted(RETRIED_STATUSES)]
-    url, seen = fake(*statuses, cut, b"", b"nonsense\r\n\r\n", (200, {}, OK))
+    url, seen = fake(*map(answer, sorted(RETRIED_STATUSES)), cut, b"", b"nonsense\r\n\r\n", answer(200, OK))
     state = random.getstate(), torch.get_rng_state()
     assert RemoteReward(url, retries=20, backoff=0.001)(*BATCH)[0].tolist() == [1, 2, 3]
     assert len(seen) == len(RETRIED_STATUSES) + 4
@@ -565,17 +528,17 @@ def test_failures_that_may_pass_are_tried_again(fake):
     assert torch.equal(torch.get_rng_state(), state[1])
 
 
-@pytest.mark.parametrize("status", [302, 400, 401, 403, 404, 409, 413, 415, 422, 501])
+@pytest.mark.parametrize("status", [302, 400, 401, 404, 501])
 def test_statuses_that_are_final(fake, status):
-    other, other_seen = fake((200, {}, OK))
-    url, seen = fake((status, {"Location": other + "/score"}, b"<html>why\n not</html>"))
+    other, other_seen = fake(answer(200, OK))
+    url, seen = fake(answer(status, b"<html>why\n not</html>", f"Location: {other}/score"))
     with pytest.raises(RemoteRewardError, match=rf"answered {status} .*why not"):
         RemoteReward(url, backoff=0.01, token="secret")(*BATCH)
     assert (len(seen), len(other_seen)) == (1, 0)  # a redirection would carry the token elsewhere
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("body", "says"),
     [
         (b"<html>", "something else than JSON"),
         (b'{"version": 1, "rewards": [1, NaN, 2]}', "something else than JSON"),
@@ -586,9 +549,9 @@ def test_statuses_that_are_final(fake, status):
         (OK.replace(b"2", b'"2"'), "rewards.1: Input should be a valid number"),
     ],
 )
-def test_answers_that_cannot_be(fake, answer, says):
+def test_answers_that_cannot_be(fake, body, says):
     with pytest.raises(RemoteRewardError, match=says):
-        RemoteReward(fake((200, {}, answer))[0], backoff=0.01)(*BATCH)
+        RemoteReward(fake(answer(200, body))[0], backoff=0.01)(*BATCH)
 
 
 class Clock(threading.Event):
@@ -605,7 +568,7 @@ class Clock(threading.Event):
 
 def test_the_wait_doubles_with_jitter_up_to_a_minute(fake):
     clock = Clock()
-    url, _ = fake(*[(503, {}, b"")] * 9, (200, {}, b"1"))
+    url, _ = fake(*[answer(503)] * 9, answer(200, b"1"))
     assert JsonClient(url, timeout=5, retries=20, backoff=0.5, token=None).post(b"", clock) == 1
     most = [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
     assert all(high / 2 <= wait <= high for wait, high in zip(clock.waits, most, strict=True))
@@ -614,8 +577,7 @@ def test_the_wait_doubles_with_jitter_up_to_a_minute(fake):
 
 def test_retry_after_is_obeyed_and_a_stop_ends_the_attempts(fake):
     clock = Clock(stop_in=5)
-    asked = ["7", "1000000", "0", "soon", "2"]
-    url, seen = fake(*[(429, {"Retry-After": value}, b"") for value in asked], (200, {}, b"1"))
+    url, seen = fake(*[answer(429, header=f"Retry-After: {value}") for value in ("7", "1000000", "0", "soon", "2")], b"")
     with pytest.raises(RemoteRewardError, match="429 Too Many Requests .5 attempts"):
         JsonClient(url, timeout=5, retries=20, backoff=0.5, token=None).post(b"", clock)
     assert clock.waits[:2] == [7, 60]
@@ -675,27 +637,50 @@ def test_many_clients_at_once_each_get_their_own_answers(process):
         assert list(pool.map(wrong_answers, range(8))) == [0] * 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_finish_the_requests_under_way(monkeypatch, capsys, held, number):
-    monkeypatch.setattr("rlr_trainer.cli.settings.load_reward", lambda name: held)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
+def run_serve_reward(reward, monkeypatch, during):
+    """(exit code, what `during` returns) of the command, run here with the reward; `during` gets the URL, in another thread."""
+    monkeypatch.setattr("rlr_trainer.cli.settings.load_reward", lambda name: reward)
+    with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     parser = argparse.ArgumentParser()
     serve_reward.add_parser(parser.add_subparsers(), argparse.ArgumentParser(add_help=False))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(during, f"http://127.0.0.1:{port}")
+        return serve_reward.run(parser.parse_args(["serve-reward", "held", "--port", str(port)])), asked.result()
 
-    def ask():
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_requests_under_way(monkeypatch, capsys, held, number):
+    def during(url):
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(RemoteReward(f"http://127.0.0.1:{port}", retries=9, backoff=0.1), *BATCH)
+            asked = pool.submit(RemoteReward(url, retries=9, backoff=0.1), *BATCH)
             held.begun.wait(10)
             os.kill(os.getpid(), number)
             time.sleep(0.3)
             held.release.set()
             return asked.result()[0].tolist()
 
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask)
-        assert serve_reward.run(parser.parse_args(["serve-reward", "held", "--port", str(port)])) == 0
-        assert asked.result() == [1, 1, 1]
-    output = capsys.readouterr().out
-    assert output == f"serving reward 'Held' on http://127.0.0.1:{port} (Ctrl-C stops)\nstopped\n"
+    assert run_serve_reward(held, monkeypatch, during) == (0, [1, 1, 1])
+    assert re.fullmatch(r"serving reward 'Held' on http://127.0.0.1:\d+ \(Ctrl-C stops\)\nstopped\n", capsys.readouterr().out)
+
+
+def test_a_second_signal_leaves_at_once(monkeypatch, held):
+    """The thread of a reward that hangs would keep the process alive."""
+
+    def leave(code):
+        held.release.set()
+        raise SystemExit(code)
+
+    def during(url):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(RemoteReward(url, retries=9, backoff=0.1), *BATCH)
+            held.begun.wait(10)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.3)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    started = time.monotonic()
+    with pytest.raises(SystemExit, match="1"):
+        run_serve_reward(held, monkeypatch, during)
+    assert time.monotonic() - started < 5
