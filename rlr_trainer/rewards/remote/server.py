@@ -88,7 +88,7 @@ class RewardServer:
                 (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
             )
         except OSError as error:
-            reason = error.strerror or error
+            reason = (error.strerror or str(error)).partition(" (while")[0]
             raise OSError(f"cannot listen on {host}, port {port}: {reason}; choose another port (0: any free one)") from error
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -171,12 +171,14 @@ class RewardServer:
         def client_is_gone() -> bool:
             return asyncio.run_coroutine_threadsafe(request.is_disconnected(), loop).result()
 
-        future = None
         try:
             future = self._executor.submit(self._turn, body, client_is_gone)
+        except RuntimeError as error:
+            raise HTTPException(503, "the server is shutting down") from error
+        try:
             return _json(await asyncio.wrap_future(future))
-        except (asyncio.CancelledError, RuntimeError) as error:  # cancelled, or no longer taken, by `stop`
-            self._given_up = self._given_up or (future is not None and not future.cancelled())
+        except asyncio.CancelledError as error:  # by `stop`: before its turn, or by uvicorn at the end of the grace
+            self._given_up = self._given_up or not future.cancelled()
             raise HTTPException(503, "the server is shutting down") from error
 
     def _check_head(self, request: Request) -> None:
@@ -208,6 +210,8 @@ class RewardServer:
                 return self._rewards(pictures.decode(), tuple(message.prompts), tuple(message.metadata))
         except WireError as error:
             raise HTTPException(400, str(error)) from error
+        except (MemoryError, RuntimeError) as error:  # torch's for too little memory is a RuntimeError
+            raise HTTPException(503, f"the pictures cannot be decoded now: {error}") from error
 
     def _rewards(self, *batch: Any) -> dict[str, Any]:
         try:
@@ -215,11 +219,7 @@ class RewardServer:
                 values, notes = split_returned(invoke(self.name, self.reward, batch, None))
                 rewards = check_values(self.name, values, len(batch[0]), torch.device("cpu")).tolist()
             notes = encoding.to_json(notes, "reward metadata", nan_as_null=True)
-        except (
-            Exception,
-            asyncio.CancelledError,
-            SystemExit,
-        ) as error:  # whatever the user's function raises is told to the client
+        except (Exception, asyncio.CancelledError, SystemExit) as error:  # whatever the function raises is told to the client
             logger.error("reward %r failed", self.name, exc_info=error)
             raise HTTPException(500, f"reward {self.name!r} raised {type(error).__name__}: {error}") from error
         return {"version": PROTOCOL_VERSION, "rewards": [None if math.isnan(r) else r for r in rewards], "metadata": notes}
