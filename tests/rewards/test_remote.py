@@ -30,8 +30,7 @@ from PIL import Image
 from programs import environment
 
 from rlr_trainer.cli import serve_reward
-from rlr_trainer.estimators import NonDifferentiableRewardError
-from rlr_trainer.rewards import RemoteReward, RemoteRewardError, RewardError, Rewards, RewardServer
+from rlr_trainer.rewards import RemoteReward, RemoteRewardError, RewardError, RewardServer
 from rlr_trainer.rewards.remote import server as server_module
 from rlr_trainer.rewards.remote.encoding import Pictures, WireError, encode_images, to_json
 from rlr_trainer.rewards.remote.http_client import RETRIED_STATUSES, JsonClient
@@ -167,7 +166,6 @@ GOOD = png(np.zeros((8, 8, 3), np.uint8))
     [
         (["%%%"], r"images\[0\] cannot be read as the base64 text"),
         ([base64.b64encode(b"GIF89a" + b"\0" * 40).decode()], "cannot be read"),
-        ([GOOD[:64]], "cannot be read"),
         ([GOOD, png(np.zeros((8, 9, 3), np.uint8))], r"images\[1\] is 9 x 8, but the first picture 8 x 8"),
         ([png(np.zeros((8, 8, 4), np.uint8))], "mode is 'RGBA'"),
         ([handmade(2**30, 2**30, black(1, 1))], "exceeds limit"),
@@ -251,11 +249,6 @@ def test_only_the_named_keys_are_sent(serve):
         RemoteReward(url, metadata_keys=["m"])(*BATCH[:2], rows)
 
 
-def test_no_gradient_comes_back(url):
-    with pytest.raises(NonDifferentiableRewardError, match="remote"):
-        Rewards(RemoteReward(url))(IMAGES.clone().requires_grad_(), *BATCH[1:], differentiable=True)
-
-
 @pytest.mark.parametrize(
     ("options", "most"),
     [({}, 1), ({"workers": 3}, 3), ({"workers": 3, "max_megapixels": 500 / 10**6}, 2)],
@@ -266,7 +259,7 @@ def test_calls_at_a_time(serve, held, options, most):
     client = RemoteReward(serve(held, **options).url)
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(client, *BATCH) for _ in range(4)]
-        time.sleep(0.6)
+        time.sleep(0.4)
         held.release.set()
         assert [call.result()[0].tolist() for call in asked] == [[1, 1, 1]] * 4
     assert held.most == most
@@ -291,7 +284,6 @@ def test_pictures_are_decoded_when_their_turn_has_come(serve, held):
 
 GARBAGE = [
     (b"{", "the body is not JSON"),
-    (b"\xff\xfe", "the body is not JSON"),
     (b"[" * 100_000, "the body is not JSON"),
     (message().replace(b"{}", b'{"a": NaN}', 1), "NaN is not JSON"),
     (b"[]", "the body: Input should be"),
@@ -323,18 +315,15 @@ def test_other_paths_types_and_methods(url):
     assert b"400 Bad Request" in talk(url, b"\0\0\0\0\r\n\r\n")
 
 
-@pytest.mark.parametrize("host", ["attacker.example", "localhost.attacker.example:8000", "192.168.1.7", "[", ""])
-def test_without_a_token_only_names_of_this_machine_are_answered(url, host):
+def test_without_a_token_only_names_of_this_machine_are_answered(url, serve):
     """A web page whose own name resolves to 127.0.0.1 could ask otherwise."""
-    for method, path in (("POST", "/score"), ("GET", "/health")):
-        refused = httpx.request(method, url + path, headers={"Host": host}, content=message())
-        assert refused.status_code == 403
-        assert re.search(r"only to names of its own machine.*start it with a token \(--token, or RLR_", refused.json()["error"])
-
-
-def test_names_that_are_answered(url, serve):
     for host in ("localhost", "localhost:1", "127.8.8.8:8000", "[::1]:8000"):
         assert httpx.get(url + "/health", headers={"Host": host}).status_code == 200
+    for host in ("attacker.example", "localhost.attacker.example:8000", "192.168.1.7", "[", ""):
+        for method, path in (("POST", "/score"), ("GET", "/health")):
+            refused = httpx.request(method, url + path, headers={"Host": host}, content=message())
+            assert refused.status_code == 403
+            assert re.search(r"only to names of its own machine.*start it with a token \(--token, or RLR_", refused.json()["error"])
     assert post(serve(token="x").url, message(), Host="gpu-box", Authorization="Bearer x")[0] == 200
 
 
@@ -366,13 +355,9 @@ def test_an_exception_of_the_reward_is_told_and_tried_again(serve, caplog):
     assert [re.search(r"attempt \d of \d", text)[0] for text in warnings] == ["attempt 2 of 3", "attempt 3 of 3"]
 
 
-@pytest.mark.parametrize(
-    ("returned", "says"),
-    [([1.0], r"shape \(1,\) for a batch of 3"), (([1, 2, 3], {"x": object()}), r"reward metadata\['x'\] is a object")],
-)
-def test_a_reward_that_returns_something_else(serve, returned, says):
-    with pytest.raises(RemoteRewardError, match=says):
-        RemoteReward(serve(lambda *batch: returned).url, retries=0)(*BATCH)
+def test_a_reward_that_returns_something_else(serve):
+    with pytest.raises(RemoteRewardError, match=r"reward metadata\['x'\] is a object"):
+        RemoteReward(serve(lambda *batch: ([1, 2, 3], {"x": object()})).url, retries=0)(*BATCH)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +374,6 @@ def test_server_options_that_cannot_be(options):
         ({"url": "localhost:8000"}, "must be like http"),
         ({"url": "http://a:b:c"}, "must be like http"),
         ({"url": "http://user:secret@host"}, "a secret goes into token"),
-        ({"timeout": 0}, "timeout=0"),
         ({"timeout": float("nan")}, "timeout=nan"),
         ({"retries": 1.5}, "retries=1.5"),
         ({"backoff": -1}, "backoff=-1"),
@@ -542,11 +526,9 @@ def test_statuses_that_are_final(fake, status):
     [
         (b"<html>", "something else than JSON"),
         (b'{"version": 1, "rewards": [1, NaN, 2]}', "something else than JSON"),
-        (b"[]", "no ScoreAnswer of version 1"),
         (OK.replace(b"1", b"2", 1), "version: Input should be 1"),
         (OK.replace(b"2, ", b""), "2 rewards for 3 pictures"),
         (OK.replace(b"2", b"true"), "rewards.1: Input should be a valid number"),
-        (OK.replace(b"2", b'"2"'), "rewards.1: Input should be a valid number"),
     ],
 )
 def test_answers_that_cannot_be(fake, body, says):
@@ -566,23 +548,21 @@ class Clock(threading.Event):
         return len(self.waits) == self.stop_in
 
 
-def test_the_wait_doubles_with_jitter_up_to_a_minute(fake):
-    clock = Clock()
-    url, _ = fake(*[answer(503)] * 9, answer(200, b"1"))
-    assert JsonClient(url, timeout=5, retries=20, backoff=0.5, token=None).post(b"", clock) == 1
-    most = [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
-    assert all(high / 2 <= wait <= high for wait, high in zip(clock.waits, most, strict=True))
-    assert len({wait / high for wait, high in zip(clock.waits, most, strict=True)}) == 9
-
-
-def test_retry_after_is_obeyed_and_a_stop_ends_the_attempts(fake):
-    clock = Clock(stop_in=5)
-    url, seen = fake(*[answer(429, header=f"Retry-After: {value}") for value in ("7", "1000000", "0", "soon", "2")], b"")
-    with pytest.raises(RemoteRewardError, match="429 Too Many Requests .5 attempts"):
-        JsonClient(url, timeout=5, retries=20, backoff=0.5, token=None).post(b"", clock)
-    assert clock.waits[:2] == [7, 60]
-    assert 1 <= clock.waits[2] <= 2 <= clock.waits[3] <= 4 <= clock.waits[4] <= 8
-    assert len(seen) == 5
+def test_pauses_double_with_jitter_obey_retry_after_and_end_at_a_stop(fake):
+    asked = [None] * 8 + ["7", "100", "1000000", "soon"]
+    url, seen = fake(*[answer(429, header=f"Retry-After: {value}" if value else "X: y") for value in asked], b"")
+    clock = Clock(stop_in=12)
+    with pytest.raises(RemoteRewardError, match="429 Too Many Requests .12 attempts"):
+        JsonClient(url, timeout=5, retries=20, backoff=0.25, token=None).post(b"", clock)
+    factors = [wait / (0.25 * 2**i) for i, wait in enumerate(clock.waits[:8])]
+    assert len(set(factors)) == 8 and all(0.5 <= factor <= 1 for factor in factors)
+    assert 30 <= clock.waits[8] <= 60 == clock.waits[9] == clock.waits[10]  # never more than a minute
+    assert 30 <= clock.waits[11] <= 60
+    assert len(seen) == 12
+    JsonClient(fake(answer(429, header="Retry-After: 7"), answer(200, b"1"))[0], timeout=5, retries=1, backoff=0, token=None).post(
+        b"", clock
+    )
+    assert clock.waits[12] == 7
 
 
 def test_proxies_are_not_asked_for_this_machine(url, monkeypatch):
