@@ -67,15 +67,18 @@ def run(options: argparse.Namespace) -> int:
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     server.start()
     print(f"serving reward {server.name!r} on {server.url} (Ctrl-C stops)", flush=True)
+    finished = False
     try:
         while not asked_to_stop.wait(1):  # waiting for ever would keep Windows from seeing Ctrl-C
             continue
         finished = server.stop(GRACE_SECONDS)
+    except KeyboardInterrupt:
+        print("interrupted again", file=sys.stderr)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if finished:
         print("stopped", flush=True)
         return 0
-    print(f"stopped, leaving requests that took more than {GRACE_SECONDS} s", file=sys.stderr, flush=True)
+    print(f"stopped, leaving requests unanswered (the limit is {GRACE_SECONDS} s)", file=sys.stderr, flush=True)
     os._exit(1)  # the thread of a hanging reward would keep the process alive

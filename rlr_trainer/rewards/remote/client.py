@@ -9,20 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlr_trainer.rewards.remote.encoding import (
-    PROTOCOL_VERSION,
-    SCORE_PATH,
-    TOKEN_VARIABLE,
-    WireError,
-    dump_json,
-    encode_images,
-    read_answer,
-    to_json,
-)
+from rlr_trainer.rewards.remote import encoding
+from rlr_trainer.rewards.remote.encoding import SCORE_PATH, ScoreAnswer, WireError
 from rlr_trainer.rewards.remote.http_client import JsonClient, RemoteRewardError
 from rlr_trainer.rewards.values import merge_notes
-
-__all__ = ["RemoteReward", "RemoteRewardError"]
 
 
 class RemoteReward:
@@ -33,7 +23,7 @@ class RemoteReward:
 
     Args:
         url: of the server, such as "http://127.0.0.1:8000".
-        timeout: seconds for each of connecting, sending, waiting for the rewards, and reading them.
+        timeout: most seconds without progress in connecting, sending, waiting for the rewards, or reading them.
         retries: attempts after a first one that failed for a reason that may pass: no connection, no answer in time, a server that
             is busy or whose reward raised an exception. 8 of them bridge about two minutes.
         backoff: seconds before the second attempt; doubles with every further one, up to a minute, and is varied at random.
@@ -68,7 +58,7 @@ class RemoteReward:
         if isinstance(metadata_keys, str):
             raise ValueError(f"metadata_keys={metadata_keys!r}: must be a list of keys")
         self.client = JsonClient(
-            url, timeout=timeout, retries=retries, backoff=backoff, token=token or os.environ.get(TOKEN_VARIABLE) or None
+            url, timeout=timeout, retries=retries, backoff=backoff, token=token or os.environ.get(encoding.TOKEN_VARIABLE) or None
         )
         self.client.url += SCORE_PATH
         self.batch_size = batch_size
@@ -91,17 +81,11 @@ class RemoteReward:
         """
         rows = [self._row(number, row) for number, row in enumerate(metadata)]
         size = self.batch_size or max(1, len(prompts))
-        rewards: list[float | None] = []
-        notes, counts = [], []
-        for first in range(0, len(prompts), size):
-            part = slice(first, first + size)
-            values, note = self._ask(images[part], list(prompts[part]), rows[part])
-            rewards.extend(values)
-            notes.append(note)
-            counts.append(len(values))
-        return torch.tensor([torch.nan if value is None else value for value in rewards], dtype=torch.float32), merge_notes(
-            notes, counts
-        )
+        parts = [slice(first, first + size) for first in range(0, len(prompts), size)]
+        answers = [self._ask(images[part], list(prompts[part]), rows[part]) for part in parts]
+        rewards = [torch.nan if value is None else value for answer in answers for value in answer.rewards]
+        notes = merge_notes([answer.metadata for answer in answers], [len(answer.rewards) for answer in answers])
+        return torch.tensor(rewards, dtype=torch.float32), notes
 
     def _row(self, number: int, row: Any) -> Any:
         if self.metadata_keys is not None:
@@ -112,14 +96,23 @@ class RemoteReward:
                 raise WireError(f"metadata[{number}] lacks {missing}, which metadata_keys names; it has {list(row)}")
             row = {key: row[key] for key in self.metadata_keys}
         try:
-            return to_json(row, f"metadata[{number}]")
+            return encoding.to_json(row, f"metadata[{number}]")
         except WireError as error:
             raise WireError(f"{self!r}: {error}; or name the keys to send in metadata_keys") from None
 
-    def _ask(self, images: Tensor, prompts: list[str], metadata: list[Any]) -> tuple[list[float | None], Any]:
-        request = {"version": PROTOCOL_VERSION, "images": encode_images(images), "prompts": prompts, "metadata": metadata}
-        answer = self.client.post(dump_json(request))
+    def _ask(self, images: Tensor, prompts: list[str], metadata: list[Any]) -> ScoreAnswer:
+        request = {
+            "version": encoding.PROTOCOL_VERSION,
+            "images": encoding.encode_images(images),
+            "prompts": prompts,
+            "metadata": metadata,
+        }
+        parsed = self.client.post(encoding.dump_json(request))
         try:
-            return read_answer(answer, len(prompts))
+            answer = encoding.read_message(ScoreAnswer, parsed)
+            if len(answer.rewards) != len(prompts):
+                raise WireError(f"{len(answer.rewards)} rewards for {len(prompts)} pictures: must be one per picture")
         except WireError as error:
-            raise RemoteRewardError(f"{self.client.url}: {error}", self.client.url, 200) from None
+            message = f"{self.client.url}: answered with {encoding.dump_json(parsed).decode()[:120]}: {error}"
+            raise RemoteRewardError(message, self.client.url, 200) from None
+        return answer

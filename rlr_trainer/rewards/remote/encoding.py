@@ -11,10 +11,12 @@ import base64
 import io
 import json
 import math
-import struct
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 PROTOCOL_VERSION = 1
@@ -23,13 +25,49 @@ HEALTH_PATH = "/health"
 TOKEN_VARIABLE = "RLR_REWARD_TOKEN"  # environment variable that holds the token, on both sides
 
 MAX_DEPTH = 64  # of nested metadata
-PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-PNG_HEADER_BYTES = 24  # up to and with the size
 PNG_COMPRESSION = 1  # of 9: a tenth larger than the default, several times faster
 
 
 class WireError(ValueError):
     """Something that is not, or cannot become, a message of the protocol."""
+
+
+_FIRST = Field(fail_fast=True)  # a list of millions of wrong entries would otherwise give millions of errors
+
+
+class ScoreRequest(BaseModel):
+    """What a client sends: one entry of each list per picture or video."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    version: Literal[1]
+    images: Annotated[list[str | Annotated[list[str], _FIRST]], _FIRST]
+    prompts: Annotated[list[str], _FIRST]
+    metadata: list[Any]
+
+
+class ScoreAnswer(BaseModel):
+    """What a server answers: one reward per picture or video, None where it does not apply."""
+
+    model_config = ConfigDict(strict=True)
+    version: Literal[1]
+    rewards: Annotated[list[float | None], _FIRST]
+    metadata: Any = {}
+
+
+_Message = TypeVar("_Message", ScoreRequest, ScoreAnswer)
+
+
+def read_message(kind: type[_Message], message: Any) -> _Message:
+    """The parsed JSON as a request or an answer.
+
+    Raises:
+        WireError: it is none; names the fields.
+    """
+    try:
+        return kind.model_validate(message)
+    except ValidationError as error:
+        wrong = (f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors()[:4])
+        raise WireError(f"no {kind.__name__} of version {PROTOCOL_VERSION} of the reward protocol ({'; '.join(wrong)})") from error
 
 
 def check_token(token: str | None) -> None:
@@ -50,8 +88,6 @@ def encode_png(picture: Tensor) -> bytes:
     Raises:
         WireError: another shape, or a value that is not finite.
     """
-    from PIL import Image
-
     if picture.dim() != 3 or picture.shape[0] != 3:
         raise WireError(f"a picture has the shape {tuple(picture.shape)}: must be (3, height, width)")
     picture = picture.detach().float()
@@ -72,68 +108,58 @@ def encode_images(images: Tensor) -> list[Any]:
     return [base64.b64encode(encode_png(picture)).decode("ascii") for picture in images]
 
 
-def decode_images(encoded: Any, max_pixels: int) -> Tensor:
-    """Float pictures [B, 3, H, W] or [B, F, 3, H, W] in [0, 1] of the protocol's `images`.
+class Pictures:
+    """The pictures or videos of a request, not yet decompressed.
 
     Args:
-        encoded: a list of base64 PNGs (8 bits, RGB or grey), or a list of equally long lists of them; all of one size.
-        max_pixels: of the whole request. Sizes are read from the files' headers, before anything is decompressed.
+        encoded: base64 PNGs (8 bits, RGB or grey), or equally long lists of them; all of one size.
+
+    Attributes:
+        width, height: of each picture, from the files' headers.
+        pixels: of all of them together.
 
     Raises:
         WireError: anything else; names the picture.
     """
-    if not isinstance(encoded, list) or not encoded:
-        raise WireError("'images' must be a list with at least one picture")
-    videos = isinstance(encoded[0], list)
-    rows = encoded if videos else [encoded]
-    if videos and (not all(isinstance(row, list) for row in rows) or len({len(row) for row in rows}) > 1 or not rows[0]):
-        raise WireError("'images' holds videos: each must be a list of the same number of frames")
-    left = max_pixels
-    pictures: list[Tensor] = []
-    for row, frames in enumerate(rows):
-        for column, text in enumerate(frames):
-            place = f"images[{row}][{column}]" if videos else f"images[{column}]"
-            picture, left = _decode_picture(text, place, left, max_pixels)
-            if picture.shape != (pictures or [picture])[0].shape:
-                raise WireError(f"{place} is {_size(picture)}, but the first picture {_size(pictures[0])}: all must have one size")
-            pictures.append(picture)
-    images = torch.stack(pictures).permute(0, 3, 1, 2).float().div_(255)
-    return images.unflatten(0, (len(rows), -1)) if videos else images
 
+    def __init__(self, encoded: list[str | list[str]]) -> None:
+        lengths = {len(entry) if isinstance(entry, list) else None for entry in encoded}
+        if len(lengths) != 1 or lengths == {0}:
+            raise WireError("'images' must be a list of pictures, or of videos with the same number of frames, and not empty")
+        self._frames = lengths.pop()
+        self._texts = [text for entry in encoded for text in (entry if isinstance(entry, list) else [entry])]
+        sizes = [self._read(number).size for number in range(len(self._texts))]
+        self.width, self.height = sizes[0]
+        self.pixels = len(sizes) * self.width * self.height
+        for number, (width, height) in enumerate(sizes):
+            if (width, height) != sizes[0]:
+                first = f"the first picture {self.width} x {self.height}"
+                raise WireError(f"{self._name(number)} is {width} x {height}, but {first}: all must have one size")
 
-def _size(picture: Tensor) -> str:
-    return f"{picture.shape[1]} x {picture.shape[0]}"
+    def decode(self) -> Tensor:
+        """Float pictures [B, 3, H, W] or [B, F, 3, H, W] in [0, 1].
 
+        Raises:
+            WireError: a damaged file; names the picture.
+        """
+        images = torch.empty(len(self._texts), 3, self.height, self.width)
+        for number in range(len(images)):
+            images[number] = torch.from_numpy(np.array(self._read(number, decode=True))).permute(2, 0, 1)
+        images.div_(255)
+        return images if self._frames is None else images.unflatten(0, (-1, self._frames))
 
-def _decode_picture(text: Any, place: str, left: int, max_pixels: int) -> tuple[Tensor, int]:
-    """uint8 [H, W, 3], and how many pixels the request may still have."""
-    import numpy as np
-    from PIL import Image
+    def _name(self, number: int) -> str:
+        return f"images[{number}]" if self._frames is None else f"images[{number // self._frames}][{number % self._frames}]"
 
-    if not isinstance(text, str):
-        raise WireError(f"{place} is a {_json_kind(text)}: must be the base64 text of a PNG file")
-    try:
-        data = base64.b64decode(text, validate=True)
-        if not data.startswith(PNG_START) or len(data) < PNG_HEADER_BYTES:
-            raise ValueError("it does not begin as one")
-        width, height = struct.unpack(">II", data[16:PNG_HEADER_BYTES])
-        left -= width * height
-        if left < 0:
-            raise WireError(
-                f"{place} is {width} x {height}: the pictures of one request may have {max_pixels} pixels in all; send "
-                "fewer per request (batch_size of the client), or raise --max_megapixels of the server"
-            )
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            if picture.size != (width, height):  # a second header, which Pillow would go by
-                raise ValueError("it has two headers")
+    def _read(self, number: int, decode: bool = False) -> Image.Image:
+        try:
+            data = base64.b64decode(self._texts[number], validate=True)
+            picture = Image.open(io.BytesIO(data), formats=["PNG"])  # reads the header alone
             if picture.mode not in ("RGB", "L"):
-                raise WireError(f"{place} is a PNG of mode {picture.mode!r}: must be RGB or grey (L), 8 bits per channel")
-            pixels = np.array(picture.convert("RGB"))
-    except WireError:
-        raise
-    except Exception as error:  # Pillow has half a dozen types for damaged files, IndexError and SyntaxError among them
-        raise WireError(f"{place} is not the base64 text of a PNG file ({error})") from error
-    return torch.from_numpy(pixels), left
+                raise ValueError(f"its mode is {picture.mode!r}: must be RGB or grey (L), 8 bits per channel")
+            return picture.convert("RGB") if decode else picture
+        except Exception as error:  # Pillow has half a dozen types for damaged files, IndexError and SyntaxError among them
+            raise WireError(f"{self._name(number)} cannot be read as the base64 text of a PNG file ({error})") from error
 
 
 def to_json(value: Any, name: str, *, nan_as_null: bool = False, depth: int = 0) -> Any:
@@ -150,11 +176,9 @@ def to_json(value: Any, name: str, *, nan_as_null: bool = False, depth: int = 0)
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
-        if math.isfinite(value):
-            return float(value)
-        if nan_as_null:
-            return None
-        raise WireError(f"{name} is {value}, which JSON does not have: use None")
+        if not math.isfinite(value) and not nan_as_null:
+            raise WireError(f"{name} is {value}, which JSON does not have: use None")
+        return float(value) if math.isfinite(value) else None
     if depth > MAX_DEPTH:
         raise WireError(f"{name} is nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, dict):
@@ -182,61 +206,11 @@ def load_json(body: bytes) -> Any:
     Raises:
         WireError: it is not JSON (nor are NaN and Infinity), or nested too deep.
     """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
     try:
-        return json.loads(body, parse_constant=_no_constant)
+        return json.loads(body, parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise WireError(f"the body is not JSON ({error})") from error
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def read_request(body: bytes, max_pixels: int) -> tuple[Tensor, tuple[str, ...], tuple[Any, ...]]:
-    """(images, prompts, metadata) of a request's body.
-
-    Raises:
-        WireError: the message says what is wrong.
-    """
-    message = load_json(body)
-    if not isinstance(message, dict):
-        raise WireError(f"the body is a {_json_kind(message)}: must be an object")
-    if message.get("version") != PROTOCOL_VERSION:
-        raise WireError(f"'version' is {message.get('version')!r:.80}: this server speaks version {PROTOCOL_VERSION}")
-    keys = {"version", "images", "prompts", "metadata"}
-    if message.keys() != keys:
-        missing, unknown = sorted(keys - message.keys()), sorted(map(repr, message.keys() - keys))
-        raise WireError(
-            f"the request lacks {', '.join(missing) or 'nothing'} and has the unknown keys {', '.join(unknown)[:200] or '(none)'}"
-        )
-    prompts, metadata = message["prompts"], message["metadata"]
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise WireError("'prompts' must be a list of strings")
-    if not isinstance(metadata, list):
-        raise WireError("'metadata' must be a list with one entry per picture")
-    images = decode_images(message["images"], max_pixels)
-    if not len(images) == len(prompts) == len(metadata):
-        raise WireError(f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata: must be as many of each")
-    return images, tuple(prompts), tuple(metadata)
-
-
-def read_answer(message: Any, count: int) -> tuple[list[float | None], Any]:
-    """(rewards, reward metadata) of a parsed answer for `count` pictures.
-
-    Raises:
-        WireError: it is not an answer of the protocol.
-    """
-    if not isinstance(message, dict) or message.get("version") != PROTOCOL_VERSION:
-        raise WireError(f"is not an answer of version {PROTOCOL_VERSION} of the reward protocol: {json.dumps(message)[:120]}")
-    rewards = message.get("rewards")
-    if not isinstance(rewards, list) or len(rewards) != count:
-        raise WireError(f"answered with rewards {json.dumps(rewards)[:120]}: must be a list of {count}, one per picture")
-    for reward in rewards:
-        if reward is not None and (isinstance(reward, bool) or not isinstance(reward, int | float)):
-            raise WireError(f"answered with the reward {json.dumps(reward)[:80]}: must be a number or null")
-    return rewards, message.get("metadata", {})
-
-
-def _json_kind(value: Any) -> str:
-    kinds = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return kinds.get(type(value), "null")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
+import functools
 import ipaddress
 import json
 import logging
@@ -10,10 +10,10 @@ import random
 import ssl
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from typing import Any
+
+import httpx
+import tenacity
 
 from rlr_trainer.rewards.remote.encoding import WireError, check_token, load_json
 from rlr_trainer.rewards.values import RewardError
@@ -22,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})  # may be another the next time; any other is final
 MAX_DELAY = 60.0  # seconds between two attempts
-MAX_ANSWER_BYTES = 64 * 10**6
+REMEDIES = {
+    401: "; give the token that the server was started with",
+    403: "; check the token",
+    404: "; check the path of the url",
+    413: "; send fewer pictures per request (batch_size), or raise the server's limit",
+}
 
 
 class RemoteRewardError(RewardError):
@@ -39,17 +44,23 @@ class RemoteRewardError(RewardError):
         self.url, self.status, self.attempts = url, status, attempts
 
 
+class _MayPass(RemoteRewardError):
+    """A failure that another attempt may not meet, `wait` seconds later at the earliest."""
+
+    wait = 0.0
+
+
 class JsonClient:
     """Posts JSON to one endpoint.
 
     An attempt that fails for a reason that may pass (no connection, no answer in time, one of `RETRIED_STATUSES`) is followed by
     another, after `backoff * 2^i` seconds, i = 0, 1, ..., times a random factor between 0.5 and 1 so that several processes do not
-    come back at once; not before the `Retry-After` that the endpoint asks for; never after more than a minute.
+    come back at once; not before the `Retry-After` (in seconds) that the endpoint asks for; never after more than a minute.
 
     Args:
         url: of the endpoint, http or https. Proxies are taken from the environment, except for addresses of this machine.
             Redirections are not followed: they would carry the token elsewhere.
-        timeout: seconds for each of connecting, sending, waiting for the answer, and reading it.
+        timeout: most seconds without progress in connecting, sending, waiting for the answer, or reading it.
         retries: attempts after the first.
         backoff: seconds before the first of them.
         token: sent as `Authorization: Bearer <token>`.
@@ -60,23 +71,16 @@ class JsonClient:
 
     def __init__(self, url: str, *, timeout: float, retries: int, backoff: float, token: str | None) -> None:
         self.url = check_url(url)
-        for name, value in (("timeout", timeout), ("backoff", backoff)):
-            if (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or not 0 <= value < 1e9
-                or (name == "timeout" and not value)
-            ):
-                raise ValueError(f"{name}={value!r}: must be a {'positive ' if name == 'timeout' else ''}number of seconds")
+        for name, value, positive in (("timeout", timeout, True), ("backoff", backoff, False)):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < 1e9 or (positive and not value):
+                raise ValueError(f"{name}={value!r}: must be a {'positive ' if positive else ''}number of seconds")
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
             raise ValueError(f"retries={retries!r}: must be a whole number, 0 for a single attempt")
         check_token(token)
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
         self._token = token
         self._random = random.Random()  # its own: the global one may make the prompts
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.url!r}, timeout={self.timeout}, retries={self.retries}, backoff={self.backoff})"
 
     def post(self, body: bytes, stop: threading.Event | None = None) -> Any:
         """The parsed answer to `body`.
@@ -88,54 +92,69 @@ class JsonClient:
         Raises:
             RemoteRewardError: names URL, status, attempts, and what the endpoint said.
         """
+        stop = stop or threading.Event()
         started = time.monotonic()
-        attempt = 0
-        while True:
-            attempt += 1
-            failure = self._attempt(body)
-            if not isinstance(failure, _Failure):
-                return failure
-            if not failure.retry or attempt > self.retries or (stop is not None and stop.is_set()):
-                break
-            delay = self._delay(attempt, failure.retry_after)
-            logger.warning("%s: %s; attempt %d of %d in %.1f s", self.url, failure.text, attempt + 1, self.retries + 1, delay)
-            if stop is None:
-                time.sleep(delay)
-            elif stop.wait(delay):
-                break
-        spent = time.monotonic() - started
-        tried = "1 attempt" if attempt == 1 else f"{attempt} attempts"
-        message = f"{self.url}: {failure.text} ({tried} in {spent:.1f} s, {len(body) / 1e6:.2f} MB sent){_remedy(failure.status)}"
-        raise RemoteRewardError(message, self.url, failure.status, attempt)
+        attempts = 0
 
-    def _delay(self, attempt: int, retry_after: float | None) -> float:
-        own = min(self.backoff * 2.0 ** min(attempt - 1, 64), MAX_DELAY) * self._random.uniform(0.5, 1)
-        return min(max(own, retry_after or 0.0), MAX_DELAY)
+        def attempt() -> Any:
+            nonlocal attempts
+            attempts += 1
+            return self._attempt(body)
+
+        def pause(state: Any) -> None:
+            failure, delay = state.outcome.exception(), state.upcoming_sleep
+            logger.warning("%s: %s; attempt %d of %d in %.1f s", self.url, failure, attempts + 1, self.retries + 1, delay)
+            if stop.wait(delay):
+                raise failure
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_MayPass),
+            stop=tenacity.stop_after_attempt(self.retries + 1) | tenacity.stop_when_event_set(stop),
+            wait=self._delay,
+            before_sleep=pause,
+            sleep=lambda seconds: None,  # `pause` has waited: `sleep` could not give up
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except RemoteRewardError as failure:
+            tried = f"{attempts} attempt{'s' if attempts > 1 else ''} in {time.monotonic() - started:.1f} s"
+            message = f"{self.url}: {failure} ({tried}, {len(body) / 1e6:.2f} MB sent){REMEDIES.get(failure.status or 0, '')}"
+            raise RemoteRewardError(message, self.url, failure.status, attempts) from failure.__cause__
+
+    def _delay(self, state: Any) -> float:
+        own = tenacity.wait_exponential(self.backoff, max=MAX_DELAY)(state) * self._random.uniform(0.5, 1)
+        return min(max(own, state.outcome.exception().wait), MAX_DELAY)
 
     def _attempt(self, body: bytes) -> Any:
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "rlr-trainer"}
+        headers = {"Content-Type": "application/json", "User-Agent": "rlr-trainer"}
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
-        request = urllib.request.Request(self.url, data=body, headers=headers, method="POST")
+        environment = not is_loopback(httpx.URL(self.url).host)  # where proxies are named
         try:
-            with _opener(self.url).open(request, timeout=self.timeout) as response:
-                answer = _read(response, self.timeout)
-        except urllib.error.HTTPError as error:
-            with error:
-                return _failure_of_status(error, self.timeout)
-        except (OSError, http.client.HTTPException) as error:  # URLError and TimeoutError are OSErrors
-            return _failure_of_connection(error, self.timeout)
-        if len(answer) > MAX_ANSWER_BYTES:
-            return _Failure(f"answered with more than {MAX_ANSWER_BYTES // 10**6} MB", retry=False)
+            with httpx.Client(timeout=self.timeout, trust_env=environment, verify=_tls()) as client:
+                response = client.post(self.url, content=body, headers=headers)
+        except httpx.TimeoutException as error:
+            raise _MayPass(f"no answer within timeout={self.timeout:g} s", self.url) from error
+        except httpx.RequestError as error:
+            kind = RemoteRewardError if "CERTIFICATE_VERIFY_FAILED" in str(error) else _MayPass
+            raise kind(f"no connection: {str(error) or repr(error)}", self.url) from error
+        if not response.is_success:
+            raise self._refused(response)
         try:
-            return load_json(answer)
+            return load_json(response.content)
         except WireError as error:
-            return _Failure(f"answered with something else than JSON: {error}: {answer[:120]!r}", retry=False)
+            raise RemoteRewardError(
+                f"answered with something else than JSON: {error}: {response.content[:120]!r}", self.url
+            ) from error
 
-
-class _Failure:
-    def __init__(self, text: str, *, retry: bool, status: int | None = None, retry_after: float | None = None) -> None:
-        self.text, self.retry, self.status, self.retry_after = text, retry, status, retry_after
+    def _refused(self, response: httpx.Response) -> RemoteRewardError:
+        status, said, wait = response.status_code, _message_in(response.text), response.headers.get("Retry-After", "")
+        kind = _MayPass if status in RETRIED_STATUSES else RemoteRewardError
+        error = kind(f"answered {status} {response.reason_phrase}{': ' + said if said else ''}", self.url, status)
+        if isinstance(error, _MayPass) and wait.isascii() and wait.isdigit():
+            error.wait = float(wait)
+        return error
 
 
 def check_url(url: str) -> str:
@@ -145,13 +164,12 @@ def check_url(url: str) -> str:
         ValueError: no http or https URL, or one with a password, a query or a fragment.
     """
     try:
-        parts = urllib.parse.urlsplit(url)
-        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except (ValueError, AttributeError, TypeError):
-        known = False
-    if not known or not url.isprintable() or " " in url:
+        parts = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        parts = httpx.URL("")
+    if parts.scheme not in ("http", "https") or not parts.host or " " in url:
         raise ValueError(f"url={url!r}: must be like http://host:8000 or https://host/path")
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    if parts.userinfo or parts.query or parts.fragment:
         raise ValueError("url: must have no user, password, query or fragment; a secret goes into token")
     return url.rstrip("/")
 
@@ -164,59 +182,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
-        """None: the redirection is then reported as an error."""
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()  # the system's certificates; reading them takes a while
 
 
-def _opener(url: str) -> urllib.request.OpenerDirector:
-    handlers: list[Any] = [_NoRedirect()]
-    if is_loopback(urllib.parse.urlsplit(url).hostname or ""):
-        handlers.append(urllib.request.ProxyHandler({}))
-    return urllib.request.build_opener(*handlers)
-
-
-def _read(response: Any, timeout: float) -> bytes:
-    """The body, up to one byte more than `MAX_ANSWER_BYTES`; one that trickles in is given up after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    announced = response.headers.get("Content-Length", "")
-    parts, size = [], 0
-    while size <= MAX_ANSWER_BYTES and (part := response.read1(1 << 20)):
-        parts.append(part)
-        size += len(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-    if announced.isdigit() and size < min(int(announced), MAX_ANSWER_BYTES):
-        raise http.client.IncompleteRead(b"".join(parts), int(announced) - size)
-    return b"".join(parts)[: MAX_ANSWER_BYTES + 1]
-
-
-def _failure_of_connection(error: Exception, timeout: float) -> _Failure:
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(reason, TimeoutError):
-        return _Failure(f"no answer within timeout={timeout:g} s", retry=True)
-    final = isinstance(reason, ssl.SSLCertVerificationError)
-    text = str(reason) if isinstance(reason, OSError | http.client.HTTPException) and str(reason) else repr(reason)
-    return _Failure(f"no connection: {text}", retry=not final)
-
-
-def _failure_of_status(error: urllib.error.HTTPError, timeout: float) -> _Failure:
-    try:
-        said = _message_in(_read(error, timeout)[: 10**5])
-    except (OSError, http.client.HTTPException):
-        said = ""
-    wait = error.headers.get("Retry-After", "")
-    return _Failure(
-        f"answered {error.code} {error.reason}{': ' + said if said else ''}",
-        retry=error.code in RETRIED_STATUSES,
-        status=error.code,
-        retry_after=float(wait) if wait.isascii() and wait.isdigit() else None,
-    )
-
-
-def _message_in(body: bytes) -> str:
+def _message_in(text: str) -> str:
     """What an error's body says: {"error": "..."} of a reward server, {"error": {"message": "..."}} of a chat endpoint, or its text."""
-    text = body.decode("utf-8", "replace")
     try:
         message = json.loads(text)
     except (ValueError, RecursionError):
@@ -224,13 +196,3 @@ def _message_in(body: bytes) -> str:
     said = message.get("error", message) if isinstance(message, dict) else message
     said = said.get("message", said) if isinstance(said, dict) else said
     return str(said)[:2000]
-
-
-def _remedy(status: int | None) -> str:
-    remedies = {
-        401: "; give the token that the server was started with",
-        403: "; check the token",
-        404: "; check the path of the url",
-        413: "; send fewer pictures per request (batch_size), or raise the server's limit",
-    }
-    return remedies.get(status or 0, "")
