@@ -255,15 +255,14 @@ def unbiased_plans(draw, num_steps: int = NUM_STEPS) -> EstimatorPlan:
     remaining = num_steps - fo_steps - ho_length
     options: dict = {"fo_steps": fo_steps, "ho_length": ho_length}
     if ho_length:
-        options["ho_start"] = draw(_starts(remaining + 1))
+        options |= draw(_starts(remaining + 1))
     if remaining:
         options["rest_estimator"] = draw(st.sampled_from(["lr", "lr", "lr", "zo"]))
         if options["rest_estimator"] == "zo":
             options |= {"zo_antithetic": draw(st.booleans()), "zo_scale": 0.4}
         elif draw(st.booleans()):
             options["rest_num_steps"] = draw(st.integers(1, remaining))
-            weights = draw(st.lists(st.integers(1, 3), min_size=num_steps, max_size=num_steps))
-            options["rest_step_weights"] = tuple(float(w) for w in weights)
+            options["rest_step_weights"] = draw(st.lists(st.integers(1, 3), min_size=num_steps, max_size=num_steps))
         if options["rest_estimator"] == "lr" and not ho_length and draw(st.booleans()):
             options["fo_steps"] = (draw(st.integers(0, fo_steps)), fo_steps)
     pairs = options.get("zo_antithetic", False)
@@ -273,12 +272,11 @@ def unbiased_plans(draw, num_steps: int = NUM_STEPS) -> EstimatorPlan:
 
 
 @st.composite
-def _starts(draw, count: int) -> str | tuple[float, ...]:
+def _starts(draw, count: int) -> dict:
     kind = draw(st.sampled_from(["uniform", "weights", "range"]))
-    if kind == "weights" and count != 2:
-        weights = draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
-        return tuple(float(w) for w in weights) if any(weights) else "uniform"
-    if kind == "range" and count > 2:
+    if kind == "weights":
+        return {"ho_start_weights": draw(st.lists(st.integers(0, 3), min_size=count, max_size=count).filter(any))}
+    if kind == "range":
         first = draw(st.integers(0, count - 1))
-        return (first, draw(st.integers(first, count - 1)))
-    return "uniform"
+        return {"ho_start": (first, draw(st.integers(first, count - 1)))}
+    return {}

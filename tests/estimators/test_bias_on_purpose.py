@@ -27,7 +27,7 @@ COVERAGE = {
     "AlignProp, K uniform on 2..3": (preset("alignprop", fo_steps=(2, 3)), [0, 1 / 2, 1, 1]),
     "sub-chain of 2 and no rest": (EstimatorPlan(T, fo_steps=1, ho_length=2), [1 / 2, 1, 1 / 2, 1]),
     "sub-chain with weighted starts and no rest": (
-        EstimatorPlan(T, ho_length=2, ho_start=(2.0, 1.0, 1.0)),
+        EstimatorPlan(T, ho_length=2, ho_start_weights=(2.0, 1.0, 1.0)),
         [1 / 2, 3 / 4, 1 / 2, 1 / 4],
     ),
     "first order at half its weight": (EstimatorPlan(T, fo_steps=2, rest_estimator="lr", fo_weight=0.5), [1, 1, 0.5, 0.5]),

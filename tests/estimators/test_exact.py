@@ -500,7 +500,7 @@ def test_a_factor_of_the_backward_pass_does_not_enter_the_adjoints(recompute, fa
 
 def test_scopes_are_announced_from_the_sample_back():
     """A distributed wrapper synchronizes in the last scope only; a meter sees every differentiated step once."""
-    chain, plan = NonlinearChain(6), EstimatorPlan(6, fo_steps=2, ho_length=2, ho_start=(1.0, 0.0, 0.0))
+    chain, plan = NonlinearChain(6), EstimatorPlan(6, fo_steps=2, ho_length=2, ho_start_weights=(1.0, 0.0, 0.0))
     rollout, draw = sample_chain(chain, 4, seeded(1)), plan.draw(4)
     feedback = feedback_of(chain, nonlinear_reward, rollout)
     for recompute, expected in (("recursive", [[5], [4], [1], [0]]), ("graph", [[4, 5], [0, 1]])):

@@ -46,7 +46,7 @@ PLANS = {
     "one sub-chain, the whole chain": plan(ho_length=4),
     "starts in a range": plan(ho_length=2, ho_start=(1, 2), rest_estimator="lr"),
     "a single start": plan(ho_length=2, ho_start=(1, 1), rest_estimator="lr"),
-    "weighted starts": plan(fo_steps=1, ho_length=1, ho_start=(1.0, 0.0, 3.0), rest_estimator="lr"),
+    "weighted starts": plan(fo_steps=1, ho_length=1, ho_start_weights=(1.0, 0.0, 3.0), rest_estimator="lr"),
     "one of the remaining steps": plan(fo_steps=2, rest_estimator="lr", rest_num_steps=1),
     "two of four steps, weighted": plan(rest_estimator="lr", rest_num_steps=2, rest_step_weights=(1.0, 2.0, 1.0, 4.0)),
     "sub-chain and one weighted step": plan(
