@@ -10,18 +10,21 @@ import contextlib
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from statistics_helpers import DETECTABLE, Estimate, detectable
 from torch import Tensor
 
-from rlr_trainer.estimators import GradientEstimate, estimate_gradient, leave_one_out, sweep
+from rlr_trainer.estimators import GradientEstimate, estimate_gradient, leave_one_out
 from rlr_trainer.estimators.advantages import ADVANTAGES, Advantages
 from rlr_trainer.estimators.chain import Generators, Parameters, PerSampleChain, draw_noise
 from rlr_trainer.estimators.linear_gaussian import LinearGaussianChain, quadratic_reward
 from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.prediction import leave_one_out_mean
 
 NUM_SAMPLES = 2**17
 MAX_CHUNKS = 16
@@ -192,12 +195,23 @@ def nonlinear_reference(perturbed: tuple[bool, ...] = (), scale: float = 0.0, nu
 
 
 @contextlib.contextmanager
+def replaced(public: object, replacement: object) -> Iterator[None]:
+    """A public function or class is `replacement` wherever these tests or the estimators name it, whatever file that is in."""
+    with pytest.MonkeyPatch.context() as patch:
+        places = [m for name, m in sys.modules.items() if name == __name__ or name.startswith("rlr_trainer.estimators")]
+        found = [(module, name) for module in places for name, value in vars(module).items() if value is public]
+        assert found, f"{public} is named nowhere"
+        for module, name in found:
+            patch.setattr(module, name, replacement)
+        yield
+
+
+@contextlib.contextmanager
 def batches_of(size: int) -> Iterator[None]:
     """Makes baselines see batches of `size` samples, so that one call of `estimate_gradient` acts as N / size calls.
 
     The package's own `leave_one_out` is run on every batch; that the centre of c is the same thing is tested in test_exact.
     """
-    real_center, real_baseline = sweep.leave_one_out_mean, ADVANTAGES["leave_one_out"]
 
     def baseline(rewards: Tensor, groups: Tensor | None, blocks: Tensor | None) -> Advantages:
         return leave_one_out(rewards, torch.arange(len(rewards)) // size, blocks)
@@ -205,13 +219,9 @@ def batches_of(size: int) -> Iterator[None]:
     def center(values: Tensor, blocks: Tensor | None = None) -> Tensor:
         return values - baseline(values, None, blocks).values
 
-    ADVANTAGES["leave_one_out"] = baseline
-    sweep.leave_one_out_mean = center
-    try:
+    with replaced(leave_one_out_mean, center), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ADVANTAGES, "leave_one_out", baseline)
         yield
-    finally:
-        ADVANTAGES["leave_one_out"] = real_baseline
-        sweep.leave_one_out_mean = real_center
 
 
 def group_size(plan: EstimatorPlan, advantage: str = "none") -> int:
