@@ -30,11 +30,29 @@ NUM_SAMPLES = 2**17
 MAX_CHUNKS = 16
 SEED_SHIFT = int(os.environ.get("RLR_TEST_SEED", "0")) * 1_000_003  # other samples for the same tests: they must pass for any
 NUM_STEPS = 4
+EXACT = {"rtol": 0.0, "atol": 1e-8}  # of comparisons in float64
 BATCH = 4  # in tests of baselines: their mistakes are of order 1 / batch, invisible in a batch of 2^17
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def derivative(function: Callable[[Tensor], Tensor | float], x: Tensor, step: float = 1e-3) -> Tensor:
+    """Central differences of fourth order, entry by entry; float64."""
+    result = torch.empty_like(x)
+    for index in range(x.numel()):
+        values = []
+        for shift in (-2, -1, 1, 2):
+            moved = x.clone()
+            moved.view(-1)[index] += shift * step
+            values.append(function(moved))
+        result.view(-1)[index] = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * step)
+    return result
 
 
 class OffsetChain(LinearGaussianChain):
