@@ -326,11 +326,11 @@ def _check_start(plan: EstimatorPlan) -> None:
     lengths = f"num_steps={plan.num_steps}, fo_steps={plan.fo_range[1]}, ho_length={plan.ho_length}"
     if bounds is not None and not 0 <= bounds[0] <= bounds[1] < count:
         raise PlanError(
-            f"ho_start={list(bounds)}: a range of starts lies within 0..{count - 1} (steps count from the noisy end; {lengths})"
+            f"ho_start={bounds}: a range of starts lies within 0..{count - 1} (steps count from the noisy end; {lengths})"
         )
     if weights is not None and not _are_weights(weights, count):
         raise PlanError(
-            f"ho_start_weights={weights}: must be one non-negative number per admissible start, {count} of them ({lengths}), "
+            f"ho_start_weights={weights!r}: must be one non-negative number per admissible start, {count} of them ({lengths}), "
             "not all 0; for a range of starts use ho_start=[first, last]"
         )
 
@@ -349,10 +349,10 @@ def _check_rest(plan: EstimatorPlan) -> None:
             "to visit all"
         )
     if weights is not None and count is None:
-        raise PlanError("rest_step_weights has no effect when every step is visited; set rest_num_steps")
+        raise PlanError(f"rest_step_weights={weights} has no effect when every step is visited; set rest_num_steps")
     if weights is not None and not (_are_weights(weights, plan.num_steps) and min(weights) > 0):
         raise PlanError(
-            f"rest_step_weights={weights}: must be one positive finite weight per step, {plan.num_steps} of them (a step of "
+            f"rest_step_weights={weights!r}: must be one positive finite weight per step, {plan.num_steps} of them (a step of "
             "weight 0 would never be estimated)"
         )
     if plan.control_variate and not (plan.rest_estimator == "lr" or plan.ho_length):
