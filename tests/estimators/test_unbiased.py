@@ -172,7 +172,7 @@ def test_any_plan(chosen, shared, advantage):
 
 
 @pytest.mark.slow
-@settings(max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(unbiased_plans(), st.booleans(), ADVANTAGE_CHOICE)
 def test_any_of_many_plans(chosen, shared, advantage):
     check_any_plan(chosen, shared, advantage)
