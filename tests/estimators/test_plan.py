@@ -14,7 +14,7 @@ from toy_problems import seeded, unbiased_plans
 from rlr_trainer.estimators.plan import PRESETS, EstimatorPlan, PlanError
 from rlr_trainer.estimators.plan_draw import PlanDraw, StartDistribution, inclusion_probabilities, inverse_inclusion_weights
 
-QUICK = settings(max_examples=150, derandomize=True, deadline=None, database=None)
+QUICK = settings(max_examples=75, derandomize=True, deadline=None, database=None)
 any_plan = st.integers(1, 7).flatmap(unbiased_plans)
 
 
