@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 
@@ -32,14 +33,20 @@ class Advantages:
         return Advantages(self.values.clamp(-limit, limit), self.scale)
 
 
-def _make(centered: Tensor, scale: Tensor, rewards: Tensor) -> Advantages:
-    valid = ~torch.isnan(rewards)
-    return Advantages(torch.where(valid, centered * scale, 0.0), torch.where(valid, scale, 0.0))
+def _advantages(rewards: Tensor, baseline: Tensor, std: Tensor | None = None) -> Advantages:
+    """(R - baseline) / std for the rewards that are there; None is a std of 1."""
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
+    scale = torch.ones_like(rewards)
+    if std is not None:
+        std = std.to(rewards)
+        scale = torch.where(std > MINIMUM_STD, 1 / (std + MINIMUM_STD), scale)
+    there = ~torch.isnan(rewards)
+    return Advantages(torch.where(there, (rewards - baseline.to(rewards)) * scale, 0.0), torch.where(there, scale, 0.0))
 
 
 def no_baseline(rewards: Tensor) -> Advantages:
     """A = R: no baseline, scale 1. Unbiased, with the variance of the reward's mean on top."""
-    return _make(_floats(rewards), torch.ones_like(_floats(rewards)), rewards)
+    return _advantages(rewards, torch.zeros(()))
 
 
 def leave_one_out(rewards: Tensor, groups: Tensor | None = None, blocks: Tensor | None = None) -> Advantages:
@@ -63,8 +70,7 @@ def leave_one_out(rewards: Tensor, groups: Tensor | None = None, blocks: Tensor 
     alone = others[1] == 0
     if alone.any():
         others = torch.where(alone, _of_others(counted, torch.zeros_like(group), block), others)
-    baseline = others[0] / others[1].clamp_min(1)
-    return _make(_floats(rewards) - baseline.to(_floats(rewards)), torch.ones_like(_floats(rewards)), rewards)
+    return _advantages(rewards, others[0] / others[1].clamp_min(1))
 
 
 def _of_others(values: Tensor, group: Tensor, block: Tensor) -> Tensor:
@@ -80,10 +86,6 @@ def _total(values: Tensor, index: Tensor) -> Tensor:
     return torch.zeros(len(values), len(present), dtype=values.dtype).index_add_(1, index, values)[:, index]
 
 
-def _floats(rewards: Tensor) -> Tensor:
-    return rewards if rewards.is_floating_point() else rewards.float()
-
-
 def _mean_and_std(rewards: Tensor) -> Tensor:
     """[2], of the rewards that are there; in float64, where the spread of equal float32 rewards is exactly 0."""
     values = rewards[~torch.isnan(rewards)].double().cpu()
@@ -92,13 +94,8 @@ def _mean_and_std(rewards: Tensor) -> Tensor:
 
 def normalize(rewards: Tensor) -> Advantages:
     """A = (R - mean) / std over the batch (DDPO's global z-score). Biased by 1/N through the sample's own reward."""
-    rewards = _floats(rewards)
-    mean, std = _mean_and_std(rewards).to(rewards)
-    return _make(rewards - mean, _inverse_std(std).expand_as(rewards), rewards)
-
-
-def _inverse_std(std: Tensor) -> Tensor:
-    return torch.where(std > MINIMUM_STD, 1 / (std + MINIMUM_STD), 1.0)
+    mean, std = _mean_and_std(rewards)
+    return _advantages(rewards, mean, std)
 
 
 class PerPromptStatistics:
@@ -121,16 +118,15 @@ class PerPromptStatistics:
     def update(self, prompts: Sequence[Hashable], rewards: Tensor) -> Advantages:
         """Adds the rewards to the buffers, then normalizes each by its prompt's statistics."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            if reward == reward:
+            if not math.isnan(reward):
                 self.buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
-        rewards = _floats(rewards)
         batch = _mean_and_std(rewards)
         statistics = {}
         for prompt in set(prompts):
             history = torch.tensor(list(self.buffers.get(prompt, ())), dtype=torch.float64)
             statistics[prompt] = _mean_and_std(history) if len(history) >= self.min_count else batch
-        mean, std = torch.stack([statistics[prompt] for prompt in prompts]).to(rewards).unbind(1)
-        return _make(rewards - mean, _inverse_std(std), rewards)
+        mean, std = torch.stack([statistics[prompt] for prompt in prompts]).unbind(1)
+        return _advantages(rewards, mean, std)
 
     def state_dict(self) -> dict[str, list[float]]:
         return {str(prompt): list(buffer) for prompt, buffer in self.buffers.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -36,7 +36,9 @@ class EstimatorPlan:
             trajectory (AlignProp, arXiv:2310.03739).
         ho_length: h, length of the half-order sub-chain; 0 for none.
         ho_start: where the sub-chain starts: "uniform", "grad_norm" (softmax of running gradient norms, section 3.2 of the
-            paper), `(first, last)` for uniform on a range, or T - K - h + 1 non-negative weights, one per admissible start.
+            paper), or `(first, last)` for uniform on a range of step numbers.
+        ho_start_weights: T - K - h + 1 non-negative weights, one per admissible start, that replace `ho_start`; a start is drawn
+            in proportion to its weight. None: as `ho_start` says.
         rest_estimator: "lr" (likelihood ratio of single steps), "zo" (zeroth-order, as in the paper), "prediction"
             (pathwise through the one-step prediction, slightly biased) or "none" (biased).
         rest_num_steps: number of remaining steps that "lr" or "prediction" visits, drawn without replacement and each
@@ -54,7 +56,8 @@ class EstimatorPlan:
     num_steps: int
     fo_steps: int | tuple[int, int] = 0
     ho_length: int = 0
-    ho_start: str | tuple[float, ...] = "uniform"
+    ho_start: str | tuple[int, int] = "uniform"
+    ho_start_weights: tuple[float, ...] | None = None
     rest_estimator: str = "none"
     rest_num_steps: int | None = None
     rest_step_weights: tuple[float, ...] | None = None
@@ -67,15 +70,14 @@ class EstimatorPlan:
     zo_antithetic: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("fo_steps", "ho_start", "rest_step_weights"):
+        for name in ("fo_steps", "ho_start", "ho_start_weights", "rest_step_weights"):
             value = getattr(self, name)
             if isinstance(value, list | Tensor):
-                object.__setattr__(self, name, tuple(value))
-        _check_whole_numbers(self)
+                object.__setattr__(self, name, tuple(value.tolist() if isinstance(value, Tensor) else value))
         _check_lengths(self)
         _check_start(self)
         _check_rest(self)
-        _check_zeroth_order(self)
+        _check_numbers(self)
 
     @classmethod
     def from_preset(cls, name: str, num_steps: int, **options: Any) -> EstimatorPlan:
@@ -90,8 +92,6 @@ class EstimatorPlan:
         unknown = sorted(set(options) - known)
         if unknown:
             raise PlanError(f"unknown plan option {', '.join(unknown)}; the options are {', '.join(sorted(known))}")
-        if num_steps < 1:
-            raise PlanError(f"num_steps={num_steps}: a chain has at least one step")
         given = {key: value for key, value in options.items() if value is not None}
         chosen = PRESETS[name](num_steps) | given
         if "ho_length" not in given:
@@ -134,13 +134,9 @@ class EstimatorPlan:
 
     def scored_steps(self) -> list[int]:
         """Steps that may get a likelihood-ratio term, and so need a standard deviation above 0."""
-        before_fo = self.num_steps - self.fo_range[0]
-        if self.rest_estimator == "lr" and before_fo > 0:
-            return list(range(before_fo))
-        if not self.ho_length:
-            return []
-        admissible = [start for start, p in enumerate(self.start_probabilities()) if p > 0]
-        return [start + self.ho_length - 1 for start in admissible]
+        if self.rest_estimator == "lr":
+            return list(range(self.num_steps - self.fo_range[0]))
+        return [start + self.ho_length - 1 for start, probability in enumerate(self.start_probabilities()) if probability > 0]
 
     def check_noise(self, stds: Sequence[float]) -> None:
         """Refuses a plan that would divide by a standard deviation of 0.
@@ -166,7 +162,8 @@ class EstimatorPlan:
         if high:
             parts.append(f"first order on the last {low if low == high else f'{low} to {high}'} of {self.num_steps} steps")
         if self.ho_length:
-            parts.append(f"half-order sub-chains of {self.ho_length} (start: {self.ho_start})")
+            start = self.ho_start if self.ho_start_weights is None else f"by weights {self.ho_start_weights}"
+            parts.append(f"half-order sub-chains of {self.ho_length} (start: {start})")
         if low + self.ho_length < self.num_steps:
             names = {
                 "lr": "likelihood ratio",
@@ -202,13 +199,10 @@ class EstimatorPlan:
 
     def start_probabilities(self) -> list[float]:
         """Probability of every admissible start, before "grad_norm" has seen any norm (then uniform). Length `num_starts`."""
-        count = self.num_starts
-        if isinstance(self.ho_start, str):
-            return [1 / count] * count
-        if len(self.ho_start) == 2:
-            first, last = self.ho_start
-            return [1 / (last - first + 1) if first <= start <= last else 0.0 for start in range(count)]
-        return [weight / sum(self.ho_start) for weight in self.ho_start]
+        if self.ho_start_weights is not None:
+            return [weight / sum(self.ho_start_weights) for weight in self.ho_start_weights]
+        first, last = (0, self.num_starts - 1) if isinstance(self.ho_start, str) else self.ho_start
+        return [1 / (last - first + 1) if first <= start <= last else 0.0 for start in range(self.num_starts)]
 
     def draw(
         self,
@@ -278,22 +272,29 @@ PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-def _check_whole_numbers(plan: EstimatorPlan) -> None:
-    if len(plan.fo_range) != 2 or not all(_is_whole(k) for k in plan.fo_range):
-        raise PlanError(f"fo_steps={plan.fo_steps!r}: K must be a whole number, or a pair (low, high) of whole numbers")
-    for name in ("num_steps", "ho_length", "rest_num_steps", "zo_num_perturbations"):
-        value = getattr(plan, name)
-        if not (_is_whole(value) or (value is None and name == "rest_num_steps")):
-            raise PlanError(f"{name}={value!r}: must be a whole number")
-
-
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_whole(number) for number in value)
+
+
+def _are_weights(value: Any, count: int) -> bool:
+    """So many finite numbers, none negative and not all 0."""
+    if not isinstance(value, tuple) or len(value) != count:
+        return False
+    return all(isinstance(weight, Real) and 0 <= float(weight) < math.inf for weight in value) and sum(value) > 0
+
+
 def _check_lengths(plan: EstimatorPlan) -> None:
+    for name in ("num_steps", "ho_length", "zo_num_perturbations"):
+        if not _is_whole(getattr(plan, name)):
+            raise PlanError(f"{name}={getattr(plan, name)!r}: must be a whole number")
     if plan.num_steps < 1:
         raise PlanError(f"num_steps={plan.num_steps}: a chain has at least one step")
+    if not _is_pair(plan.fo_range):
+        raise PlanError(f"fo_steps={plan.fo_steps!r}: K must be a whole number, or a pair (low, high) of whole numbers")
     low, high = plan.fo_range
     if not 0 <= low <= high <= plan.num_steps:
         raise PlanError(
@@ -310,57 +311,58 @@ def _check_lengths(plan: EstimatorPlan) -> None:
 
 
 def _check_start(plan: EstimatorPlan) -> None:
-    if isinstance(plan.ho_start, str):
-        if plan.ho_start not in NAMED_STARTS:
-            raise PlanError(f"ho_start={plan.ho_start!r}: must be one of {NAMED_STARTS}, [first, last], or weights per start")
-        return
-    if not plan.ho_length:
-        raise PlanError(f"ho_start={list(plan.ho_start)} has no effect without a sub-chain; set ho_length to at least 1")
-    count = plan.num_starts
-    if len(plan.ho_start) == 2:
-        first, last = plan.ho_start
-        if not (0 <= first <= last < count and first == int(first) and last == int(last)):
-            raise PlanError(
-                f"ho_start=[{first}, {last}]: a range of starts lies within 0..{count - 1} (steps count from the noisy end; "
-                f"num_steps={plan.num_steps}, fo_steps={plan.fo_range[1]}, ho_length={plan.ho_length})"
-            )
-    elif len(plan.ho_start) != count or min(plan.ho_start) < 0 or not 0 < sum(plan.ho_start) < math.inf:
+    start, weights, count = plan.ho_start, plan.ho_start_weights, plan.num_starts
+    bounds = None if isinstance(start, str) else start
+    if not (start in NAMED_STARTS if bounds is None else _is_pair(bounds)):
         raise PlanError(
-            f"ho_start has {len(plan.ho_start)} entries: weights need one non-negative number per admissible start, {count} "
-            "of them, not all 0; a range is [first, last]"
+            f"ho_start={start!r}: must be one of {NAMED_STARTS}, or [first, last], two whole step numbers; weights of the starts "
+            "go into ho_start_weights"
+        )
+    if weights is not None and start != "uniform":
+        raise PlanError(f"ho_start={start!r} with ho_start_weights: both say where the sub-chain starts; leave one of them unset")
+    for name, value in (("ho_start", bounds), ("ho_start_weights", weights)):
+        if value is not None and not plan.ho_length:
+            raise PlanError(f"{name}={value} has no effect without a sub-chain; set ho_length to at least 1")
+    lengths = f"num_steps={plan.num_steps}, fo_steps={plan.fo_range[1]}, ho_length={plan.ho_length}"
+    if bounds is not None and not 0 <= bounds[0] <= bounds[1] < count:
+        raise PlanError(
+            f"ho_start={bounds}: a range of starts lies within 0..{count - 1} (steps count from the noisy end; {lengths})"
+        )
+    if weights is not None and not _are_weights(weights, count):
+        raise PlanError(
+            f"ho_start_weights={weights!r}: must be one non-negative number per admissible start, {count} of them ({lengths}), "
+            "not all 0; for a range of starts use ho_start=[first, last]"
         )
 
 
 def _check_rest(plan: EstimatorPlan) -> None:
     if plan.rest_estimator not in REST_ESTIMATORS:
         raise PlanError(f"rest_estimator={plan.rest_estimator!r}: must be one of {REST_ESTIMATORS}")
+    count, weights = plan.rest_num_steps, plan.rest_step_weights
+    for name, value in (("rest_num_steps", count), ("rest_step_weights", weights)):
+        if value is not None and plan.rest_estimator not in ("lr", "prediction"):
+            raise PlanError(f"{name}={value} has no effect with rest_estimator={plan.rest_estimator!r}; use 'lr'")
     remaining = plan.num_steps - plan.fo_range[0] - plan.ho_length
-    sampled = plan.rest_estimator in ("lr", "prediction")
-    for name in ("rest_num_steps", "rest_step_weights"):
-        if getattr(plan, name) is not None and not sampled:
-            raise PlanError(f"{name}={getattr(plan, name)} has no effect with rest_estimator={plan.rest_estimator!r}; use 'lr'")
-    if plan.rest_num_steps is not None and not 1 <= plan.rest_num_steps <= max(remaining, 1):
+    if count is not None and not (_is_whole(count) and 1 <= count <= max(remaining, 1)):
         raise PlanError(
-            f"rest_num_steps={plan.rest_num_steps}: must lie between 1 and the number of remaining steps, {remaining}; leave it "
-            "unset to visit all"
+            f"rest_num_steps={count}: must be a whole number between 1 and the number of remaining steps, {remaining}; leave it unset "
+            "to visit all"
         )
-    weights = plan.rest_step_weights
-    if weights is not None:
-        if plan.rest_num_steps is None:
-            raise PlanError("rest_step_weights has no effect when every step is visited; set rest_num_steps")
-        if len(weights) != plan.num_steps or not all(0 < weight < math.inf for weight in weights):
-            raise PlanError(
-                f"rest_step_weights has {len(weights)} entries: needs one positive finite weight per step, {plan.num_steps} of "
-                "them (a step of weight 0 would never be estimated)"
-            )
+    if weights is not None and count is None:
+        raise PlanError(f"rest_step_weights={weights} has no effect when every step is visited; set rest_num_steps")
+    if weights is not None and not (_are_weights(weights, plan.num_steps) and min(weights) > 0):
+        raise PlanError(
+            f"rest_step_weights={weights!r}: must be one positive finite weight per step, {plan.num_steps} of them (a step of "
+            "weight 0 would never be estimated)"
+        )
     if plan.control_variate and not (plan.rest_estimator == "lr" or plan.ho_length):
         raise PlanError("control_variate=True has no effect: the plan has no likelihood-ratio step; use rest_estimator='lr'")
+
+
+def _check_numbers(plan: EstimatorPlan) -> None:
     for name in ("fo_weight", "ho_weight", "rest_weight"):
         if not math.isfinite(getattr(plan, name)):
             raise PlanError(f"{name}={getattr(plan, name)}: must be a finite number (1 is the gradient)")
-
-
-def _check_zeroth_order(plan: EstimatorPlan) -> None:
     if not 0 < plan.zo_scale < math.inf:
         raise PlanError(f"zo_scale={plan.zo_scale}: the perturbation scale must be a positive number, for instance 0.01")
     if plan.zo_num_perturbations < 1:

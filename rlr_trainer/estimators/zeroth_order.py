@@ -117,11 +117,9 @@ def zeroth_order(advantage: Tensor, zeroth: Tensor, perturbations: Perturbations
     signed = (advantage.cpu() * perturbations.sign).double() / perturbations.scale
     zeroth = zeroth.expand(len(signed), -1)
     for direction in perturbations.direction.unique().tolist():
-        rows = perturbations.direction == direction
-        for step in range(zeroth.shape[1]):
-            if not (rows & zeroth[:, step]).any():
-                continue
-            coefficient = float(signed[rows & zeroth[:, step]].sum())
+        covered = zeroth & (perturbations.direction == direction)[:, None]
+        for step in covered.any(0).nonzero()[:, 0].tolist():
+            coefficient = float(signed[covered[:, step]].sum())
             for name, e in perturbations.directions(params, step, direction).items():
                 gradient[name].add_(e, alpha=coefficient)
     return gradient

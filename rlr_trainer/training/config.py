@@ -30,6 +30,7 @@ PLAN_OPTIONS = (
     "fo_steps",
     "ho_length",
     "ho_start",
+    "ho_start_weights",
     "rest_estimator",
     "rest_num_steps",
     "rest_step_weights",
@@ -81,8 +82,11 @@ class RLRConfig(TrainingArguments):
         "memory_budget_gb. Default: preset.",
     )
     memory_budget_gb: float | None = _option(None, "Memory for the chain's steps in GB (10^9 bytes), for ho_length='auto'.")
-    ho_start: list[float] | str | tuple[float, ...] | None = _option(
-        None, "Start of the sub-chain: 'uniform', 'grad_norm', [first, last], or one weight per start. Default: uniform."
+    ho_start: list[int] | str | tuple[int, int] | None = _option(
+        None, "Start of the sub-chain: 'uniform', 'grad_norm', or [first, last], two step numbers. Default: uniform."
+    )
+    ho_start_weights: list[float] | str | tuple[float, ...] | None = _option(
+        None, "One weight per admissible start of the sub-chain, in place of ho_start: starts are drawn in proportion to them."
     )
     rest_estimator: str | None = _option(None, "Estimator of the remaining steps: lr, zo, prediction or none. Default: preset.")
     rest_num_steps: int | None = _option(
@@ -310,7 +314,8 @@ class RLRConfig(TrainingArguments):
                 "memory_budget_gb, or neither"
             )
         if self.ho_start not in NAMED_STARTS:
-            self.ho_start = _numbers("ho_start", self.ho_start, float)
+            self.ho_start = _numbers("ho_start", self.ho_start, int)
+        self.ho_start_weights = _numbers("ho_start_weights", self.ho_start_weights, float)
         _check_choice("recompute", self.recompute, RECOMPUTE_NAMES)
         self._check_rewards()
         if self.advantage is not None:
@@ -421,8 +426,9 @@ def _numbers(name: str, value: Any, kind: type) -> Any:
     try:
         numbers = [kind(part) for part in value.strip("[]() ").split(",")]
     except ValueError:
-        named = f"; or one of {', '.join(NAMED_STARTS)}" if name == "ho_start" else ""
-        raise ValueError(f"{name}={value!r}: must be a number, or numbers separated by commas{named}") from None
+        number = "whole number" if kind is int else "number"
+        other = f"; or one of {', '.join(NAMED_STARTS)} (weights go into ho_start_weights)" if name == "ho_start" else ""
+        raise ValueError(f"{name}={value!r}: must be a {number}, or {number}s separated by commas{other}") from None
     return numbers[0] if len(numbers) == 1 and name in ("fo_steps", "ho_length") else numbers
 
 

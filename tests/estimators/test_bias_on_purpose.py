@@ -21,23 +21,17 @@ def preset(name: str, **options) -> EstimatorPlan:
 
 # plan -> how much of each step's share it covers on average
 COVERAGE = {
-    "truncated to the last step": (preset("draft"), [0, 0, 0, 1]),
     "truncated to the last 3 steps": (preset("draft", fo_steps=3), [0, 1, 1, 1]),
-    "AlignProp, K uniform on 1..4": (preset("alignprop"), [1 / 4, 2 / 4, 3 / 4, 1]),
     "AlignProp, K uniform on 2..3": (preset("alignprop", fo_steps=(2, 3)), [0, 1 / 2, 1, 1]),
     "sub-chain of 2 and no rest": (EstimatorPlan(T, fo_steps=1, ho_length=2), [1 / 2, 1, 1 / 2, 1]),
     "sub-chain with weighted starts and no rest": (
-        EstimatorPlan(T, ho_length=2, ho_start=(2.0, 1.0, 1.0)),
+        EstimatorPlan(T, ho_length=2, ho_start_weights=(2.0, 1.0, 1.0)),
         [1 / 2, 3 / 4, 1 / 2, 1 / 4],
     ),
     "first order at half its weight": (EstimatorPlan(T, fo_steps=2, rest_estimator="lr", fo_weight=0.5), [1, 1, 0.5, 0.5]),
     "sub-chain at twice its weight": (
         EstimatorPlan(T, fo_steps=1, ho_length=1, rest_estimator="lr", ho_weight=2.0),
         [4 / 3, 4 / 3, 4 / 3, 1],
-    ),
-    "rest at half its weight": (
-        EstimatorPlan(T, fo_steps=1, ho_length=2, rest_estimator="lr", rest_weight=0.5),
-        [3 / 4, 1, 3 / 4, 1],
     ),
     "a subset of the rest at half its weight": (
         EstimatorPlan(T, fo_steps=2, rest_estimator="lr", rest_num_steps=1, rest_weight=0.5),
@@ -50,11 +44,10 @@ COVERAGE = {
 }
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["own parameters per step", "shared parameters"])
 @pytest.mark.parametrize("name", COVERAGE)
-def test_the_mean_is_the_sum_of_the_shares_by_coverage(name, shared):
+def test_the_mean_is_the_sum_of_the_shares_by_coverage(name):
     plan, coverage = COVERAGE[name]
-    problem = LinearProblem.make(shared)
+    problem = LinearProblem.make(shared=False)
     target = problem.gradient(coverage)
     result = estimate(problem.chain, problem.reward, plan, 31, target)
     assert_unbiased(result, target)
@@ -72,12 +65,11 @@ def test_the_parameters_of_uncovered_steps_get_exactly_nothing(fo_steps):
             assert touched == (step >= T - fo_steps)
 
 
-@pytest.mark.parametrize("scale", [0.2, 0.5])
-def test_zeroth_order_estimates_the_smoothed_gradient_and_not_the_gradient(scale):
+def test_zeroth_order_estimates_the_smoothed_gradient_and_not_the_gradient():
     """The perturbation of the matrices adds scale^2 |x|^2 to the variance of each next latent, which a quadratic reward sees."""
     problem = LinearProblem.make(shared=True, stds=[0.1] * T)
     problem = dataclasses.replace(problem, quadratic=torch.eye(2, dtype=torch.float64))
-    plan = preset("es", zo_scale=scale)
+    plan = preset("es", zo_scale=0.5)
     target = problem.target(plan)
     result = estimate(problem.chain, problem.reward, plan, 33, target)
     assert_unbiased(result, target)
@@ -103,13 +95,11 @@ SQDF = {
 }
 
 
-@pytest.mark.parametrize("quadratic", [0.0, 1.0], ids=["linear", "quadratic"])
 @pytest.mark.parametrize("name", SQDF)
-def test_sqdf_is_unbiased_where_the_prediction_misses_nothing_that_the_step_can_change(name, quadratic):
+def test_sqdf_is_unbiased_where_the_prediction_misses_nothing_that_the_step_can_change(name):
     """The chain predicts E[x_0 | x]. For a linear reward that is the expected reward; for a quadratic one it lacks
     tr(Q Cov(x_0 | x)), which in a linear-Gaussian chain does not depend on x, nor on the step that made x."""
     problem = LinearProblem.make(shared=False)
-    problem = dataclasses.replace(problem, quadratic=quadratic * problem.quadratic)
     target = problem.gradient()
     assert_unbiased(estimate(problem.chain, problem.reward, SQDF[name], 35, target), target)
 
@@ -148,10 +138,9 @@ def cubic_gradients(problem: LinearProblem) -> tuple[dict, dict]:
     return problem.fold(shares, ones), problem.fold(predicted, ones)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["own parameters per step", "shared parameters"])
 @pytest.mark.parametrize("name", ["every step", "one step"])
-def test_sqdf_misses_what_a_cubic_reward_gains_from_the_noise_to_come(name, shared):
-    problem = LinearProblem.make(shared)
+def test_sqdf_misses_what_a_cubic_reward_gains_from_the_noise_to_come(name):
+    problem = LinearProblem.make(shared=False)
     gradient, predicted = cubic_gradients(problem)
     reward = cubic_reward(problem.linear)
     result = estimate(problem.chain, reward, SQDF[name], 36, predicted)

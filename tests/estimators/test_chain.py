@@ -20,7 +20,6 @@ from rlr_trainer.estimators.chain import (
     next_latent,
     predict_clean,
     sample_chain,
-    seeded_generator,
     select_rows,
     sum_over_latent,
 )
@@ -40,8 +39,9 @@ def assert_same(first: Rollout, second: Rollout) -> None:
 
 @pytest.mark.parametrize("make", [NonlinearChain, lambda: LinearGaussianChain(3)], ids=["nonlinear", "linear"])
 def test_a_rollout_is_the_chain_step_by_step(make):
-    chain = make()
-    rollout = sample_chain(chain, 5, seeded(0))
+    chain, announced = make(), []
+    rollout = sample_chain(chain, 5, seeded(0), on_step=announced.append)
+    assert announced == list(range(chain.num_steps))
     assert isinstance(chain, DenoisingChain)
     assert rollout.num_steps == chain.num_steps and rollout.num_samples == 5
     assert len(rollout.latents) == chain.num_steps + 1 and rollout.sample is rollout.latents[-1]
@@ -95,12 +95,11 @@ def test_noise_is_standard_normal_and_independent_from_step_to_step():
     assert (deviation.abs() < 5 * 2**0.5 / count**0.5).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_drawn_noise_has_the_shape_and_type_of_its_model(dtype):
-    like = torch.empty(3, 4, 5, dtype=dtype)
+def test_drawn_noise_has_the_shape_and_type_of_its_model():
+    like = torch.empty(3, 4, 5, dtype=torch.bfloat16)
     for generator in (None, seeded(0), [seeded(s) for s in range(3)]):
         noise = draw_noise(like, generator)
-        assert noise.shape == like.shape and noise.dtype == dtype
+        assert noise.shape == like.shape and noise.dtype == torch.bfloat16
     assert torch.equal(draw_noise(like, seeded(0)), draw_noise(like, seeded(0)))
 
 
@@ -120,21 +119,6 @@ def test_what_is_not_finite_is_named_with_its_step(which, value):
         FloatingPointError, match=rf"step 2 of 5: the ({name}) of the next latent, shape {shape}.*lower the learning rate"
     ):
         sample_chain(chain, 4, seeded(0), step_function=broken)
-
-
-def test_steps_are_announced_when_they_are_done():
-    steps = []
-    sample_chain(LinearGaussianChain(4), 2, seeded(0), on_step=steps.append)
-    assert steps == [0, 1, 2, 3]
-
-
-def test_the_linear_chain_s_moments_are_those_of_its_samples():
-    chain = LinearGaussianChain(4, dim=3, seed=2)
-    x = sample_chain(chain, 50_000, seeded(3)).sample
-    mean, covariance = chain.moments(chain.parameters())
-    spread = covariance.diagonal().sqrt()
-    assert ((x.mean(0) - mean).abs() < 5 * spread / len(x) ** 0.5).all()
-    assert ((x.mT.cov() - covariance).abs() < 5 * 2**0.5 * torch.outer(spread, spread) / len(x) ** 0.5).all()
 
 
 # ---- rollouts as values ----
@@ -219,13 +203,6 @@ def test_mixed_seeds_depend_on_the_order_and_number_of_the_counters():
     assert mix_seed(1, 2, 3) == mix_seed(1, 2, 3)
 
 
-def test_generators_of_neighbouring_counters_are_independent():
-    noise = torch.stack([torch.randn(500, generator=seeded_generator(0, k)) for k in range(40)])
-    correlations = torch.corrcoef(noise) - torch.eye(40)
-    assert float(correlations.abs().max()) < 5.5 / 500**0.5
-    assert torch.equal(noise[3], torch.randn(500, generator=seeded_generator(0, 3)))
-
-
 # ---- densities ----
 
 
@@ -251,12 +228,6 @@ def test_log_densities_are_those_of_torch_distributions(shape, scalar):
     trained = gaussian_log_ratio(x, mean, std.clone().requires_grad_(), old, std)
     torch.testing.assert_close(trained.detach(), difference, rtol=0, atol=1e-10)
     assert trained.requires_grad
-
-
-def test_the_ratio_of_equal_gaussians_is_exactly_one():
-    x, mean = (torch.randn(3, 8, generator=seeded(s)) for s in range(2))
-    for std, old in ((torch.tensor(0.3), torch.tensor(0.3)), (torch.tensor(0.3), torch.full((3, 8), 0.3))):
-        assert torch.equal(gaussian_log_ratio(x, mean, std, mean, old), torch.zeros(3))
 
 
 # ---- per-sample parameters and predictions ----
@@ -285,20 +256,6 @@ def test_the_per_sample_chain_is_the_chain_on_each_row(make):
             torch.testing.assert_close(std[row], alone[1].expand(1, 2)[0], rtol=0, atol=1e-14)
 
 
-def test_per_sample_gradients_are_those_of_each_row_alone():
-    chain = NonlinearChain()
-    runner, x = PerSampleChain(chain), torch.randn(3, 2, generator=seeded(1), dtype=torch.float64)
-    leaves = {name: p.expand(3, *p.shape).clone().requires_grad_() for name, p in chain.parameters().items()}
-    mean, std = runner.transition(2, x, leaves)
-    (mean.sin().sum() + std.sum()).backward()
-    for row in range(3):
-        alone = {name: p.clone().requires_grad_() for name, p in chain.parameters().items()}
-        mean, std = chain.transition(2, x[row : row + 1], alone)
-        (mean.sin().sum() + std.sum()).backward()
-        for name, p in alone.items():
-            torch.testing.assert_close(leaves[name].grad[row], p.grad, rtol=0, atol=1e-13)
-
-
 def test_the_prediction_at_the_end_is_the_sample_itself():
     chain = NonlinearChain()
     x = torch.randn(3, 2, dtype=torch.float64, generator=seeded(0))
@@ -311,16 +268,3 @@ def test_the_prediction_at_the_end_is_the_sample_itself():
     with pytest.raises(TypeError, match="Plain has no predict_clean.*control_variate=True and the sqdf preset need"):
         predict_clean(Plain(), 1, x, {})
     assert predict_clean(Plain(), 4, x, {}) is x
-
-
-def test_the_linear_chain_predicts_the_expected_sample():
-    """E[sample | x] by many continuations from one latent."""
-    chain = LinearGaussianChain(4, seed=5)
-    params = chain.parameters()
-    x = torch.tensor([[0.7, -1.1]], dtype=torch.float64)
-    continued, generator = x.expand(40_000, 2), seeded(0)
-    for step in range(2, 4):
-        mean, std = chain.transition(step, continued, params)
-        continued = next_latent(mean, std, draw_noise(mean, generator))
-    error = continued.std(0) / len(continued) ** 0.5
-    assert ((continued.mean(0) - chain.predict_clean(2, x, params)[0]).abs() < 5 * error).all()

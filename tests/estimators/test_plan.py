@@ -14,7 +14,7 @@ from toy_problems import seeded, unbiased_plans
 from rlr_trainer.estimators.plan import PRESETS, EstimatorPlan, PlanError
 from rlr_trainer.estimators.plan_draw import PlanDraw, StartDistribution, inclusion_probabilities, inverse_inclusion_weights
 
-QUICK = settings(max_examples=150, derandomize=True, deadline=None, database=None)
+QUICK = settings(max_examples=75, derandomize=True, deadline=None, database=None)
 any_plan = st.integers(1, 7).flatmap(unbiased_plans)
 
 
@@ -55,20 +55,17 @@ def test_each_step_of_each_sample_is_covered_exactly_once(plan, shared, seed):
                 assert all(float(draw.score[row, step]) == 1 for step in rest)
 
 
-@QUICK
-@given(any_plan, st.integers(0, 10))
-def test_a_prediction_rest_has_the_weights_of_a_likelihood_ratio_rest(plan, seed):
-    if plan.rest_estimator != "lr":
-        return
-    changed = dataclasses.replace(plan, rest_estimator="prediction", ho_length=0, ho_start="uniform", control_variate=False)
-    other = dataclasses.replace(changed, rest_estimator="lr")
-    predicted, scored = changed.draw(4, seeded(seed)), other.draw(4, seeded(seed))
-    assert torch.equal(predicted.prediction, scored.score)
+def test_a_prediction_rest_has_the_weights_of_a_likelihood_ratio_rest():
+    options = {"fo_steps": (0, 2), "rest_num_steps": 2, "rest_step_weights": (1.0, 2.0, 3.0, 4.0, 5.0), "rest_weight": 0.5}
+    predicted, scored = (EstimatorPlan(5, rest_estimator=rest, **options).draw(9, seeded(1)) for rest in ("prediction", "lr"))
+    assert torch.equal(predicted.prediction, scored.score) and scored.score.any()
     assert not predicted.score.any()
 
 
 def test_weights_of_the_parts_are_in_the_draw():
-    plan = EstimatorPlan(5, fo_steps=1, ho_length=2, ho_start=(1.0, 0.0, 0.0), rest_estimator="lr", ho_weight=3.0, rest_weight=0.5)
+    plan = EstimatorPlan(
+        5, fo_steps=1, ho_length=2, ho_start_weights=(1.0, 0.0, 0.0), rest_estimator="lr", ho_weight=3.0, rest_weight=0.5
+    )
     assert plan.draw(1).score.tolist() == [[0, 3.0, 0.5, 0.5, 0]]
     assert not dataclasses.replace(plan, ho_weight=0.0).draw(1).pathwise[:, :4].any()
 
@@ -98,31 +95,36 @@ def assert_frequencies(counts: torch.Tensor, probabilities: torch.Tensor, draws:
 
 
 @pytest.mark.parametrize(
-    ("start", "expected"),
+    ("options", "expected"),
     [
-        ("uniform", [1 / 4] * 4),
-        ("grad_norm", [1 / 4] * 4),
-        ((1, 2), [0, 1 / 2, 1 / 2, 0]),
-        ((3, 3), [0, 0, 0, 1]),
-        ((1.0, 0.0, 2.0, 1.0), [1 / 4, 0, 1 / 2, 1 / 4]),
-        ([0.5, 0.25, 0.25, 0.0], [1 / 2, 1 / 4, 1 / 4, 0]),
-        (torch.tensor([1.0, 1.0, 1.0, 5.0]), [1 / 8, 1 / 8, 1 / 8, 5 / 8]),
+        ({}, [1 / 4] * 4),
+        ({"ho_start": "grad_norm"}, [1 / 4] * 4),
+        ({"ho_start": (1, 2)}, [0, 1 / 2, 1 / 2, 0]),
+        ({"ho_start": [3, 3]}, [0, 0, 0, 1]),
+        ({"ho_start_weights": (1.0, 0.0, 2.0, 1.0)}, [1 / 4, 0, 1 / 2, 1 / 4]),
+        ({"ho_start_weights": [2, 1, 1, 0]}, [1 / 2, 1 / 4, 1 / 4, 0]),
+        ({"ho_start_weights": torch.tensor([1.0, 1.0, 1.0, 5.0])}, [1 / 8, 1 / 8, 1 / 8, 5 / 8]),
     ],
     ids=str,
 )
-def test_starts_are_drawn_as_told(start, expected):
-    plan = EstimatorPlan(6, fo_steps=1, ho_length=2, ho_start=start)
+def test_starts_are_drawn_as_told(options, expected):
+    plan = EstimatorPlan(6, fo_steps=1, ho_length=2, **options)
     assert plan.num_starts == 4
     assert plan.start_probabilities() == pytest.approx(expected)
-    draw = plan.draw(20_000, seeded(1))
-    counts = torch.bincount(draw.start, minlength=4).double()
+    counts = torch.bincount(plan.draw(20_000, seeded(1)).start, minlength=4).double()
     assert_frequencies(counts, torch.tensor(expected, dtype=torch.float64), 20_000)
+    given = plan.draw(20_000, seeded(1), start_probabilities=[0.1, 0.2, 0.3, 0.4])
+    assert_frequencies(torch.bincount(given.start).double(), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), 20_000)
 
 
-def test_start_probabilities_can_be_replaced_for_a_draw():
-    plan = EstimatorPlan(6, fo_steps=1, ho_length=2, ho_start="grad_norm")
-    counts = torch.bincount(plan.draw(20_000, seeded(1), start_probabilities=[0.1, 0.2, 0.3, 0.4]).start, minlength=4).double()
-    assert_frequencies(counts, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64), 20_000)
+@pytest.mark.parametrize(
+    ("pair", "as_range", "as_weights"), [((1, 1), [0.0, 1.0], [0.5, 0.5]), ((0, 1), [0.5, 0.5], [0.0, 1.0])], ids=str
+)
+def test_a_pair_is_a_range_or_two_weights_as_its_option_says(pair, as_range, as_weights):
+    """Where there are two starts the numbers alone would not tell them apart."""
+    for name, expected in (("ho_start", as_range), ("ho_start_weights", as_weights)):
+        for plan in (EstimatorPlan(3, 1, 1, **{name: pair}), EstimatorPlan.from_preset("rlr", 3, fo_steps=1, **{name: list(pair)})):
+            assert plan.start_probabilities() == expected
 
 
 def test_a_random_k_is_uniform_on_its_range():
@@ -135,7 +137,7 @@ def test_a_random_k_is_uniform_on_its_range():
     "weights", [None, (1.0, 1.0, 4.0, 1.0, 1.0), (1.0, 2.0, 3.0, 4.0, 5.0), (9.0, 1.0, 1.0, 1.0, 7.0)], ids=str
 )
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def testinclusion_probabilities_are_those_that_the_weights_invert(count, weights):
+def test_inclusion_probabilities_are_those_that_the_weights_invert(count, weights):
     """Drawn `count` steps each time, each step as often as 1 over the weight that it gets."""
     draws = 20_000
     eligible = torch.ones(draws, 5, dtype=torch.bool)
@@ -151,7 +153,7 @@ def testinclusion_probabilities_are_those_that_the_weights_invert(count, weights
 
 @QUICK
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.data())
-def testinclusion_probabilities_are_proportional_to_the_weights_up_to_one(weights, data):
+def test_inclusion_probabilities_are_proportional_to_the_weights_up_to_one(weights, data):
     size = len(weights)
     eligible = data.draw(st.lists(st.booleans(), min_size=size, max_size=size))
     count = data.draw(st.integers(1, size))
@@ -166,20 +168,10 @@ def testinclusion_probabilities_are_proportional_to_the_weights_up_to_one(weight
             assert w * ratios[0] >= 1 - 1e-6
 
 
-@QUICK
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 8), st.integers(0, 1000))
-def test_exactly_so_many_steps_are_drawn_whatever_the_offset(weights, count, seed):
-    count = min(count, len(weights))
-    eligible = torch.ones(50, len(weights), dtype=torch.bool)
-    drawn = inverse_inclusion_weights(eligible, count, [float(w) for w in weights], seeded(seed))
-    assert ((drawn > 0).sum(1) == count).all()
-
-
-@pytest.mark.parametrize("num_steps", [50, 1000])
-def test_a_subset_of_a_long_chain_keeps_its_size(num_steps):
+def test_a_subset_of_a_long_chain_keeps_its_size():
     """Rounding in a long running sum must not lose or add a step."""
-    weights = tuple(1 / (1 + step) for step in range(num_steps))
-    plan = EstimatorPlan(num_steps, fo_steps=num_steps // 5, rest_estimator="lr", rest_num_steps=7, rest_step_weights=weights)
+    weights = tuple(1 / (1 + step) for step in range(1000))
+    plan = EstimatorPlan(1000, fo_steps=200, rest_estimator="lr", rest_num_steps=7, rest_step_weights=weights)
     assert ((plan.draw(2000, seeded(4)).score > 0).sum(1) == 7).all()
 
 
@@ -209,17 +201,6 @@ def test_the_start_distribution_is_a_softmax_of_running_norms_over_their_mean():
     assert distribution.probabilities() == pytest.approx([math.exp(logit) / total for logit in logits])
 
 
-def test_the_start_distribution_does_not_depend_on_the_reward_s_scale():
-    both = []
-    for scale in (1.0, 1e6):
-        distribution = StartDistribution(4)
-        for start, norm in ((0, 1.0), (1, 2.0), (3, 5.0), (1, 0.5)):
-            distribution.update(start, scale * norm)
-        both.append(distribution.probabilities())
-    assert both[0] == pytest.approx(both[1])
-    assert both[0][3] == max(both[0])
-
-
 def test_the_start_distribution_stays_uniform_on_norms_of_zero_and_survives_saving():
     distribution = StartDistribution(3)
     distribution.update(1, 0.0)
@@ -240,34 +221,28 @@ def test_the_start_distribution_stays_uniform_on_norms_of_zero_and_survives_savi
 # ---- presets ----
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 10, 50, 1000])
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_fit_any_chain(name, num_steps):
-    plan = EstimatorPlan.from_preset(name, num_steps)
-    draw = plan.draw(2, seeded(0))
-    touched = draw.pathwise | (draw.score != 0) | (draw.prediction != 0) | draw.zeroth
-    if name not in ("draft", "alignprop"):
-        assert touched.all(), "every step has an estimator"
-    assert plan.num_steps == num_steps
+def test_presets_fit_any_chain(name):
+    for num_steps in (1, 2, 3, 10, 1000):
+        draw = EstimatorPlan.from_preset(name, num_steps).draw(2, seeded(0))
+        touched = draw.pathwise | (draw.score != 0) | (draw.prediction != 0) | draw.zeroth
+        assert touched.shape == (2, num_steps)
+        assert touched.all() or name in ("draft", "alignprop"), "every step has an estimator"
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("rlr", {"fo_steps": 3, "ho_length": 1, "rest_estimator": "lr"}),
-        ("rlr_paper", {"fo_steps": 1, "ho_length": 2, "rest_estimator": "zo"}),
-        ("ddpo", {"fo_steps": 0, "ho_length": 0, "rest_estimator": "lr"}),
-        ("draft", {"fo_steps": 1, "ho_length": 0, "rest_estimator": "none"}),
-        ("alignprop", {"fo_steps": (1, 10), "ho_length": 0, "rest_estimator": "none"}),
-        ("full_bp", {"fo_steps": 10, "ho_length": 0, "rest_estimator": "none"}),
-        ("sqdf", {"fo_steps": 0, "ho_length": 0, "rest_estimator": "prediction"}),
-        ("es", {"fo_steps": 0, "ho_length": 0, "rest_estimator": "zo"}),
-    ],
-)
-def test_presets_are_the_points_of_the_design_space_that_the_table_names(name, expected):
-    plan = EstimatorPlan.from_preset(name, 10)
-    assert {key: getattr(plan, key) for key in expected} == expected
-    assert plan.fo_weight == plan.ho_weight == plan.rest_weight == 1
+def test_presets_are_the_points_of_the_design_space_that_the_table_names():
+    plans = {name: EstimatorPlan.from_preset(name, 10) for name in PRESETS}
+    assert {name: (plan.fo_steps, plan.ho_length, plan.rest_estimator) for name, plan in plans.items()} == {
+        "rlr": (3, 1, "lr"),
+        "rlr_paper": (1, 2, "zo"),
+        "ddpo": (0, 0, "lr"),
+        "draft": (1, 0, "none"),
+        "alignprop": ((1, 10), 0, "none"),
+        "full_bp": (10, 0, "none"),
+        "sqdf": (0, 0, "prediction"),
+        "es": (0, 0, "zo"),
+    }
+    assert all(plan.fo_weight == plan.ho_weight == plan.rest_weight == 1 for plan in plans.values())
 
 
 def test_options_replace_a_preset_s_own_and_none_leaves_it():
@@ -301,7 +276,7 @@ def test_a_plan_is_a_value():
         (EstimatorPlan(4, fo_steps=1, ho_length=2, rest_estimator="zo"), True, False, True, [1, 2]),
         (EstimatorPlan(4, fo_steps=1, ho_length=3, rest_estimator="zo"), True, False, False, [2]),
         (EstimatorPlan(4, ho_length=2, ho_start=(0, 1)), False, False, False, [1, 2]),
-        (EstimatorPlan(4, fo_steps=1, ho_length=1, ho_start=(0.0, 1.0, 0.0)), True, False, False, [1]),
+        (EstimatorPlan(4, fo_steps=1, ho_length=1, ho_start_weights=(0.0, 1.0, 0.0)), True, False, False, [1]),
         (EstimatorPlan(4, fo_steps=(1, 3), rest_estimator="lr"), True, False, False, [0, 1, 2]),
         (EstimatorPlan(4, fo_steps=(0, 0), rest_estimator="zo"), False, False, True, []),
     ],
@@ -326,10 +301,9 @@ def test_scored_steps_are_those_that_a_draw_can_score(plan, seed):
 def test_noise_is_asked_for_where_it_is_scored_and_nowhere_else():
     stds = [1.0, 0.5, 0.2, 0.0]
     EstimatorPlan(4, fo_steps=1, ho_length=2, rest_estimator="lr").check_noise(stds)
-    EstimatorPlan(4, fo_steps=4).check_noise([0.0] * 4)
-    EstimatorPlan(4, rest_estimator="zo").check_noise([0.0] * 4)
-    EstimatorPlan(4, rest_estimator="prediction").check_noise([0.0] * 4)
-    EstimatorPlan(5, fo_steps=1, ho_length=2, ho_start=(1.0, 0.0, 0.0)).check_noise([0.0, 1.0, 0.0, 0.0, 0.0])
+    for silent in ({"fo_steps": 4}, {"rest_estimator": "zo"}, {"rest_estimator": "prediction"}):
+        EstimatorPlan(4, **silent).check_noise([0.0] * 4)
+    EstimatorPlan(5, fo_steps=1, ho_length=2, ho_start_weights=(1.0, 0.0, 0.0)).check_noise([0.0, 1.0, 0.0, 0.0, 0.0])
     with pytest.raises(PlanError, match=r"step 3 of 4 adds no noise \(std = 0.0\).*sample_eta above 0.*fo_steps >= 1"):
         EstimatorPlan(4, rest_estimator="lr").check_noise(stds)
     with pytest.raises(PlanError, match="step 1 of 4 .*fo_steps >= 3"):
@@ -345,15 +319,11 @@ def test_noise_is_asked_for_where_it_is_scored_and_nowhere_else():
         (EstimatorPlan(4, rest_estimator="lr"), []),
         (EstimatorPlan(4, fo_steps=1, ho_length=2, rest_estimator="lr", rest_num_steps=1, control_variate=True), []),
         (EstimatorPlan(4, ho_length=4), []),
-        (EstimatorPlan(4, fo_steps=(0, 4), rest_estimator="lr"), []),
-        (EstimatorPlan(4, fo_steps=1, ho_length=3, rest_estimator="zo"), []),
-        (EstimatorPlan(4, fo_steps=2), ["leaves 2 of 4 steps"]),
         (EstimatorPlan(4, fo_steps=(1, 4)), ["leaves 3 of 4 steps"]),
         (EstimatorPlan(4, fo_steps=1, ho_length=2), ["leaves 1 of 4 steps"]),
         (EstimatorPlan(4, rest_estimator="prediction"), ["one-step prediction"]),
         (EstimatorPlan(4, rest_estimator="zo", zo_scale=0.25), ["zo_scale=0.25"]),
         (EstimatorPlan(4, fo_steps=4, fo_weight=0.5, ho_weight=2.0, rest_weight=2.0), ["fo_weight=0.5"]),
-        (EstimatorPlan(4, rest_estimator="lr", rest_weight=0.1), ["rest_weight=0.1"]),
         (
             EstimatorPlan(4, fo_steps=1, ho_length=1, rest_estimator="zo", fo_weight=2.0, ho_weight=0.0, rest_weight=0.1),
             ["zo_scale", "fo_weight=2", "ho_weight=0", "rest_weight=0.1"],
@@ -370,77 +340,63 @@ def test_the_reasons_for_a_bias_are_named(plan, reasons):
 
 # ---- refusals: option, value, rule and the way out ----
 
+ONES = (1.0,) * 4
+SUB_CHAIN, LR, ONE_STEP = {"ho_length": 1}, {"rest_estimator": "lr"}, {"rest_estimator": "lr", "rest_num_steps": 1}
+# (other options of a plan of 4 steps, option, values, what the message says after "option=value")
 REFUSED = [
-    ({"num_steps": 0}, "num_steps=0: a chain has at least one step"),
-    ({"fo_steps": 5}, "fo_steps=5: K must lie between 0 and the number of steps, 4"),
-    ({"fo_steps": -1}, "fo_steps=-1: K must lie between 0 and"),
-    ({"fo_steps": (3, 2)}, r"fo_steps=(3, 2): K must lie .* a pair (low, high) needs low <= high"),
-    ({"fo_steps": (0, 5)}, r"fo_steps=(0, 5): K must lie between 0 and the number of steps, 4"),
+    ({}, "num_steps", [0, -1], ": a chain has at least one step"),
+    ({}, "num_steps", [4.0, None], ": must be a whole number"),
+    ({}, "fo_steps", [2.0, math.nan, True, (1, 2, 3), (0.5, 2), "3"], ": K must be a whole number, or a pair (low, high)"),
+    ({}, "fo_steps", [5, -1, (3, 2), (0, 5)], ": K must lie between 0 and the number of steps, 4; .*low <= high"),
+    ({"ho_length": 1}, "fo_steps", [(1, 2)], " with ho_length=1: a random K needs ho_length=0"),
+    ({}, "ho_length", [2.0, None], ": must be a whole number"),
+    ({"fo_steps": 2}, "ho_length", [3, -1], ": .* between 0 and .* = 4 - 2 = 2; shorten it or lower fo_steps"),
     (
-        {"fo_steps": 2, "ho_length": 3},
-        "ho_length=3: .* between 0 and num_steps - fo_steps = 4 - 2 = 2; shorten it or lower fo_steps",
-    ),
-    ({"ho_length": -1}, "ho_length=-1: .* between 0 and"),
-    ({"fo_steps": (1, 2), "ho_length": 1}, r"fo_steps=(1, 2) with ho_length=1: a random K needs ho_length=0"),
-    (
-        {"ho_length": 1, "ho_start": "late"},
-        r"ho_start='late': must be one of ('uniform', 'grad_norm'), [first, last], or weights per start",
-    ),
-    ({"ho_start": (0, 1)}, r"ho_start=[0, 1] has no effect without a sub-chain; set ho_length to at least 1"),
-    (
-        {"ho_length": 1, "ho_start": (2, 1)},
-        r"ho_start=[2, 1]: a range of starts lies within 0..3 .*num_steps=4, fo_steps=0, ho_length=1",
-    ),
-    ({"ho_length": 1, "ho_start": (0, 4)}, r"ho_start=[0, 4]: a range of starts lies within 0..3"),
-    ({"ho_length": 1, "ho_start": (0.5, 2)}, r"ho_start=[0.5, 2]: a range of starts lies within 0..3"),
-    (
-        {"ho_length": 1, "ho_start": (1.0, 1.0, 1.0)},
-        "ho_start has 3 entries: weights need one non-negative number per admissible start, 4",
-    ),
-    ({"ho_length": 1, "ho_start": (1.0, 1.0, -1.0, 1.0)}, "ho_start has 4 entries: .* one non-negative number"),
-    ({"ho_length": 1, "ho_start": (0.0,) * 4}, "ho_start has 4 entries: .* not all 0"),
-    ({"ho_length": 1, "ho_start": (math.inf,) + (1.0,) * 3}, "ho_start has 4 entries"),
-    ({"ho_length": 1, "ho_start": ()}, "ho_start has 0 entries"),
-    ({"rest_estimator": "ppo"}, r"rest_estimator='ppo': must be one of ('lr', 'zo', 'prediction', 'none')"),
-    ({"rest_num_steps": 1}, "rest_num_steps=1 has no effect with rest_estimator='none'; use 'lr'"),
-    (
-        {"rest_estimator": "zo", "rest_step_weights": (1.0,) * 4},
-        r"rest_step_weights=(.*) has no effect with rest_estimator='zo'; use 'lr'",
+        SUB_CHAIN,
+        "ho_start",
+        ["late", (0.5, 2), (0.0, 1.0), (1, 1, 1), (), 2],
+        ": must be .*[first, last].*weights .*ho_start_weights",
     ),
     (
-        {"rest_estimator": "lr", "rest_num_steps": 0},
-        "rest_num_steps=0: must lie between 1 and the number of remaining steps, 4; leave it unset",
+        SUB_CHAIN,
+        "ho_start",
+        [(2, 1), (0, 4), (-1, 2)],
+        ": a range of starts lies within 0..3 .*num_steps=4, fo_steps=0, ho_length=1",
     ),
+    ({}, "ho_start", [(0, 1)], " has no effect without a sub-chain; set ho_length to at least 1"),
+    ({}, "ho_start_weights", [ONES], " has no effect without a sub-chain; set ho_length to at least 1"),
     (
-        {"rest_estimator": "lr", "fo_steps": 2, "rest_num_steps": 3},
-        "rest_num_steps=3: must lie between 1 and the number of remaining steps, 2",
+        SUB_CHAIN,
+        "ho_start_weights",
+        [ONES[1:], (), 1.0, "1"],
+        ": must be .*per admissible start, 4 of them .*ho_start=[first, last]",
     ),
+    (SUB_CHAIN, "ho_start_weights", [(*ONES[1:], w) for w in (-1.0, math.inf, math.nan)], ": must be one non-negative number"),
+    (SUB_CHAIN, "ho_start_weights", [(0.0,) * 4], ": must be .*not all 0"),
     (
-        {"rest_estimator": "lr", "rest_step_weights": (1.0,) * 4},
-        "rest_step_weights has no effect when every step is visited; set rest_num_steps",
+        SUB_CHAIN | {"ho_start_weights": ONES},
+        "ho_start",
+        ["grad_norm", (0, 1)],
+        " with ho_start_weights: .*leave one of them unset",
     ),
+    ({}, "rest_estimator", ["ppo"], ": must be one of ('lr', 'zo', 'prediction', 'none')"),
+    ({}, "rest_num_steps", [1], " has no effect with rest_estimator='none'; use 'lr'"),
+    ({"rest_estimator": "zo"}, "rest_step_weights", [ONES], " has no effect with rest_estimator='zo'; use 'lr'"),
+    (LR | {"fo_steps": 2}, "rest_num_steps", [0, 3, 1.5], ": must be .*the number of remaining steps, 2; leave it unset"),
+    (LR, "rest_step_weights", [ONES], " has no effect when every step is visited; set rest_num_steps"),
     (
-        {"rest_estimator": "lr", "rest_num_steps": 1, "rest_step_weights": (1.0,) * 3},
-        "rest_step_weights has 3 entries: needs one positive finite weight per step, 4",
+        ONE_STEP,
+        "rest_step_weights",
+        [ONES[1:], (*ONES[1:], 0.0), (*ONES[1:], math.inf)],
+        ": must be one positive finite weight per step, 4",
     ),
-    (
-        {"rest_estimator": "lr", "rest_num_steps": 1, "rest_step_weights": (1.0, 0.0, 1.0, 1.0)},
-        "rest_step_weights has 4 entries: .*a step of weight 0 would never be estimated",
-    ),
-    (
-        {"fo_steps": 2, "control_variate": True},
-        "control_variate=True has no effect: .*no likelihood-ratio step; use rest_estimator='lr'",
-    ),
-    ({"fo_weight": math.nan}, r"fo_weight=nan: must be a finite number (1 is the gradient)"),
-    ({"ho_weight": math.inf}, r"ho_weight=inf: must be a finite number"),
-    ({"rest_weight": -math.inf}, r"rest_weight=-inf: must be a finite number"),
-    ({"zo_scale": 0.0}, "zo_scale=0.0: the perturbation scale must be a positive number, for instance 0.01"),
-    ({"zo_scale": math.inf}, "zo_scale=inf: the perturbation scale must be a positive number"),
-    ({"ho_length": 1.5}, "ho_length=1.5: must be a whole number"),
-    ({"ho_length": 2.0}, "ho_length=2.0: must be a whole number"),
-    ({"rest_estimator": "lr", "rest_num_steps": 1.5}, "rest_num_steps=1.5: must be a whole number"),
-    ({"zo_num_perturbations": 2.5}, "zo_num_perturbations=2.5: must be a whole number"),
-    ({"zo_num_perturbations": 0}, "zo_num_perturbations=0: needs at least one perturbation per batch"),
+    ({"fo_steps": 2}, "control_variate", [True], " has no effect: .*use rest_estimator='lr'"),
+    ({}, "fo_weight", [math.nan], ": must be a finite number (1 is the gradient)"),
+    ({}, "ho_weight", [math.inf], ": must be a finite number"),
+    ({}, "rest_weight", [-math.inf], ": must be a finite number"),
+    ({}, "zo_scale", [0.0, -1.0, math.inf, math.nan], ": the perturbation scale must be a positive number, for instance 0.01"),
+    ({}, "zo_num_perturbations", [2.5], ": must be a whole number"),
+    ({}, "zo_num_perturbations", [0], ": needs at least one perturbation per batch"),
 ]
 
 
@@ -449,10 +405,11 @@ def as_pattern(text: str) -> str:
     return ".*".join(re.escape(part) for part in text.split(".*"))
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
-def test_what_cannot_be_is_refused(options, message):
-    with pytest.raises(PlanError, match=as_pattern(message)):
-        EstimatorPlan(**{"num_steps": 4, **options})
+@pytest.mark.parametrize(("options", "name", "values", "rule"), REFUSED, ids=[f"{row[1]}{row[3][:30]}" for row in REFUSED])
+def test_what_cannot_be_is_refused(options, name, values, rule):
+    for value in values:
+        with pytest.raises(PlanError, match="^" + as_pattern(f"{name}={value!r}{rule}")):
+            EstimatorPlan(**{"num_steps": 4, **options, name: value})
 
 
 def test_presets_refuse_unknown_names_and_options():
@@ -464,21 +421,10 @@ def test_presets_refuse_unknown_names_and_options():
         EstimatorPlan.from_preset("rlr", 0)
     with pytest.raises(PlanError, match="ho_length=4"):
         EstimatorPlan.from_preset("rlr", 4, ho_length=4)
-
-
-@pytest.mark.parametrize("value", [1.5, 2.0, math.nan, True, (1, 2, 3), (0.5, 2), "3"], ids=str)
-def test_a_k_that_is_no_number_of_steps_is_refused_by_name(value):
-    with pytest.raises(PlanError, match="fo_steps="):
-        EstimatorPlan(4, fo_steps=value).draw(2)
-    with pytest.raises(PlanError, match="fo_steps="):
-        EstimatorPlan.from_preset("rlr", 4, fo_steps=value)
-
-
-def test_a_range_of_starts_is_a_range_also_where_there_are_two_starts():
-    """ho_start=[0, 1] says "between 0 and 1" whatever T, K and h are; read as weights it never draws start 0."""
-    for num_steps in (4, 3, 2):
-        plan = EstimatorPlan(num_steps, ho_length=1, ho_start=(0, 1))
-        assert plan.start_probabilities()[:2] == [0.5, 0.5], num_steps
+    with pytest.raises(PlanError, match="fo_steps='3': K must be a whole number"):
+        EstimatorPlan.from_preset("rlr", 4, fo_steps="3")
+    with pytest.raises(PlanError, match="estimates no step: set fo_steps, ho_length or rest_estimator"):
+        EstimatorPlan.from_preset("draft", 4, fo_steps=0)
 
 
 def test_every_plan_that_is_accepted_can_be_drawn():

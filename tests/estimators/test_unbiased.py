@@ -25,7 +25,7 @@ from toy_problems import (
 )
 
 from rlr_trainer.estimators import ControlVariateScale
-from rlr_trainer.estimators.linear_gaussian import LinearGaussianChain, quadratic_reward
+from rlr_trainer.estimators.linear_gaussian import LinearGaussianChain
 from rlr_trainer.estimators.plan import EstimatorPlan
 
 T = NUM_STEPS
@@ -41,20 +41,16 @@ PLANS = {
     "rlr": plan("rlr"),
     "rlr with K = 1, h = 2": plan("rlr", fo_steps=1, ho_length=2),
     "rlr_paper": plan("rlr_paper", zo_scale=0.1),
-    "h = 2, no first-order step": plan(ho_length=2, rest_estimator="lr"),
     "h = 3 is all that first order leaves": plan(fo_steps=1, ho_length=3),
     "one sub-chain, the whole chain": plan(ho_length=4),
     "starts in a range": plan(ho_length=2, ho_start=(1, 2), rest_estimator="lr"),
-    "a single start": plan(ho_length=2, ho_start=(1, 1), rest_estimator="lr"),
-    "weighted starts": plan(fo_steps=1, ho_length=1, ho_start=(1.0, 0.0, 3.0), rest_estimator="lr"),
-    "one of the remaining steps": plan(fo_steps=2, rest_estimator="lr", rest_num_steps=1),
+    "weighted starts": plan(fo_steps=1, ho_length=1, ho_start_weights=(1.0, 0.0, 3.0), rest_estimator="lr"),
     "two of four steps, weighted": plan(rest_estimator="lr", rest_num_steps=2, rest_step_weights=(1.0, 2.0, 1.0, 4.0)),
     "sub-chain and one weighted step": plan(
         fo_steps=1, ho_length=1, rest_estimator="lr", rest_num_steps=1, rest_step_weights=(1.0, 2.0, 3.0, 1.0)
     ),
     "random K": plan(fo_steps=(0, T), rest_estimator="lr"),
     "random K, one remaining step": plan(fo_steps=(1, 2), rest_estimator="lr", rest_num_steps=1),
-    "control variate": plan("ddpo", control_variate=True),
     "control variate on everything": plan(fo_steps=1, ho_length=2, rest_estimator="lr", rest_num_steps=1, control_variate=True),
     "zeroth order in single evaluations": plan(fo_steps=1, ho_length=2, rest_estimator="zo", zo_scale=0.4, zo_antithetic=False),
     "zeroth order and control variate": plan(
@@ -63,25 +59,25 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["own parameters per step", "shared parameters"])
-@pytest.mark.parametrize("name", PLANS)
-def test_on_the_linear_chain(name, shared):
-    problem, chosen = LinearProblem.make(shared), PLANS[name]
+@pytest.mark.parametrize("name", [name for name in PLANS if name != "zeroth order in single evaluations"])
+def test_on_the_linear_chain(name):
+    """With parameters of its own for every step, so that the share of each shows."""
+    problem, chosen = LinearProblem.make(shared=False), PLANS[name]
     target = problem.target(chosen)
     assert_unbiased(estimate(problem.chain, problem.reward, chosen, 1, target), target)
 
 
 @pytest.mark.parametrize("name", [name for name, chosen in PLANS.items() if not chosen.uses_zeroth_order])
 def test_on_the_nonlinear_chain(name):
+    """All steps share their parameters, as in a network."""
     target = nonlinear_reference()
     assert_unbiased(estimate(NonlinearChain(), nonlinear_reward, PLANS[name], 2, target), target)
 
 
-@pytest.mark.parametrize("name", ["rlr_paper", "zeroth order in single evaluations"])
-def test_zeroth_order_on_the_nonlinear_chain(name):
+def test_zeroth_order_on_the_nonlinear_chain():
     """With h = T - K - 1 one step is left for zeroth order at either end of the sub-chain; the reference averages over both."""
     chain = NonlinearChain()
-    chosen = dataclasses.replace(PLANS[name], zo_scale=0.3)
+    chosen = dataclasses.replace(PLANS["zeroth order in single evaluations"], zo_scale=0.3)
     references = [nonlinear_reference((False, False, True, False), 0.3), nonlinear_reference((True, False, False, False), 0.3)]
     target = Estimate(
         (references[0].mean + references[1].mean) / 2,
@@ -92,11 +88,10 @@ def test_zeroth_order_on_the_nonlinear_chain(name):
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "options"),
-    [(T, {"zo_scale": 0.05}), (2, {"zo_scale": 0.5, "zo_antithetic": False})],
+    ("shared", "num_steps", "options"),
+    [(False, T, {"zo_scale": 0.05}), (True, 2, {"zo_scale": 0.5, "zo_antithetic": False})],
     ids=["antithetic", "single evaluations"],
 )
-@pytest.mark.parametrize("shared", [False, True], ids=["own parameters per step", "shared parameters"])
 def test_evolution_strategies_on_a_nearly_deterministic_chain(shared, num_steps, options):
     """Zeroth order on every step has the noise of 6 T directions; with little noise of the chain's own it can be seen through."""
     problem = LinearProblem.make(shared, num_steps, stds=[0.1] * num_steps)
@@ -105,7 +100,7 @@ def test_evolution_strategies_on_a_nearly_deterministic_chain(shared, num_steps,
     assert_unbiased(estimate(problem.chain, problem.reward, chosen, 4, target), target)
 
 
-@pytest.mark.parametrize("name", ["ddpo", "rlr with K = 1, h = 2", "rlr_paper", "random K", "control variate on everything"])
+@pytest.mark.parametrize("name", ["ddpo", "rlr with K = 1, h = 2", "rlr_paper", "control variate on everything"])
 def test_leave_one_out_in_batches_of_four(name):
     problem, chosen = LinearProblem.make(shared=False), PLANS[name]
     target = problem.target(chosen)
@@ -113,7 +108,7 @@ def test_leave_one_out_in_batches_of_four(name):
     assert_unbiased(result, target)
 
 
-@pytest.mark.parametrize("name", ["full_bp", "rlr", "rlr_paper", "control variate on everything"])
+@pytest.mark.parametrize("name", ["rlr", "control variate on everything"])
 def test_normalized_advantages_estimate_the_gradient_over_the_reward_s_spread(name):
     """All parts are divided by the same std, that of a batch so large that the sample's own share in it does not show."""
     problem, chosen = LinearProblem.make(shared=False), PLANS[name]
@@ -169,14 +164,14 @@ def check_any_plan(chosen: EstimatorPlan, shared: bool, advantage: str) -> None:
 ADVANTAGE_CHOICE = st.sampled_from(["none", "leave_one_out"])
 
 
-@settings(max_examples=20, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(unbiased_plans(), st.booleans(), ADVANTAGE_CHOICE)
 def test_any_plan(chosen, shared, advantage):
     check_any_plan(chosen, shared, advantage)
 
 
 @pytest.mark.slow
-@settings(max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(unbiased_plans(), st.booleans(), ADVANTAGE_CHOICE)
 def test_any_of_many_plans(chosen, shared, advantage):
     check_any_plan(chosen, shared, advantage)
@@ -204,15 +199,6 @@ class Centred:
     def __init__(self, chain: LinearGaussianChain) -> None:
         self.__dict__.update(vars(chain))
         self.parameters = chain.parameters
-
-
-def test_the_exact_gradient_is_the_mean_on_the_library_s_own_chain():
-    chain = LinearGaussianChain(3, 2, stds=[0.8, 0.7, 0.6], seed=3, shared=True)
-    problem = LinearProblem.make(True)
-    target = Estimate.exact(chain.exact_gradient(problem.quadratic, problem.linear))
-    reward = quadratic_reward(problem.quadratic, problem.linear)
-    assert_unbiased(estimate(chain, reward, EstimatorPlan.from_preset("rlr", 3), 12, target), target)
-    assert_unbiased(Estimate.of(pathwise_samples(chain, reward, 2**17, 12)), target)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3])

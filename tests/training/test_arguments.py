@@ -96,7 +96,12 @@ def test_the_config_is_read_from_a_script_s_command_line(parser_class):
     _, config = parse(parser, ["--use_cpu", "True", "--fo_steps", "auto", "--ho_length", "2", "--ho_start", "uniform"])
     assert (config.fo_steps, config.ho_length, config.ho_start) == ("auto", 2, "uniform")
     _, config = parse(parser, ["--use_cpu", "True", "--fo_steps", "3", "--ho_length", "2", "--ho_start", "2,7"])
-    assert (config.fo_steps, config.ho_start) == (3, [2.0, 7.0])
+    assert (config.fo_steps, config.plan.ho_start) == (3, (2, 7))
+    words = ["--use_cpu", "True", "--sample_num_steps", "3", "--fo_steps", "1", "--ho_length", "1", "--ho_start_weights", "0.2,0.8"]
+    _, config = parse(parser, words)
+    assert config.plan.start_probabilities() == [0.2, 0.8]
+    with pytest.raises(ValueError, match=r"ho_start='0.2,0.8': must be a whole number.*weights go into ho_start_weights"):
+        parse(parser, ["--use_cpu", "True", "--ho_start", "0.2,0.8"])
     assert "--fo_steps" in parser.format_help()
 
 
