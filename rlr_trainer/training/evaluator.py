@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rlr_trainer.estimators.chain import sample_chain, seeded_generator
-from rlr_trainer.observing.pictures import SAMPLES_FOLDER, FixedSamples, HookTracker, thumbnails, vector_diversity
+from rlr_trainer.observing.pictures import SAMPLES_FOLDER, FixedSamples, thumbnails, vector_diversity
+from rlr_trainer.observing.trackers import HookTracker
 from rlr_trainer.persistence.saving import SavingTrainer
 from rlr_trainer.pipelines import Conditioning, PipelineChain, ScaledConditioning
 from rlr_trainer.rewards.interface import RewardError, Rewards

@@ -22,7 +22,7 @@ from rlr_trainer.estimators.divergence import check_noise
 from rlr_trainer.estimators.plan_draw import StartDistribution
 from rlr_trainer.estimators.prediction import ControlVariateScale
 from rlr_trainer.observing.callbacks import RolloutBar, RunFiles, WholeUpdates, call_rollout_end
-from rlr_trainer.observing.hacking import RewardHackingMonitor
+from rlr_trainer.observing.monitor import RewardHackingMonitor
 from rlr_trainer.observing.pictures import SampleLog
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
 from rlr_trainer.pipelines.average import WeightAverage
