@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import string
 from typing import Any
 
 from rlr_trainer.observing.report.series import Mean
@@ -28,18 +29,6 @@ def number(value: float | None, digits: int = 3) -> str:
 def count(value: float | None) -> str:
     """A whole number, thousands separated."""
     return "\N{EN DASH}" if value is None or not math.isfinite(value) else f"{value:,.0f}"
-
-
-def tick(value: float, step: float) -> str:
-    """A tick's label: as many decimals as its step needs."""
-    if value == 0:
-        return "0"
-    if not 1e-4 <= max(abs(value), step) < 1e6:
-        return _minus(f"{value:.3g}").replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    if round(step, decimals) != round(step, decimals + 2):
-        decimals += 1  # steps of 2.5
-    return _minus(f"{value:,.{decimals}f}")
 
 
 def with_error(mean: Mean | None) -> str:
@@ -90,13 +79,8 @@ def shorten(text: str, length: int) -> str:
 
 
 def letters(index: int) -> str:
-    """A, B, ..., Z, AA, AB, ...: short names of runs."""
-    text = ""
-    index += 1
-    while index:
-        index, rest = divmod(index - 1, 26)
-        text = chr(65 + rest) + text
-    return text
+    """A, B, ..., Z, A1, B1, ...: short names of runs."""
+    return f"{string.ascii_uppercase[index % 26]}{index // 26 or ''}"
 
 
 def _minus(text: str) -> str:
