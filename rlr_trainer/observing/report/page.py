@@ -92,6 +92,7 @@ def _sections(charts: Charts) -> dict[str, list[Figure]]:
 def _view(run: Run, index: int, total: int) -> dict[str, Any]:
     """A run as the template shows it."""
     facts = facts_of(run)
+    summary = {name: wording.number(value, 4) if isinstance(value, float) else value for name, value in (run.summary or {}).items()}
     columns, rows = (MOST_COLUMNS, MOST_ROWS) if total == 1 else (4, 5) if total <= 3 else (3, 3)
     grid = grid_of(run, MOST_BYTES // total, columns, rows)
     return {
@@ -107,7 +108,7 @@ def _view(run: Run, index: int, total: int) -> dict[str, Any]:
         "options": tables.settings(run.options),
         "resumed": tables.changed_on_resuming(run),
         "versions": tables.versions(run),
-        "summary": tables.demo_summary(run),
+        "summary": tables.settings(summary),
         "missing": _missing(run, grid),
     }
 

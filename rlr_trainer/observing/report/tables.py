@@ -1,4 +1,4 @@
-"""The report's tables: comparison of runs, settings, versions, a demo's summary."""
+"""The report's tables: comparison of runs, settings, versions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from rlr_trainer.observing.report import wording
 from rlr_trainer.observing.report.facts import Facts, reward_at
-from rlr_trainer.observing.report.reading import Run, hide_secrets
-from rlr_trainer.observing.report.series import Mean, ends
+from rlr_trainer.observing.report.reading import Floats, Run, hide_secrets
+from rlr_trainer.observing.report.series import ends
+from rlr_trainer.observing.report.wording import UNKNOWN
 
 NAMES_OF_PLACES = {"output_dir", "logging_dir", "run_name", "overwrite"}  # differ between any two runs
-UNKNOWN = "\N{EN DASH}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +49,10 @@ def comparison(runs: list[Run], facts: list[Facts]) -> Table:
         ["Training time", *(wording.duration(f.seconds) for f in facts)],
         ["Samples dropped", *(dropped_text(f) for f in facts)],
     ]
-    for name, title in (("kl", "KL, end"), ("diversity", "Diversity, start → end")):
-        pairs = [None if (column := run.train.get(name)) is None else ends(column) for run in runs]
-        if any(pairs):
-            rows.append([title, *(_pair_text(pair, name == "kl") for pair in pairs)])
-    evals = [None if (column := run.evals.get("eval_reward")) is None else ends(column) for run in runs]
-    if any(evals):
-        rows.append(["Evaluation, start → end", *(_pair_text(pair, False) for pair in evals)])
+    for name, title in (("kl", "KL"), ("diversity", "Diversity"), ("eval_reward", "Evaluation")):
+        columns = [(run.evals if name == "eval_reward" else run.train).get(name) for run in runs]
+        if any(column is not None for column in columns):
+            rows.append([f"{title}, start → end", *(_pair_text(column) for column in columns)])
     return Table(["", *(wording.letters(i) for i in range(len(runs)))], rows, notes)
 
 
@@ -112,20 +109,6 @@ def changed_on_resuming(run: Run) -> Table | None:
     return Table(["setting", "before", "resumed with", "after update"], rows) if rows else None
 
 
-def demo_summary(run: Run) -> Table | None:
-    """`summary.json`: what was measured before and after, then the rest."""
-    found = run.summary or {}
-    pairs = [
-        name.removesuffix("_before")
-        for name in found
-        if name.endswith("_before") and f"{name.removesuffix('_before')}_after" in found
-    ]
-    rows = [[name, _plain(found[f"{name}_before"]), _plain(found[f"{name}_after"])] for name in pairs]
-    rest = [name for name in found if name.removesuffix("_before").removesuffix("_after") not in pairs]
-    rows += [[name, "", _plain(found[name])] for name in rest]
-    return Table(["", "before", "after"], rows) if rows else None
-
-
 def dropped_text(facts: Facts) -> str:
     """`12 (0.4 %)`."""
     if facts.dropped is None:
@@ -134,12 +117,6 @@ def dropped_text(facts: Facts) -> str:
     return wording.count(facts.dropped) + share
 
 
-def _pair_text(pair: tuple[Mean, Mean] | None, last_only: bool) -> str:
-    if pair is None:
-        return UNKNOWN
-    last = wording.number(pair[1].value)
-    return last if last_only else f"{wording.number(pair[0].value)} → {last}"
-
-
-def _plain(value: Any) -> str:
-    return wording.number(value, 4) if isinstance(value, float) else wording.value_text(value)
+def _pair_text(column: Floats | None) -> str:
+    pair = None if column is None else ends(column)
+    return UNKNOWN if pair is None else f"{wording.number(pair[0].value)} → {wording.number(pair[1].value)}"
