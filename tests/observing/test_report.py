@@ -262,13 +262,14 @@ def test_nothing_outside_the_folder_is_read(make_run, tmp_path):
     Image.new("RGB", (24, 24), "red").save(tmp_path / "secret.png")
     path = folder / "samples" / "step_000000.json"
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"files": ["../../secret.png", str(tmp_path / "secret.png")]}))
+    path.write_text(json.dumps(record | {"files": ["../../secret.png", "circle"]}))
+    (folder / "samples/circle").symlink_to(folder / "samples/circle")
     for name in ("summary.json", "run.json", "samples/step_000020.json"):
         (tmp_path / "secret.json").write_text('{"step": 1, "secret": 1}')
         (folder / name).unlink()
         (folder / name).symlink_to(tmp_path / "secret.json")
     run = read_run(folder)
-    assert [len(pictures.files) for pictures in run.pictures] == [0, 2]
+    assert [len(pictures.files) for pictures in run.pictures] == [1, 2]
     assert run.summary is None and not run.options
     assert sum("outside its folder" in note for note in run.notes) == 4
     (tmp_path / "away").mkdir()
@@ -308,7 +309,7 @@ def test_only_png_files_are_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: started.append(a) or Image.new("RGB", (9, 9)).im)
     (tmp_path / "000.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     Image.new("RGB", (9, 9)).save(tmp_path / "001.png", "BMP")
-    for name in ("000.png", "001.png"):
+    for name in ("000.png", "001.png", "none.png", "long" * 1000):
         with pytest.raises(UnreadablePicture):
             encode(tmp_path / name, 0, "1")
     assert started == []
@@ -474,8 +475,6 @@ def test_pictures_are_reduced_and_small_ones_kept(tmp_path):
     assert cell.source.startswith("data:image/jpeg;base64,")
     cell = encode(tmp_path / "small.png", 0, "1")
     assert not cell.reduced and cell.pixelated and cell.source.startswith("data:image/png;base64,")
-    with pytest.raises(UnreadablePicture):
-        encode(tmp_path / "none.png", 0, "1")
 
 
 def test_the_pictures_size_is_capped(make_run):
@@ -510,8 +509,8 @@ def test_the_whole_page(make_run):
         "Gradient norm of the parts",
         "negative_prompt",
         "2.13.0",
-        "9,984 trained parameters",
-        "resumed once",
+        "trained parameters: 9,984",
+        "times resumed: 1",
         "Changed when resumed",
         "max_grad_norm default 0.5 17",
         "40 (12 %)",

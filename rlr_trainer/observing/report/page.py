@@ -115,25 +115,16 @@ def _view(run: Run, index: int, total: int) -> dict[str, Any]:
 
 def _subtitle(run: Run) -> list[str]:
     info = run.info
-    rewards = info.get("rewards")
-    parameters, resumed = info.get("trainable_parameters"), info.get("resumed")
-    parts = [
-        f"model {wording.shorten(_model_name(str(info['model'])), 80)}" if info.get("model") else "",
-        f"reward {wording.shorten(', '.join(map(str, rewards)), 80)}" if isinstance(rewards, list) and rewards else "",
-        f"estimator {run.options['estimator']}" if run.options.get("estimator") else "",
-        f"{parameters:,} trained parameters" if isinstance(parameters, int) else "",
-        f"started {wording.shorten(str(info['started']).replace('T', ' ').replace('+00:00', ' UTC'), 40)}"
-        if info.get("started")
-        else "",
-        f"resumed {'once' if len(resumed) == 1 else f'{len(resumed)} times'}" if isinstance(resumed, list) and resumed else "",
-    ]
-    return [part for part in parts if part]
-
-
-def _model_name(model: str) -> str:
-    """A hub id as it is; of a folder the last two names."""
-    parts = model.replace("\\", "/").rstrip("/").split("/")
-    return model if len(parts) <= 2 else "/".join(parts[-2:])
+    rewards, parameters, resumed = (info.get(name) for name in ("rewards", "trainable_parameters", "resumed"))
+    parts = {
+        "model": "/".join(Path(str(info.get("model") or "")).parts[-2:]),  # a hub id as it is; of a folder the last two names
+        "reward": ", ".join(map(str, rewards)) if isinstance(rewards, list) else "",
+        "estimator": run.options.get("estimator"),
+        "trained parameters:": f"{parameters:,}" if isinstance(parameters, int) else "",
+        "started": str(info.get("started") or "").replace("T", " ").replace("+00:00", " UTC"),
+        "times resumed:": len(resumed) if isinstance(resumed, list) else 0,
+    }
+    return [f"{name} {wording.shorten(str(value), 80)}" for name, value in parts.items() if value]
 
 
 def _missing(run: Run, grid: Grid | None) -> list[str]:

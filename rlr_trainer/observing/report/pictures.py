@@ -8,6 +8,8 @@ import io
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 from rlr_trainer.observing.report.reading import Pictures, Run
 from rlr_trainer.observing.report.wording import number, shorten
 
@@ -108,13 +110,8 @@ def _cell(pictures: Pictures, place: int, largest: float) -> Cell:
 
 
 def spread(items: list[Pictures], most: int) -> list[Pictures]:
-    """At most `most` (2 or more) of them, evenly spread by their updates, the first and the last among them."""
-    if len(items) <= most:
-        return items
-    first, last = items[0].step, items[-1].step
-    wanted = [first + (last - first) * i / (most - 1) for i in range(most)]
-    nearest = {min(range(len(items)), key=lambda k: abs(items[k].step - goal)) for goal in wanted}
-    return [items[k] for k in sorted(nearest)]
+    """At most `most` (2 or more) of them, evenly spread, the first and the last among them."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
 
 
 def encode(path: Path, step: int, text: str) -> Cell:
@@ -125,9 +122,9 @@ def encode(path: Path, step: int, text: str) -> Cell:
     """
     from PIL import Image
 
-    if not path.is_file():  # a pipe would be waited for
-        raise UnreadablePicture(f"{path}: no such file, or no plain one")
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("no such file, or no plain one")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=["PNG"]) as opened:  # Pillow starts other programs for some formats

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -284,5 +285,5 @@ def _inside(root: Path, folder: Path, name: Any) -> Path | None:
     """The file of that name in `folder`; None for a name or a link that leads out of `root`."""
     if not isinstance(name, str) or "\0" in name:
         return None
-    path = (folder / name).resolve()
-    return path if path.is_relative_to(root.resolve()) else None
+    path = Path(os.path.realpath(folder / name))  # unlike Path.resolve, links in a circle are no error
+    return path if path.is_relative_to(os.path.realpath(root)) else None
