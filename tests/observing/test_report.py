@@ -20,7 +20,7 @@ from PIL import EpsImagePlugin, Image
 from rlr_trainer.cli import main
 from rlr_trainer.observing.monitor import RewardHackingMonitor
 from rlr_trainer.observing.report import ReportError, write_report
-from rlr_trainer.observing.report.charts import before_and_after
+from rlr_trainer.observing.report.charts import Charts, before_and_after
 from rlr_trainer.observing.report.drawing import Series, line_chart
 from rlr_trainer.observing.report.facts import Mean, facts_of, remarks_of, reward_at
 from rlr_trainer.observing.report.pictures import LARGEST_SIDE, UnreadablePicture, encode, grid_of
@@ -60,17 +60,16 @@ def rising(count=40, seed=0, **more):
 CLOSING = {"step": 40, "train_runtime": 60.0, "train_loss": -0.5}
 
 
+def write_run(folder, lines=None, closing=True):
+    """Writes a run's folder; `lines` are those of metrics.jsonl without the closing one."""
+    folder.mkdir(parents=True)
+    write_lines(folder / "metrics.jsonl", [*(rising() if lines is None else lines), *([CLOSING] if closing else [])])
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path):
-    """Writes a run's folder; `lines` are those of metrics.jsonl without the closing one."""
-
-    def make(name="run", lines=None, closing=True):
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        write_lines(folder / "metrics.jsonl", [*(rising() if lines is None else lines), *([CLOSING] if closing else [])])
-        return folder
-
-    return make
+    return lambda name="run", *arguments, **options: write_run(tmp_path / name, *arguments, **options)
 
 
 def add_everything(folder, prompt="a red panda", size=24):
@@ -221,9 +220,9 @@ def test_a_folder_with_metrics_alone_gives_a_report_that_says_what_is_missing(ma
 
 def test_rewards_that_are_not_finite_at_the_end(make_run):
     lines = [row | {"reward": None} if row["step"] > 30 else row for row in rising()]
-    text = text_of(report(make_run(lines=lines)))
-    assert "reward in 10 log lines. The last finite reward is that of update 30" in text
-    assert "10 values that are not finite left out." in text
+    run = read_run(make_run(lines=lines))
+    assert remarks_of(run, facts_of(run))[0].text.startswith("reward in 10 log lines. The last finite reward is that of update 30")
+    assert "10 values that are not finite left out." in Charts([run]).reward()[0].caption
     middle = read_run(make_run("middle", [*lines[:30], *rising()[35:]]))
     assert not any("The last finite reward" in remark.text for remark in remarks_of(middle, facts_of(middle)))
 
@@ -244,17 +243,17 @@ def test_damaged_files_are_left_out_with_a_note(make_run):
     (folder / "summary.json").write_text("[]")
     (folder / "samples" / "step_000020.json").write_text('{"prompts": 3}')
     (folder / "samples" / "step_000040" / "001.png").write_bytes(b"no picture")
-    text = text_of(report(folder))
+    run = read_run(folder)
     for note in (
-        "metrics.jsonl: 3 damaged lines left out (line 41, 42, 43)",
-        "rewards.jsonl: 1 damaged line left out (line 41)",
-        "run.json: left out",
-        "summary.json: left out",
-        "samples/step_000020.json: left out",
-        "1 picture files are missing, damaged, or no PNG",
-        "No closing line",
+        "metrics.jsonl: 3 damaged lines left out (line 41, 42, 43), as a run leaves that is killed.",
+        "rewards.jsonl: 1 damaged line left out (line 41), as a run leaves that is killed.",
+        "summary.json: left out, it holds no object.",
+        "samples/step_000020.json: left out, it has no step.",
     ):
-        assert note in text, note
+        assert note in run.notes, note
+    assert any(note.startswith("run.json: left out, it is no JSON") for note in run.notes)
+    assert grid_of(run).notes == ["1 picture files are missing, damaged, or no PNG."]
+    assert titles(folder)[-1] == "No closing line"
 
 
 def test_nothing_outside_the_folder_is_read(make_run, tmp_path):
@@ -283,7 +282,7 @@ def alarm():
     """Waiting for ever becomes an error."""
 
     def ring(*_):
-        raise TimeoutError("still waiting")
+        pytest.fail("still waiting")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(20)
@@ -355,10 +354,9 @@ def test_outputs_that_cannot_be(make_run, tmp_path):
 
 def test_the_command(make_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    make_run()
-    assert main(["report", "run"]) == 0
-    assert "written to report.html" in capsys.readouterr().out
+    make_run(lines=rising()[:2])
     assert main(["report", "run", "--output", "deep/er/r.html"]) == 0
+    assert "written to deep/er/r.html" in capsys.readouterr().out
     assert Path("deep/er/r.html").is_file()
     assert main(["report", "nothing"]) != 0
     assert "no such folder" in capsys.readouterr().err
@@ -489,11 +487,20 @@ def test_the_pictures_size_is_capped(make_run):
 # ---- the page ----
 
 
-def test_the_whole_page(make_run):
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The reports of a run with everything in it, and of two."""
+    folder = tmp_path_factory.mktemp("pages")
+    lines = rising(**{f"metric {HOSTILE}": lambda p: p})
+    name = f"run {HOSTILE} {'without_any_spaces_' * 5}".replace("/", "_")
+    run = add_everything(write_run(folder / name, lines), HOSTILE)
+    other = add_everything(write_run(folder / "other"), "panda \ud800 end")
+    return [write_report([run], folder / "one.html"), write_report([run, other], folder / "two.html")]
+
+
+def test_the_whole_page(pages):
     """All its parts; users' text, even what is no valid Unicode, is escaped everywhere; it asks for nothing and holds no secret."""
-    folder = add_everything(make_run(f"run {HOSTILE}".replace("/", "_"), rising(**{f"metric {HOSTILE}": lambda p: p})), HOSTILE)
-    other = add_everything(make_run("other"), "panda \ud800 end")
-    pages = [report(folder), report(folder, other)]
+    pages = [path.read_text(encoding="utf-8") for path in pages]
     for page in pages:
         text = text_of(page)
         assert page.count("<style>") == 1 and "<script" not in page
@@ -536,18 +543,13 @@ def test_a_long_run_gives_a_small_file_in_seconds(make_run):
 
 
 @pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed (apt-get install chromium)")
-def test_in_a_browser(make_run, tmp_path):
+def test_in_a_browser(pages, tmp_path):
     """No complaint in the console, no request, nothing wider than a phone; the switch works without a script, print shows updates."""
-    long_name = "a_very_long_name_of_a_run_without_any_spaces_" * 3
-    folder = add_everything(make_run(long_name, rising(**{"other/metric": lambda p: p})), HOSTILE)
-    pages = {"one.html": [folder], "two.html": [folder, make_run("second")]}
-    for name, folders in pages.items():
-        write_report(folders, tmp_path / name)
     shown = "[...document.querySelectorAll('#reward .on-updates, #reward .on-queries')].map(e => getComputedStyle(e).display)"
     with chromium.browser(tmp_path / "profile") as page:
-        for name in pages:
+        for path in pages:
             for width, dark in ((360, False), (360, True), (1280, False)):
-                page.open(tmp_path / name, width, dark=dark)
+                page.open(path, width, dark=dark)
                 assert page.evaluate("document.documentElement.scrollWidth") == width
             assert page.evaluate(shown) == ["block", "none"]
             page.evaluate("document.querySelector('label[for=axis-queries]').click()")
@@ -559,7 +561,7 @@ def test_in_a_browser(make_run, tmp_path):
         assert page.evaluate("document.title").endswith("training report")
         assert page.errors == []
         assert {url.split(":")[0] for url in page.requests} == {"file", "data"}
-        assert {url for url in page.requests if url.startswith("file")} == {(tmp_path / name).as_uri() for name in pages}
+        assert {url for url in page.requests if url.startswith("file")} == {path.as_uri() for path in pages}
 
 
 @pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed (apt-get install chromium)")

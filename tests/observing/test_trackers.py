@@ -47,8 +47,8 @@ def scalars_of(folder):
 
 @pytest.fixture
 def tensorboard(tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
-    return tmp_path / "tb"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))  # transformers 4 does not know it, and writes to output_dir
+    return tmp_path
 
 
 @pytest.fixture
@@ -77,7 +77,6 @@ def test_a_run_with_tensorboard(make_trainer, tensorboard):
     assert [event.value for event in events.Scalars("train/reward")] == pytest.approx(logged)
     steps = {tag for tag in tags["scalars"] if "step_grad_norm" in tag}
     assert steps == {f"train/estimator/step_grad_norm/{step}" for step in range(4)}
-    # TensorBoard keeps the pictures of one call as one tag each
     grids = [event for tag in tags["images"] if tag.startswith("samples") for event in events.Images(tag)]
     assert [event.step for event in grids] == [0, 1, 2]
     with Image.open(Path(trainer.args.output_dir) / "samples/step_000002.png") as grid:
@@ -111,7 +110,7 @@ def test_tensorboard(tensorboard, tmp_path):
     assert events.Tensors("note/text_summary")[0].tensor_proto.string_val == [b"a note"]
     assert b"| a panda | 0.5 |" in events.Tensors("my table/text_summary")[0].tensor_proto.string_val[0]
     pictures = [event for tag in events.Tags()["images"] if tag.startswith("my pictures") for event in events.Images(tag)]
-    assert sorted(event.step for event in pictures) == [0, 0, 1, 1]
+    assert [event.step for event in pictures] == [0, 1]  # several pictures are one grid
 
 
 def test_wandb_offline(wandb, tmp_path):
