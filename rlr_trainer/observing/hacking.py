@@ -1,16 +1,14 @@
-"""Signs of reward hacking: warnings when the reward rises at the cost of what it stands for. On by default."""
+"""Signs of reward hacking in a log: the reward rises at the cost of what it stands for. Needs nothing but Python.
+
+The monitor warns of them during the training, and the report shows them afterwards; both read the same lines with `HackingSigns`.
+"""
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from transformers import TrainerCallback
-
-logger = logging.getLogger(__name__)
 
 # Diversity: the mean of the last lines is compared with that of the first ones.
 DIVERSITY_LINES = 5
@@ -26,7 +24,7 @@ KL_STANDARD_ERRORS = 2.0  # by which the reward must have risen to justify it
 EVAL_PATIENCE = 2
 EVAL_DROP = 0.25
 
-_EVAL_REWARD = re.compile(r"eval_(?:.+_)?reward")
+EVAL_REWARD = re.compile(r"eval_(?:.+_)?reward")  # with the name of the data where there are several
 
 WAYS_OUT = (
     "Look at the pictures in samples/. What helps: stop at an earlier checkpoint, raise kl_coef, lower learning_rate, add a second reward "
@@ -34,24 +32,25 @@ WAYS_OUT = (
 )
 
 
-class RewardHackingMonitor(TrainerCallback):
-    """Warns, each once, when the numbers of the log look like reward hacking; docs/evaluation.md explains the rules.
+def find_signs(lines: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
+    """(log line, what was seen) for every sign in a log, each with the line at which it is first seen; see `HackingSigns`."""
+    signs = HackingSigns()
+    return [(line, text) for line in lines for text in signs.read(line)]
+
+
+class HackingSigns:
+    """Reads the lines of a log one after the other and tells each sign once; docs/evaluation.md explains the rules.
 
     - diversity: pictures of one prompt differ less than `DIVERSITY_FRACTION` of what they did at first, while the reward rose;
     - kl: it doubled from one window of `KL_WINDOW` log lines to the next, while the reward did not rise;
     - evaluation: the evaluation reward fell `EVAL_PATIENCE` times below its best, while the training reward rose.
 
-    It reads the log, and on resuming the log of the run so far. `trainer.remove_callback(RewardHackingMonitor)` removes it.
-
     Attributes:
-        warnings: rule -> text of the warnings so far.
+        found: rule -> what was seen.
     """
 
     def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self.warnings: dict[str, str] = {}
+        self.found: dict[str, str] = {}
         self._diversity: list[tuple[float, float]] = []  # (diversity, reward) per log line
         self._kl: list[tuple[float, float]] = []  # (kl, reward)
         self._since_evaluation: list[float] = []  # training rewards
@@ -59,40 +58,31 @@ class RewardHackingMonitor(TrainerCallback):
         self._reward_std = 0.0
         self._evaluations: dict[str, list[tuple[float, float, float | None]]] = {}  # (reward, its std, training reward)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._reset()
-        if state.global_step > 0:
-            for row in state.log_history:
-                self._take(row)
+    def read(self, line: Mapping[str, Any]) -> list[str]:
+        """Takes the next log line; returns what is seen now for the first time."""
+        self._take(line)
+        rules = {"diversity": self._check_diversity, "kl": self._check_kl, "evaluation": self._check_evaluations}
+        texts = {rule: check() for rule, check in rules.items() if rule not in self.found}
+        new = {rule: text for rule, text in texts.items() if text is not None}
+        self.found |= new
+        return list(new.values())
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        self._take(logs or {})
-        for rule, text in (
-            ("diversity", self._check_diversity()),
-            ("kl", self._check_kl()),
-            ("evaluation", self._check_evaluations()),
-        ):
-            if text is not None and rule not in self.warnings:
-                self.warnings[rule] = text
-                if state.is_world_process_zero:
-                    logger.warning("after %d updates: %s. %s", state.global_step, text, WAYS_OUT)
-
-    def _take(self, row: Mapping[str, Any]) -> None:
-        reward = _finite(row.get("reward"))
+    def _take(self, line: Mapping[str, Any]) -> None:
+        reward = _finite(line.get("reward"))
         if reward is not None:
             self._first_reward = reward if self._first_reward is None else self._first_reward
             self._since_evaluation.append(reward)
-            self._reward_std = _finite(row.get("reward_std")) or self._reward_std
+            self._reward_std = _finite(line.get("reward_std")) or self._reward_std
             for name, kept in (("diversity", self._diversity), ("kl", self._kl)):
-                value = _finite(row.get(name))
+                value = _finite(line.get(name))
                 if value is not None:
                     kept.append((value, reward))
-        found = [(name, _finite(value)) for name, value in row.items() if _EVAL_REWARD.fullmatch(name)]
+        found = [(name, _finite(value)) for name, value in line.items() if EVAL_REWARD.fullmatch(name)]
         for name, value in found:
             if value is not None:
                 trained = _mean(self._since_evaluation) if self._since_evaluation else self._first_reward
-                self._evaluations.setdefault(name, []).append((value, _finite(row.get(f"{name}_std")) or 0.0, trained))
-        if found and "reward" not in row:
+                self._evaluations.setdefault(name, []).append((value, _finite(line.get(f"{name}_std")) or 0.0, trained))
+        if found and "reward" not in line:
             self._since_evaluation = self._since_evaluation[-1:]  # several datasets are evaluated one after the other
 
     def _check_diversity(self) -> str | None:

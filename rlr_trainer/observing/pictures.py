@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import math
-import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +127,11 @@ def write_pictures(images: Tensor, folder: Path) -> list[str]:
     names = [f"{number:03d}.png" for number in range(len(images))]
     for name, image in zip(names, images, strict=True):
         frames = image if image.dim() == 4 else image[None]
-        Image.fromarray(_pixels(torch.cat(list(frames), dim=-1))).save(folder / name)
+        Image.fromarray(pixels(torch.cat(list(frames), dim=-1))).save(folder / name)
     return names
 
 
-def _pixels(image: Tensor) -> np.ndarray:
+def pixels(image: Tensor) -> np.ndarray:
     """[3, H, W] in [0, 1] -> bytes [H, W, 3]."""
     return (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
@@ -164,7 +164,7 @@ def picture_grid(images: Tensor, texts: Sequence[str]) -> Any:
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
         x, y = number % columns * cell[0] + 4, number // columns * cell[1] + 4
         smooth = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
-        grid.paste(Image.fromarray(_pixels(image)).resize(size, smooth), (x, y))
+        grid.paste(Image.fromarray(pixels(image)).resize(size, smooth), (x, y))
         for row, part in enumerate(_fit(text, font, size[0])):
             draw.text((x, y + size[1] + row * line), part, fill="black", font=font)
     return grid
@@ -182,13 +182,15 @@ def _fit(text: str, font: Any, width: int) -> list[str]:
             lines.append(word)
     if len(lines) > 2:
         lines = [lines[0], f"{lines[1]}..."]
-    return [_cut(part, font, width) for part in (first, *lines)]
+    return [cut(part, font, width) for part in (first, *lines)]
 
 
-def _cut(text: str, font: Any, width: int) -> str:
-    while font.getlength(text) > width and len(text) > 1:
-        text = text[:-4] + "..." if len(text) > 4 else text[:-1]
-    return text
+def cut(text: str, font: Any, width: int) -> str:
+    """A text as it is where it fits into `width` pixels, otherwise its longest beginning that fits with "..." behind it."""
+    if font.getlength(text) <= width:
+        return text
+    fitting = bisect.bisect_right(range(len(text)), width, key=lambda length: font.getlength(f"{text[:length]}..."))
+    return f"{text[: max(0, fitting - 1)]}..."
 
 
 def _font() -> Any:
@@ -226,148 +228,3 @@ def vector_diversity(vectors: Tensor, prompts: Sequence[str]) -> float:
         rows.setdefault(prompt, []).append(number)
     means = [float(torch.pdist(vectors[numbers]).mean()) for numbers in rows.values() if len(numbers) > 1]
     return sum(means) / len(means) / vectors.shape[1] ** 0.5 if means else float("nan")
-
-
-# ---- trackers ----
-
-_MLFLOW_REFUSES = re.compile(r"[^\w\-. :/]")  # in the name of a metric; Trainer replaces it in its own
-
-
-class HookTracker:
-    """The run's trackers behind one face: TensorBoard, Weights & Biases, Trackio and MLflow, as Trainer's callbacks set them up.
-
-    It has the methods of an accelerate tracker that DDPO's image hooks use. Without a tracker, pictures become PNG files in the folder.
-
-    Args:
-        callbacks: Trainer's callbacks, among them its integrations.
-        folder: the run's output folder.
-        step: updates so far, for calls that name no step.
-    """
-
-    def __init__(self, callbacks: Sequence[Any], folder: Path, step: int = 0) -> None:
-        self._writers = [c.tb_writer for c in callbacks if getattr(c, "tb_writer", None) is not None]
-        self._wandb = _ready(callbacks, "_wandb", lambda wandb, callback: wandb.run is not None)
-        self._trackio = _ready(callbacks, "_trackio", lambda trackio, callback: callback._initialized)
-        self._mlflow = _ready(callbacks, "_ml_flow", lambda mlflow, callback: mlflow.active_run() is not None)
-        self.folder, self.step = folder, step
-
-    @property
-    def tracker(self) -> Any:
-        """The first underlying tracker, or None."""
-        others = [module for module in (self._wandb, self._trackio, self._mlflow) if module is not None]
-        return next(iter([*self._writers, *others]), None)
-
-    @property
-    def name(self) -> str | None:
-        """What accelerate calls the first tracker ("tensorboard", "wandb", "trackio" or "mlflow"), or None."""
-        named = {"tensorboard": self._writers, "wandb": self._wandb, "trackio": self._trackio, "mlflow": self._mlflow}
-        return next((name for name, tracker in named.items() if tracker), None)
-
-    def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Logs numbers and texts by name; several numbers, such as a batch's rewards, as a histogram, and dicts of them as "name/key"."""
-        step = self.step if step is None else step
-        values = _flat(values)
-        for writer in self._writers:
-            for name, value in values.items():
-                if isinstance(value, str):
-                    writer.add_text(name, value, global_step=step)
-                elif np.size(value) == 1:
-                    writer.add_scalar(name, np.asarray(value).item(), global_step=step)
-                else:
-                    writer.add_histogram(name, np.asarray(value), global_step=step)
-        for module in (self._wandb, self._trackio):
-            if module is not None:
-                module.log(dict(values) | _axis(step))
-        if self._mlflow is not None:
-            texts = {name: value for name, value in values.items() if isinstance(value, str)}
-            numbers = {_MLFLOW_REFUSES.sub("_", name): float(v) for name, v in values.items() if name not in texts}
-            self._mlflow.log_metrics(numbers, step=step)
-            for name, text in texts.items():
-                self._mlflow.log_text(text, f"{_file_name(name)}/step_{step:06d}.txt")
-
-    def log_images(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Logs pictures by name: [3, H, W] or [N, 3, H, W] in [0, 1], or channels last (array, tensor or PIL)."""
-        step = self.step if step is None else step
-        pictures = {name: to_pictures(value) for name, value in values.items()}
-        for writer in self._writers:
-            for name, batch in pictures.items():
-                writer.add_images(name, batch, global_step=step)
-        if self._wandb is not None:
-            panels = {n: [self._wandb.Image(_pixels(p)) for p in batch] for n, batch in pictures.items()}
-            self._wandb.log(panels | _axis(step))
-        rows = {name: _pixels(torch.cat(list(batch), dim=2)) for name, batch in pictures.items()}  # side by side
-        if self._trackio is not None:
-            self._trackio.log({name: self._trackio.Image(row) for name, row in rows.items()} | _axis(step))
-        if self._mlflow is not None:
-            for name, row in rows.items():
-                self._mlflow.log_image(row, artifact_file=f"{_file_name(name)}/step_{step:06d}.png")
-        if self.tracker is None:
-            self._save(rows, step)
-
-    def _save(self, rows: Mapping[str, np.ndarray], step: int) -> None:
-        from PIL import Image
-
-        folder = self.folder / "images" / f"step_{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, row in rows.items():
-            Image.fromarray(row).save(folder / f"{_file_name(name)}.png")
-
-
-def _ready(callbacks: Sequence[Any], attribute: str, is_ready: Callable[[Any, Any], bool]) -> Any:
-    """The tracker's module that a callback of Trainer's holds, once its run has begun."""
-    found = [(getattr(c, attribute), c) for c in callbacks if getattr(c, attribute, None) is not None]
-    return next((module for module, callback in found if is_ready(module, callback)), None)
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dicts inside become entries of their own, "name/key"; tensors become arrays."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}/{key}": inner for key, inner in _flat(value).items()}
-        else:
-            flat[name] = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else value
-    return flat
-
-
-def _axis(step: int) -> dict[str, int]:
-    """The step as Trainer logs it: these trackers count their own calls, and refuse numbers behind that count."""
-    return {"train/global_step": step}
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:100]
-
-
-def to_pictures(value: Any) -> Tensor:
-    """One or several pictures as float [N, 3, H, W] in [0, 1].
-
-    Args:
-        value: a tensor, array, PIL picture or sequence of them; [H, W], [C, H, W] or [H, W, C], or a batch of these; of a video's frames
-            [N, F, C, H, W] each counts. C is 3, 1 (grey) or 4 (RGBA, whose last is left out). Integers are out of 255.
-
-    Raises:
-        ValueError: another shape, or pictures of several sizes.
-    """
-    if isinstance(value, list | tuple):
-        parts = [to_pictures(part) for part in value]
-        if len({part.shape[1:] for part in parts}) != 1:
-            raise ValueError(
-                f"pictures of the shapes {[tuple(part.shape) for part in parts]}: log those of one size under one name"
-            )
-        return torch.cat(parts)
-    if not isinstance(value, Tensor):  # PIL's convert: the numbers of a palette are not colours
-        value = torch.as_tensor(np.array(value.convert("RGB") if hasattr(value, "convert") else value))
-    array = value.detach().cpu()
-    if not array.is_floating_point() and array.dtype != torch.bool:
-        array = array.float() / 255
-    array = array.float()
-    shape = tuple(array.shape)
-    array = array[..., None] if array.dim() == 2 else array
-    array = array[None] if array.dim() == 3 else array.flatten(0, 1) if array.dim() == 5 else array
-    places = [(channels, axis) for channels in (3, 1, 4) for axis in (1, 3) if array.dim() == 4 and array.shape[axis] == channels]
-    if not places:
-        raise ValueError(f"pictures of the shape {shape}: must be [3, H, W], [N, 3, H, W], or the same with the channels last")
-    channels, axis = places[0]
-    array = array.movedim(axis, 1)
-    return array.expand(-1, 3, -1, -1) if channels == 1 else array[:, :3]

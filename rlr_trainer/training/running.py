@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from rlr_trainer.observing.callbacks import RolloutBar
 from rlr_trainer.observing.pictures import thumbnails, vector_diversity
+from rlr_trainer.observing.trackers import connect_accelerator
 from rlr_trainer.persistence.checkpoints import CheckpointStore, check
 from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder
 from rlr_trainer.rollouts.batches import RolloutSummary
@@ -34,6 +35,8 @@ CONFIG_FILE = "rlr_config.json"
 def prepare(trainer: Any) -> None:
     """The last of the construction: arithmetic of the device, and an optimizer for schedulers that users make on it."""
     parts, accelerator = trainer.parts, trainer.accelerator
+    folder = Path(trainer.args.output_dir)
+    connect_accelerator(accelerator, trainer.callback_handler.callbacks, folder, lambda: trainer.state.global_step)
     if accelerator.device.type == "cpu":
         # Saturated rewards give denormal gradients, which slow a CPU's backward pass by 30 times and more.
         torch.set_flush_denormal(True)

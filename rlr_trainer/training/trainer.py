@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from rlr_trainer.observing.callbacks import RolloutCallbackHandler
-from rlr_trainer.observing.hacking import RewardHackingMonitor
-from rlr_trainer.observing.pictures import FixedSamples, HookTracker
+from rlr_trainer.observing.monitor import RewardHackingMonitor
+from rlr_trainer.observing.pictures import FixedSamples
+from rlr_trainer.observing.trackers import HookTracker
 from rlr_trainer.persistence.hub import HubUploads
 from rlr_trainer.persistence.model_card import write_model_card
 from rlr_trainer.persistence.run_state import follow_schedule, load_generators_of_main_process

@@ -17,10 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rlr_trainer import RLRCallback, digits
 from rlr_trainer.cli import main
-from rlr_trainer.observing import callbacks
-from rlr_trainer.observing import hacking as monitor
+from rlr_trainer.observing import callbacks, monitor
 from rlr_trainer.observing.callbacks import RolloutBar
-from rlr_trainer.observing.hacking import RewardHackingMonitor
+from rlr_trainer.observing.monitor import RewardHackingMonitor
 from rlr_trainer.observing.pictures import diversity, picture_grid, thumbnails
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")

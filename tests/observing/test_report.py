@@ -3,24 +3,31 @@
 import html
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import chromium
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from rlr_trainer.cli import main
+from rlr_trainer.observing.monitor import RewardHackingMonitor
 from rlr_trainer.observing.report import ReportError, write_report
-from rlr_trainer.observing.report.charts import before_and_after
+from rlr_trainer.observing.report.charts import Charts, before_and_after
+from rlr_trainer.observing.report.drawing import Series, line_chart
 from rlr_trainer.observing.report.facts import Mean, facts_of, remarks_of, reward_at
 from rlr_trainer.observing.report.pictures import LARGEST_SIDE, UnreadablePicture, encode, grid_of
 from rlr_trainer.observing.report.reading import read_run
-from rlr_trainer.observing.report.series import BUCKETS, ends, mean_of, moving_mean, robust_range, thin, ticks
+from rlr_trainer.observing.report.series import BUCKETS, ends, mean_of, moving_mean, robust_range, thin
 from rlr_trainer.observing.report.tables import comparison, differing_settings
-from rlr_trainer.observing.report.wording import duration, letters, number, tick, value_text, with_error
+from rlr_trainer.observing.report.wording import duration, letters, number, value_text, with_error
 
 HOSTILE = """<script>document.title = 'taken'</script><img src=x onerror="alert(1)">' " & </style> </title> {{ 7 * 7 }}"""
 
@@ -53,17 +60,16 @@ def rising(count=40, seed=0, **more):
 CLOSING = {"step": 40, "train_runtime": 60.0, "train_loss": -0.5}
 
 
+def write_run(folder, lines=None, closing=True):
+    """Writes a run's folder; `lines` are those of metrics.jsonl without the closing one."""
+    folder.mkdir(parents=True)
+    write_lines(folder / "metrics.jsonl", [*(rising() if lines is None else lines), *([CLOSING] if closing else [])])
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path):
-    """Writes a run's folder; `lines` are those of metrics.jsonl without the closing one."""
-
-    def make(name="run", lines=None, closing=True):
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        write_lines(folder / "metrics.jsonl", [*(rising() if lines is None else lines), *([CLOSING] if closing else [])])
-        return folder
-
-    return make
+    return lambda name="run", *arguments, **options: write_run(tmp_path / name, *arguments, **options)
 
 
 def add_everything(folder, prompt="a red panda", size=24):
@@ -112,19 +118,6 @@ def add_everything(folder, prompt="a red panda", size=24):
         ],
     }
     (folder / "run.json").write_text(json.dumps(run))
-    row = {
-        "name": prompt,
-        "biases": ["truncation"],
-        "only_smoothed": False,
-        "bias": {"value": 0.98, "error": 0.03, "upper": None, "verdict": "biased"},
-        "captured": {"value": 0.02, "error": 0.03},
-        "seconds": 2.3,
-        "peak_bytes": 3 * 2**20,
-        "speed": {"value": 2.5, "error": 0.5},
-        "num_batches": 9,
-    }
-    advice = {"plan": "x", "options": {}, "reason": "Use it.", "remarks": [prompt]}
-    (folder / "diagnosis.json").write_text(json.dumps({"rows": [row], "recommendation": advice, "notes": []}))
     (folder / "summary.json").write_text(json.dumps({"reward_before": 0.1, "reward_after": 0.9, "target": prompt}))
     return folder
 
@@ -174,16 +167,6 @@ def test_means_and_ends():
     assert ends(np.array([3.0]))[1].value == 3.0
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 17), (0.98, 1.02), (1e-9, 3e-9), (0, 1e8), (5, 5)])
-def test_ticks_are_few_round_and_inside(low, high):
-    found = ticks(low, high, 5)
-    assert 1 <= len(found) <= 6
-    assert all(low - 1e-9 * abs(low) <= t <= high * (1 + 1e-9) for t in found)
-    if len(found) > 1:
-        mantissa = (found[1] - found[0]) / 10 ** math.floor(math.log10(found[1] - found[0]) + 1e-9)
-        assert any(mantissa == pytest.approx(m) for m in (1, 2, 2.5, 5, 10))
-
-
 def test_one_spike_does_not_flatten_the_others():
     values = np.append(np.random.default_rng(0).normal(size=200), 1e6)
     low, high = robust_range(values)
@@ -191,91 +174,63 @@ def test_one_spike_does_not_flatten_the_others():
 
 
 def test_wording():
-    assert [number(v) for v in (None, 0, 0.12345, 1234567, 1.5e-9, -2.0)] == [
-        "\N{EN DASH}",
-        "0",
-        "0.123",
-        "1,234,567",
-        "1.50e-9",
-        "\u22122.00",
-    ]
+    texts = [number(v) for v in (None, math.nan, 0, 0.12345, 0.9999, 1234567, 1.5e-9, -2.0)]
+    assert texts == ["\N{EN DASH}", "\N{EN DASH}", "0", "0.123", "1", "1,234,567", "1.5e-09", "\N{MINUS SIGN}2"]
     assert with_error(Mean(0.9948, 0.0052, 5)) == "0.9948 ± 0.0052"
-    assert with_error(Mean(12.0, None, 1)) == "12.0"
-    assert with_error(Mean(0.99994, 3e-5, 5)) == "0.9999 ± 0.0001"
-    assert with_error(Mean(-1234.5, 67.8, 5)) == "\u22121,234 ± 68"
-    assert (number(0.9999), number(99.99)) == ("1.00", "100")
-    assert [duration(s) for s in (3.21, 59.7, 200, 20320, 3e5)] == ["3.2 s", "1 min", "3 min 20 s", "5 h 38 min", "3 d 11 h"]
-    assert [letters(i) for i in (0, 25, 26, 27)] == ["A", "Z", "AA", "AB"]
-    assert [tick(v, s) for v, s in ((0.25, 0.25), (0.5, 0.5), (20000, 5000))] == ["0.25", "0.5", "20,000"]
+    assert with_error(Mean(12.0, None, 1)) == "12"
+    assert with_error(Mean(-1234.5, 67.8, 5)) == "\N{MINUS SIGN}1,234 ± 68"
+    assert [duration(s) for s in (None, 59.7, 20320)] == ["\N{EN DASH}", "0:01:00", "5:38:40"]
+    assert [letters(i) for i in (0, 25, 26, 27)] == ["A", "Z", "A1", "B1"]
     assert [value_text(v) for v in (None, True, 3e-4, [1, 2], "x")] == ["none", "true", "0.0003", "[1, 2]", "x"]
+
+
+def test_a_chart_shows_its_numbers_and_leaves_colours_and_fonts_to_the_page():
+    steps = np.arange(1.0, 41.0)
+    lines = [Series(label, colour, thin(steps, steps / 4000)) for colour, label in enumerate("AB")]
+    options = {"title": "<b>", "x_label": "updates", "size": (440, 250)}
+    svg = line_chart(lines, log=False, identity="one", **options)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert {"0", "20", "40", "updates", "0.006", "A", "B"} <= set(texts)
+    places = [float(y) for y in re.findall(r'y="([^"]+)"[^>]*>[AB]</text>', svg)]
+    assert abs(places[0] - places[1]) > 10  # the lines end at one point, the labels do not
+    assert 'aria-label="&lt;b&gt;"' in svg and 'stroke="var(--c1)"' in svg
+    assert "style" not in svg and not re.search(r"#[0-9a-f]{6}\W", svg)  # the page's policy forbids style attributes
+    other = line_chart(lines, log=False, identity="two", **options)
+    ids = [set(re.findall(r'id="([^"]+)"', part)) for part in (svg, other)]
+    assert ids[0] and not ids[0] & ids[1] - {"matplotlib.axis_1", "matplotlib.axis_2"}
+    powers = [Series("", 0, thin(steps, 10 ** (-steps / 10)))]
+    assert {"0.1", "0.01"} <= set(re.findall(r">([^<]*)</text>", line_chart(powers, log=True, identity="three", **options)))
 
 
 # ---- reading ----
 
 
 def test_a_folder_with_metrics_alone_gives_a_report_that_says_what_is_missing(make_run):
-    text = text_of(report(make_run()))
-    for part in ("log_images_steps", "rewards.jsonl", "kl_coef", "run.json", "rlr-trainer diagnose", "eval_dataset"):
-        assert part in text
-    assert "Fixed prompts over time" not in text and "Distribution of rewards before" not in text
-
-
-def test_old_metrics_without_queries_and_seconds(make_run):
-    lines = [{"step": row["step"], "reward": row["reward"]} for row in rising()]
+    lines = [{"step": row["step"], "reward": row["reward"]} for row in rising()[:2]]
     page = report(make_run(lines=lines))
-    assert page.count(" disabled>") == 2  # the axes that nobody recorded
-    assert "no seconds in metrics.jsonl" in text_of(page)
-
-
-def test_a_run_with_one_line(make_run):
-    text = text_of(report(make_run(lines=rising()[:1])))
+    text = text_of(page)
+    for part in ("log_images_steps", "rewards.jsonl", "kl_coef", "run.json", "eval_dataset", "no seconds in metrics.jsonl"):
+        assert part in text
     assert "noise not known" in text
+    assert "Fixed prompts over time" not in text and "Distribution of rewards before" not in text
+    assert page.count(" disabled>") == 2  # the axes that nobody recorded
+    chart = page[page.index('class="on-updates"') : page.index('class="on-queries"')]
+    assert {"1", "2"} >= set(re.findall(r'text-anchor="middle"[^>]*>([^<]+)<', chart)) - {"updates"}  # marks at whole numbers
 
 
 def test_rewards_that_are_not_finite_at_the_end(make_run):
     lines = [row | {"reward": None} if row["step"] > 30 else row for row in rising()]
-    text = text_of(report(make_run(lines=lines)))
-    assert "reward in 10 log lines. The last finite reward is that of update 30" in text
-    assert "10 values that are not finite left out." in text
-    assert "The last finite reward" not in text_of(report(make_run("middle", [*lines[:30], *rising()[35:]])))
-
-
-def test_updates_are_marked_at_whole_numbers(make_run):
-    page = report(make_run(lines=rising()[:2]))
-    chart = page[page.index('class="on-updates"') : page.index('class="on-queries"')]
-    assert re.findall(r'text-anchor="middle">([^<]+)<', chart)[:3] == ["1", "2", "updates"]
-
-
-def test_everything_appears(make_run):
-    page = report(add_everything(make_run()))
-    text = text_of(page)
-    for part in (
-        "Fixed prompts over time",
-        "The reward rose for 1 of 1 pictures",
-        "Distribution of rewards before and after",
-        "Gradient norm of the parts",
-        "Estimators measured on this model",
-        "0.980 ± 0.030",
-        "Use it.",
-        "negative_prompt",
-        "2.13.0",
-        "9,984 trained parameters",
-        "resumed once",
-        "Changed when resumed",
-        "max_grad_norm default 0.5 17",
-        "40 (12 %)",
-        "Summary",
-    ):
-        assert part in text, part
-    assert page.count("data:image/png;base64,") == 6
-    assert "hf_abc" not in page and "(hidden)" in text
+    run = read_run(make_run(lines=lines))
+    assert remarks_of(run, facts_of(run))[0].text.startswith("reward in 10 log lines. The last finite reward is that of update 30")
+    assert "10 values that are not finite left out." in Charts([run]).reward()[0].caption
+    middle = read_run(make_run("middle", [*lines[:30], *rising()[35:]]))
+    assert not any("The last finite reward" in remark.text for remark in remarks_of(middle, facts_of(middle)))
 
 
 def test_several_evaluations_of_one_update(make_run):
     lines = rising() + [{"step": s, f"eval_{name}_reward": s / 40} for s in (20, 40) for name in ("seen", "unseen")]
-    text = text_of(report(make_run(lines=lines)))
-    assert "Evaluation reward, seen" in text and "Evaluation reward, unseen" in text
-    assert "repeat an update" not in text
+    evals = read_run(make_run(lines=lines)).evals
+    assert [list(evals.columns[f"eval_{name}_reward"]) for name in ("seen", "unseen")] == [[0.5, 1], [0.5, 1]]
 
 
 def test_damaged_files_are_left_out_with_a_note(make_run):
@@ -288,28 +243,75 @@ def test_damaged_files_are_left_out_with_a_note(make_run):
     (folder / "summary.json").write_text("[]")
     (folder / "samples" / "step_000020.json").write_text('{"prompts": 3}')
     (folder / "samples" / "step_000040" / "001.png").write_bytes(b"no picture")
-    text = text_of(report(folder))
+    run = read_run(folder)
     for note in (
-        "metrics.jsonl: 3 damaged lines left out (line 41, 42, 43)",
-        "rewards.jsonl: 1 damaged line left out (line 41)",
-        "run.json: left out",
-        "summary.json: left out",
-        "samples/step_000020.json: left out",
-        "1 picture files are missing or damaged",
-        "No closing line",
+        "metrics.jsonl: 3 damaged lines left out (line 41, 42, 43), as a run leaves that is killed.",
+        "rewards.jsonl: 1 damaged line left out (line 41), as a run leaves that is killed.",
+        "summary.json: left out, it holds no object.",
+        "samples/step_000020.json: left out, it has no step.",
     ):
-        assert note in text, note
+        assert note in run.notes, note
+    assert any(note.startswith("run.json: left out, it is no JSON") for note in run.notes)
+    assert grid_of(run).notes == ["1 picture files are missing, damaged, or no PNG."]
+    assert titles(folder)[-1] == "No closing line"
 
 
-def test_pictures_outside_the_folder_are_not_read(make_run, tmp_path):
+def test_nothing_outside_the_folder_is_read(make_run, tmp_path):
     folder = add_everything(make_run())
     Image.new("RGB", (24, 24), "red").save(tmp_path / "secret.png")
     path = folder / "samples" / "step_000000.json"
     record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"files": ["../../secret.png", str(tmp_path / "secret.png")]}))
+    path.write_text(json.dumps(record | {"files": ["../../secret.png", "circle"]}))
+    (folder / "samples/circle").symlink_to(folder / "samples/circle")
+    for name in ("summary.json", "run.json", "samples/step_000020.json"):
+        (tmp_path / "secret.json").write_text('{"step": 1, "secret": 1}')
+        (folder / name).unlink()
+        (folder / name).symlink_to(tmp_path / "secret.json")
     run = read_run(folder)
-    assert run.pictures[0].files == []
-    assert any("outside its folder" in note for note in run.notes)
+    assert [len(pictures.files) for pictures in run.pictures] == [1, 2]
+    assert run.summary is None and not run.options
+    assert sum("outside its folder" in note for note in run.notes) == 4
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away/metrics.jsonl").symlink_to(folder / "metrics.jsonl")
+    with pytest.raises(ReportError, match=r"has no metrics.jsonl \(metrics.jsonl: left out, it leads outside"):
+        read_run(tmp_path / "away")
+
+
+@pytest.fixture
+def alarm():
+    """Waiting for ever becomes an error."""
+
+    def ring(*_):
+        pytest.fail("still waiting")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("alarm")
+def test_a_pipe_is_not_waited_for(make_run):
+    folder = add_everything(make_run())
+    for name in ("samples/step_000000/000.png", "summary.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    run = read_run(folder)
+    assert "summary.json: left out, it is no plain file." in run.notes
+    assert grid_of(run).notes == ["1 picture files are missing, damaged, or no PNG."]
+
+
+def test_only_png_files_are_opened(tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: started.append(a) or Image.new("RGB", (9, 9)).im)
+    (tmp_path / "000.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    Image.new("RGB", (9, 9)).save(tmp_path / "001.png", "BMP")
+    for name in ("000.png", "001.png", "none.png", "long" * 1000):
+        with pytest.raises(UnreadablePicture):
+            encode(tmp_path / name, 0, "1")
+    assert started == []
 
 
 def test_a_file_left_out_does_not_shift_the_others(make_run):
@@ -352,10 +354,9 @@ def test_outputs_that_cannot_be(make_run, tmp_path):
 
 def test_the_command(make_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    make_run()
-    assert main(["report", "run"]) == 0
-    assert "written to report.html" in capsys.readouterr().out
+    make_run(lines=rising()[:2])
     assert main(["report", "run", "--output", "deep/er/r.html"]) == 0
+    assert "written to deep/er/r.html" in capsys.readouterr().out
     assert Path("deep/er/r.html").is_file()
     assert main(["report", "nothing"]) != 0
     assert "no such folder" in capsys.readouterr().err
@@ -376,17 +377,30 @@ def test_a_healthy_run_has_no_remarks(make_run):
 @pytest.mark.parametrize(
     ("more", "title"),
     [
-        ({"diversity": lambda p: 0.3 - 0.2 * p}, "The reward rose while diversity fell"),
+        ({"diversity": lambda p: 0.3 - 0.28 * p}, "Signs of reward hacking"),
         ({"clip_ratio": lambda p: p}, "Many ratios clipped"),
         ({"loss": lambda p: None if p == 0.5 else 0.0}, "Values that are not finite"),
         ({"reward": lambda p: -p + 0.01 * math.sin(99 * p)}, "The reward fell"),
         ({"reward": lambda p: min(p, 1.4 - p) + 0.01 * math.sin(99 * p)}, "The reward fell at the end"),
         ({"reward": lambda p: math.sin(80 * p)}, "No clear change of the reward"),
-        ({"reward": lambda p: min(p, 0.5) + 0.001 * math.sin(99 * p), "kl": lambda p: p**4}, "KL grew without reward"),
     ],
 )
 def test_remarks(make_run, more, title):
     assert title in titles(make_run(lines=rising(**more)))
+
+
+def test_the_remark_on_hacking_is_the_monitors_warning(make_run):
+    """At the line at which it came."""
+    lines = rising(diversity=lambda p: 0.3 - 0.28 * p)
+    monitor, state = RewardHackingMonitor(), SimpleNamespace(global_step=0, is_world_process_zero=True, log_history=[])
+    monitor.on_train_begin(None, state, None)
+    for state.global_step in range(1, 41):
+        monitor.on_log(None, state, None, logs=lines[state.global_step - 1])
+        if monitor.warnings:
+            break
+    run = read_run(make_run(lines=lines))
+    (remark,) = [remark for remark in remarks_of(run, facts_of(run)) if remark.title == "Signs of reward hacking"]
+    assert remark.text.startswith(f"At update {state.global_step}: {monitor.warnings['diversity']}.")
 
 
 def test_noise_alone_is_seldom_called_a_fall(make_run):
@@ -394,20 +408,19 @@ def test_noise_alone_is_seldom_called_a_fall(make_run):
     found = []
     for seed in range(100):
         noise = np.random.default_rng(seed).normal(size=60)
-        lines = [{"step": step + 1, "reward": value} for step, value in enumerate(noise)]
-        found += titles(make_run(f"run{seed}", lines))
+        found += titles(make_run(f"run{seed}", [{"step": step + 1, "reward": value} for step, value in enumerate(noise)]))
     assert found.count("The reward fell at the end") <= 5
     assert found.count("No clear change of the reward") >= 80
 
 
 def test_remarks_from_other_files(make_run):
-    lines = rising() + [{"step": step, "eval_reward": 1 - step / 40} for step in (10, 20, 30, 40)]
+    lines = rising() + [{"step": step, "eval_reward": 1 - step / 40, "eval_reward_std": 0.2} for step in (10, 20, 30, 40)]
     folder = add_everything(make_run(lines=lines, closing=False))
     (folder / "summary.json").write_text(json.dumps({"judge_before": 0.5, "judge_after": 0.2}))
     assert titles(folder) == [
         "Many samples dropped",
         "No closing line",
-        "The reward rose in training, not in evaluation",
+        "Signs of reward hacking",
         "The reward rose, the independent judge's score fell",
     ]
 
@@ -432,25 +445,21 @@ def test_before_and_after_are_the_two_ends(make_run):
 
 
 def test_runs_are_compared_at_equal_queries_and_time(make_run):
-    slow = make_run("slow", [row | {"reward": row["reward"] / 2, "kl": 0.1} for row in rising()])
-    fast = make_run("fast", [row | {"seconds": row["step"] * 0.5} for row in rising(20, extra=lambda p: p)])
+    slow = make_run("run/slow", [row | {"reward": row["reward"] / 2, "kl": 0.1} for row in rising()])
+    fast = make_run("run/fast", [row | {"seconds": row["step"] * 0.5} for row in rising(20, extra=lambda p: p)])
     for folder, rate in ((slow, 1e-3), (fast, 1e-4)):
         changed = {"learning_rate": rate, "output_dir": folder.name} | ({"max_steps": 20} if folder is fast else {})
         (folder / "run.json").write_text(json.dumps({"options": {"fo_steps": None}, "changed": changed}))  # as a run writes it
     runs = [read_run(folder) for folder in (slow, fast)]
     rows = {row[0]: row[1:] for row in comparison(runs, [facts_of(run) for run in runs]).rows}
-    assert "Reward after 640 queries" in rows and "Reward after 10 s" in rows
-    assert rows["Training time"] == ["1 min", "10 s"]
-    assert rows["KL, end"] == ["0.100", "\N{EN DASH}"]
+    assert "Reward after 640 queries" in rows and "Reward after 0:00:10" in rows
+    assert rows["Training time"] == ["0:01:00", "0:00:10"]
+    assert rows["KL, start → end"] == ["0.1 → 0.1", "\N{EN DASH}"]
     assert differing_settings(runs).rows == [["learning_rate", "0.001", "0.0001"], ["max_steps", "default", "20"]]
-    text = text_of(report(slow, fast))
-    for part in ("2 runs compared", "slow", "fast", "extra", "KL from the initial model"):
+    namesake = make_run("other/slow", rising()[:2])
+    text = text_of(report(slow, fast, namesake))
+    for part in ("3 runs compared", "run/slow", "other/slow", "extra", "KL from the initial model"):
         assert part in text
-
-
-def test_runs_of_one_name_are_told_apart(make_run):
-    text = text_of(report(make_run("a/run"), make_run("b/run")))
-    assert "a/run" in text and "b/run" in text
 
 
 # ---- pictures ----
@@ -459,13 +468,11 @@ def test_runs_of_one_name_are_told_apart(make_run):
 def test_pictures_are_reduced_and_small_ones_kept(tmp_path):
     Image.new("RGB", (1024, 512), "red").save(tmp_path / "large.png")
     Image.new("L", (32, 32)).save(tmp_path / "small.png")
-    cell, reduced = encode(tmp_path / "large.png", 0, "1")
-    assert reduced and (cell.width, cell.height) == (LARGEST_SIDE, LARGEST_SIDE // 2) and not cell.pixelated
+    cell = encode(tmp_path / "large.png", 0, "1")
+    assert cell.reduced and (cell.width, cell.height) == (LARGEST_SIDE, LARGEST_SIDE // 2) and not cell.pixelated
     assert cell.source.startswith("data:image/jpeg;base64,")
-    cell, reduced = encode(tmp_path / "small.png", 0, "1")
-    assert not reduced and cell.pixelated and cell.source.startswith("data:image/png;base64,")
-    with pytest.raises(UnreadablePicture):
-        encode(tmp_path / "none.png", 0, "1")
+    cell = encode(tmp_path / "small.png", 0, "1")
+    assert not cell.reduced and cell.pixelated and cell.source.startswith("data:image/png;base64,")
 
 
 def test_the_pictures_size_is_capped(make_run):
@@ -480,48 +487,69 @@ def test_the_pictures_size_is_capped(make_run):
 # ---- the page ----
 
 
-def test_text_of_users_is_escaped_everywhere(make_run):
-    folder = add_everything(make_run(f"run {HOSTILE}".replace("/", "_"), rising(**{f"metric {HOSTILE}": lambda p: p})), HOSTILE)
-    other = add_everything(make_run("other"), HOSTILE)
-    for page in (report(folder), report(folder, other)):
-        assert page.count("<script>") == 1 and page.count("<style>") == 1
-        assert "onerror=" in text_of(page)  # it is there, as text
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The reports of a run with everything in it, and of two."""
+    folder = tmp_path_factory.mktemp("pages")
+    lines = rising(**{f"metric {HOSTILE}": lambda p: p})
+    name = f"run {HOSTILE} {'without_any_spaces_' * 5}".replace("/", "_")
+    run = add_everything(write_run(folder / name, lines), HOSTILE)
+    other = add_everything(write_run(folder / "other"), "panda \ud800 end")
+    return [write_report([run], folder / "one.html"), write_report([run, other], folder / "two.html")]
+
+
+def test_the_whole_page(pages):
+    """All its parts; users' text, even what is no valid Unicode, is escaped everywhere; it asks for nothing and holds no secret."""
+    pages = [path.read_text(encoding="utf-8") for path in pages]
+    for page in pages:
+        text = text_of(page)
+        assert page.count("<style>") == 1 and "<script" not in page
+        assert "default-src 'none'" in page and "script-src" not in page
+        assert "onerror=" in text  # it is there, as text
         assert not re.search(r"<img(?! class=\"(pixelated)?\" src=\"data:image/)", page)
-        assert "{{ 7 * 7 }}" in text_of(page) and " 49 " not in re.findall(r"<title>.*?</title>", page)[0]
+        assert "{{ 7 * 7 }}" in text and " 49 " not in re.findall(r"<title>.*?</title>", page)[0]
+        assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*\"|@import|url\((?!#)", page)
+        assert "hf_abc" not in page and "(hidden)" in text
+    for part in (
+        "Fixed prompts over time",
+        "Distribution of rewards before and after",
+        "Gradient norm of the parts",
+        "negative_prompt",
+        "2.13.0",
+        "trained parameters: 9,984",
+        "times resumed: 1",
+        "Changed when resumed",
+        "max_grad_norm default 0.5 17",
+        "40 (12 %)",
+        "Summary",
+    ):
+        assert part in text_of(pages[0]), part
+    assert pages[0].count("data:image/png;base64,") == 6
+    assert "panda ? end" in text_of(pages[1])
 
 
-def test_a_prompt_that_is_no_valid_unicode(make_run):
-    assert "panda ? end" in text_of(report(add_everything(make_run(), "panda \ud800 end")))
-
-
-def test_the_page_asks_for_nothing(make_run):
-    page = report(add_everything(make_run()))
-    assert "default-src 'none'" in page
-    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]*\"", page)
-    assert not re.findall(r"@import|url\((?!#)", page)
+def test_it_loads_no_heavy_library():
+    program = "import sys, rlr_trainer.observing.report; print(*{'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.strip() == ""
 
 
 def test_a_long_run_gives_a_small_file_in_seconds(make_run):
-    folder = make_run(lines=rising(100_000, kl=lambda p: p, diversity=lambda p: 0.3))
+    folder = make_run(lines=rising(20_000, kl=lambda p: p, diversity=lambda p: 0.3))
     started = time.monotonic()
     path = write_report([folder], folder / "report.html")
-    assert time.monotonic() - started < 60  # some 4 s on a quiet machine
+    assert time.monotonic() - started < 60  # some 3 s on a quiet machine
     assert path.stat().st_size < 2_000_000
 
 
 @pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed (apt-get install chromium)")
-def test_in_a_browser(make_run, tmp_path):
+def test_in_a_browser(pages, tmp_path):
     """No complaint in the console, no request, nothing wider than a phone; the switch works without a script, print shows updates."""
-    long_name = "a_very_long_name_of_a_run_without_any_spaces_" * 3
-    folder = add_everything(make_run(long_name, rising(**{"other/metric": lambda p: p})), HOSTILE)
-    pages = {"one.html": [folder], "two.html": [folder, make_run("second")]}
-    for name, folders in pages.items():
-        write_report(folders, tmp_path / name)
     shown = "[...document.querySelectorAll('#reward .on-updates, #reward .on-queries')].map(e => getComputedStyle(e).display)"
     with chromium.browser(tmp_path / "profile") as page:
-        for name in pages:
+        for path in pages:
             for width, dark in ((360, False), (360, True), (1280, False)):
-                page.open(tmp_path / name, width, dark=dark)
+                page.open(path, width, dark=dark)
                 assert page.evaluate("document.documentElement.scrollWidth") == width
             assert page.evaluate(shown) == ["block", "none"]
             page.evaluate("document.querySelector('label[for=axis-queries]').click()")
@@ -531,18 +559,9 @@ def test_in_a_browser(make_run, tmp_path):
             assert page.pdf().startswith(b"%PDF")
             page.call("Emulation.setEmulatedMedia", media="")
         assert page.evaluate("document.title").endswith("training report")
-        page.open(tmp_path / "one.html", 1280)
-        page.evaluate("document.querySelector('#reward').scrollIntoView()")
-        where = page.evaluate(
-            "(r => [r.left + r.width / 2, r.top + 60])(document.querySelector('#reward svg').getBoundingClientRect())"
-        )
-        page.call("Input.dispatchMouseEvent", type="mouseMoved", x=where[0], y=where[1])
-        tip = page.evaluate("document.querySelector('.tip').innerText")
-        update, reward = (float(part) for part in re.fullmatch(r"updates (\S+)\n(\S+)", tip).groups())
-        assert abs(reward - update / 40) < 0.1  # what `rising` logs
         assert page.errors == []
         assert {url.split(":")[0] for url in page.requests} == {"file", "data"}
-        assert {url for url in page.requests if url.startswith("file")} == {(tmp_path / name).as_uri() for name in pages}
+        assert {url for url in page.requests if url.startswith("file")} == {path.as_uri() for path in pages}
 
 
 @pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed (apt-get install chromium)")

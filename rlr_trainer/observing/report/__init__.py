@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The folders' names, with as many of their parents as tell them apart."""
-    parts = [path.resolve().parts for path in paths]
-    for depth in range(1, max(len(p) for p in parts) + 1):
-        names = ["/".join(p[-depth:]) for p in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
+    """The folders' names, with those of their parents that are not common to all."""
+    resolved = [path.resolve() for path in paths]
+    common = os.path.commonpath([path.parent for path in resolved])
+    return [str(path.relative_to(common)) for path in resolved]

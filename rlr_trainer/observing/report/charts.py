@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from markupsafe import Markup
 
-from rlr_trainer.observing.report.reading import EVAL_REWARD, Floats, Run
+from rlr_trainer.observing.hacking import EVAL_REWARD
+from rlr_trainer.observing.report.drawing import COLOURS, Series, histogram, line_chart, y_range
+from rlr_trainer.observing.report.reading import Floats, Run
 from rlr_trainer.observing.report.series import Line, ends, thin, window_size
-from rlr_trainer.observing.report.svg import Drawing, Series, histogram, line_chart
 from rlr_trainer.observing.report.wording import letters, number, shorten
 
 AXES = ("updates", "queries", "seconds")
@@ -50,20 +51,15 @@ STEP_PROFILE = "estimator/step_grad_norm/"
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
-    """A chart on one x axis, for wide and (if set) for narrow screens; None: no run has that axis."""
-
-    axis: str
-    wide: Markup | None
-    narrow: Markup | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Figure:
-    """A chart with its title, what is to be known about it, and the swatches of its legend as (colour, text)."""
+    """A chart with its title, what is to be known about it, and the swatches of its legend as (colour, text).
+
+    Attributes:
+        drawings: axis -> the chart, in one or two sizes (wide and narrow screens); none: no run has that axis.
+    """
 
     title: str
-    variants: list[Variant]
+    drawings: dict[str, list[Markup]]
     caption: str = ""
     legend: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
@@ -75,9 +71,10 @@ class Charts:
         self.runs = runs
         self._numbers = itertools.count()
         longest = max((float(np.nanmax(s)) for run in runs if (s := run.train.get("seconds")) is not None), default=0.0)
-        self.time_unit, self.time_name = next(
+        self._time_unit, unit = next(
             (unit, name) for limit, unit, name in ((600, 1, "s"), (4 * 3600, 60, "min"), (np.inf, 3600, "h")) if longest <= limit
         )
+        self._labels = {"updates": "updates", "queries": "reward queries", "seconds": f"training time [{unit}]"}
 
     @property
     def axes(self) -> dict[str, bool]:
@@ -85,98 +82,86 @@ class Charts:
         known = {axis: any(run.train.get(COLUMNS[axis]) is not None for run in self.runs) for axis in AXES[1:]}
         return {"updates": True} | known
 
-    def reward(self) -> Figure:
+    def reward(self) -> list[Figure]:
         """The reward, wide."""
-        figure = self.figure("reward", wide=True)
-        assert figure is not None, "a run without rewards is not read"
-        return figure
+        return self.figures(["reward"], AXES, sizes=(WIDE, SMALL))
 
     def rewards(self) -> list[Figure]:
         """Evaluation, fixed prompts, each reward function where there are several, and the spread."""
         functions = self._names(lambda name: name.startswith("rewards/") and name.endswith("/mean"))
         evals = self._names(lambda name: EVAL_REWARD.fullmatch(name) is not None, evals=True)
         parts = self._names(lambda name: "rewards/" in name and name.endswith("/mean"), evals=True)
-        return self._figures(
-            [*evals, "fixed/rewards", *(functions if len(functions) > 1 else []), *(parts if len(parts) > 1 else []), "reward_std"]
-        )
+        several = [names for names in (functions, parts) if len(names) > 1]
+        return self.figures([*evals, "fixed/rewards", *itertools.chain(*several), "reward_std"], AXES)
 
     def drift(self) -> list[Figure]:
         """KL and diversity."""
-        return self._figures(["kl", "diversity", "fixed/diversity"])
+        return self.figures(["kl", "diversity", "fixed/diversity"])
 
     def estimator(self) -> list[Figure]:
         """Norms of the parts, the profile over the denoising steps, ratios and the like."""
-        return [*self._norms(), *self._profiles(), *self._figures(ESTIMATOR, constants=False)]
+        return [*self._norms(), *self._profiles(), *self.figures(ESTIMATOR, constants=False)]
 
     def costs(self) -> list[Figure]:
         """Where the time goes."""
-        return self._figures(TIMES, constants=False)
+        return self.figures(TIMES, constants=False)
 
     def others(self) -> list[Figure]:
         """Logged values that no other section shows."""
         known = {*TITLES, *NO_CHART}
         prefixes = ("rewards/", STEP_PROFILE, "eval_rewards/", *(f"estimator/{part}_" for part in PARTS))
         rest = self._names(lambda name: name not in known and not name.startswith(prefixes))
-        return self._figures(rest[:MOST_OTHERS], constants=False)
-
-    def constants(self, run: Run) -> list[tuple[str, float]]:
-        """(name, value) of what never changed in a run and therefore has no chart (unless another run has one)."""
-        names = [*ESTIMATOR, *TIMES, "estimator/fo_grad_norm", "estimator/ho_grad_norm", "estimator/zo_grad_norm"]
-        columns = [(name, run.train.get(name)) for name in names]
-        found = [(name, column[~np.isnan(column)]) for name, column in columns if column is not None]
-        return [(_title(name), float(values[0])) for name, values in found if len(values) > 1 and np.ptp(values) == 0]
+        return self.figures(rest[:MOST_OTHERS], constants=False)
 
     def distributions(self) -> list[Figure]:
         """One histogram a run, of the rewards before and after, on a common axis."""
         pairs = [(i, before_and_after(run)) for i, run in enumerate(self.runs)]
         known = [(i, before, after) for i, (before, after) in pairs if len(before) and len(after)]
-        if not known:
-            return []
-        everything = np.concatenate([values for _, *both in known for values in both])
-        limits = (float(everything.min()), float(everything.max()))
-        figures = []
-        for i, before, after in known:
-            name = f"{letters(i)}: {self.runs[i].name}" if len(self.runs) > 1 else "Rewards of single samples"
-            title = f"Distribution of rewards before ({number(float(before.mean()))} on average) and after ({number(float(after.mean()))})"
-            drawing = histogram(before, after, value_range=limits, title=title, x_label="reward", colour=i)
-            caption = (
-                f"Before: {len(before):,} samples, mean {number(float(before.mean()))}, median {number(float(np.median(before)))}. "
-                f"After: {len(after):,} samples, mean {number(float(after.mean()))}, median {number(float(np.median(after)))}."
-            )
-            legend = [("before", "first rollouts"), (f"c{i % 8}", "last rollouts")]
-            figures.append(Figure(name, [Variant("any", drawing.svg, None)], caption, legend))
-        return figures
+        values = np.concatenate([np.array([]), *(part for _, *both in known for part in both)])
+        return [self._distribution(i, before, after, (float(values.min()), float(values.max()))) for i, before, after in known]
 
-    # ---- a figure of one logged value, all runs ----
+    def _distribution(self, i: int, before: Floats, after: Floats, limits: tuple[float, float]) -> Figure:
+        name = f"{letters(i)}: {self.runs[i].name}" if len(self.runs) > 1 else "Rewards of single samples"
+        texts = [
+            f"{len(values):,} samples, mean {number(float(values.mean()))}, median {number(float(np.median(values)))}"
+            for values in (before, after)
+        ]
+        caption = f"Before: {texts[0]}. After: {texts[1]}."
+        svg = histogram(before, after, value_range=limits, title=f"Rewards. {caption}", colour=i, identity=self._identity())
+        return Figure(name, {"rewards": [svg]}, caption, [("before", "first rollouts"), (f"c{i % COLOURS}", "last rollouts")])
 
-    def _figures(self, names: list[str] | tuple[str, ...], constants: bool = True) -> list[Figure]:
-        return [figure for name in names if (figure := self.figure(name, constants=constants)) is not None]
+    # ---- figures of single logged values, all runs ----
 
-    def figure(self, name: str, wide: bool = False, constants: bool = True) -> Figure | None:
-        """A value of all runs that have it; None if there is none, or if it is the same everywhere and `constants` is false."""
-        values = [points(run, name)[1] for run in self.runs]
-        known = [v[~np.isnan(v)] for v in values if not np.isnan(v).all()]
-        if not known or (not constants and np.ptp(np.concatenate(known)) == 0):
-            return None
-        several = len(self.runs) > 1
-        make = {axis: self._series(name, axis, several) for axis in AXES}
-        log = any(part in name for part in MAY_BE_LOG) and _spans(np.concatenate(known))
-        gaps = (
-            0
-            if name.startswith("fixed/")
-            else sum(table.not_finite.get(name, 0) for run in self.runs for table in (run.train, run.evals))
-        )
-        return self._assemble(_title(name), make, log, wide, gaps)
+    def figures(
+        self,
+        names: Sequence[str],
+        axes: tuple[str, ...] = AXES[:1],
+        *,
+        constants: bool = True,
+        sizes: tuple[tuple[int, int], ...] = (SMALL,),
+    ) -> list[Figure]:
+        """One of each value that any run has; without `constants` none of those that are the same everywhere."""
+        found = []
+        for name in names:
+            values = np.concatenate([points(run, name)[1] for run in self.runs])
+            values = values[~np.isnan(values)]
+            if len(values) and (constants or np.ptp(values) > 0):
+                log = any(part in name for part in MAY_BE_LOG) and _spans(values)
+                gaps = sum(table.not_finite.get(name, 0) for run in self.runs for table in (run.train, run.evals))
+                lines = {axis: self._series(name, axis) for axis in axes}
+                drawings = {axis: [self._draw(_title(name), lines[axis], axis, size, log) for size in sizes] for axis in axes}
+                found.append(Figure(_title(name), drawings, _caption(lines[axes[0]], log, gaps)))
+        return found
 
-    def _series(self, name: str, axis: str, several: bool) -> list[Series]:
+    def _series(self, name: str, axis: str) -> list[Series]:
+        dots = name.startswith(("fixed/", "eval_")) or name.endswith("subchain_start")
+        joined = not name.endswith("subchain_start")
         found = []
         for i, run in enumerate(self.runs):
             steps, values = points(run, name)
             line = thin(self._x(run, steps, axis), values)
             if line.count:
-                markers = name.startswith(("fixed/", "eval_")) or name.endswith("subchain_start")
-                joined = not name.endswith("subchain_start")
-                found.append(Series(letters(i) if several else "", i, line, markers, joined))
+                found.append(Series(letters(i) if len(self.runs) > 1 else "", i, line, dots, joined))
         return found
 
     def _x(self, run: Run, steps: Floats, axis: str) -> Floats:
@@ -188,33 +173,17 @@ class Charts:
             return np.full(len(steps), np.nan)
         known = ~np.isnan(column)
         x = np.interp(steps, [0.0, *run.train.steps[known]], [0.0, *column[known]])
-        return x / self.time_unit if axis == "seconds" else x
+        return x / self._time_unit if axis == "seconds" else x
 
-    def _assemble(self, title: str, series: dict[str, list[Series]], log: bool, wide: bool = False, gaps: int = 0) -> Figure:
-        labels = {"updates": "updates", "queries": "reward queries", "seconds": f"training time [{self.time_name}]"}
-        variants, outside = [], 0
-        windows = {s.line.window for s in series["updates"] if not s.markers}
-        for axis, lines in series.items():
-            if not lines:
-                variants.append(Variant(axis, None, None))
-                continue
-            drawings = [
-                self._draw(
-                    lines, title=f"{title} against {labels[axis]}. {_in_words(lines)}", x_label=labels[axis], size=size, log=log
-                )
-                for size in ((WIDE, SMALL) if wide else (SMALL,))
-            ]
-            if axis == "updates":
-                outside = drawings[0].outside
-            variants.append(Variant(axis, drawings[0].svg, drawings[1].svg if wide else None))
-        most = max(windows, default=1)
-        caption = [f"Smoothed over {'up to ' if len(windows) > 1 else ''}{most:,} log lines."] if most > 1 else []
-        caption += [f"{outside} value{'s' if outside > 1 else ''} outside the axis."] if outside else []
-        caption += [f"{gaps} value{'s that are' if gaps > 1 else ' that is'} not finite left out."] if gaps else []
-        return Figure(title, variants, " ".join(caption))
+    def _draw(self, title: str, lines: list[Series], axis: str, size: tuple[int, int], log: bool) -> Markup:
+        if not lines:
+            return Markup('<p class="note">Not recorded.</p>')
+        label = self._labels.get(axis, axis)
+        words = f"{title} against {label}. {_in_words(lines)}"
+        return line_chart(lines, title=words, x_label=label, size=size, log=log, identity=self._identity())
 
-    def _draw(self, lines: list[Series], *, title: str, x_label: str, size: tuple[int, int], log: bool) -> Drawing:
-        return line_chart(lines, title=title, x_label=x_label, size=size, log=log, identity=f"clip{next(self._numbers)}")
+    def _identity(self) -> str:
+        return f"chart{next(self._numbers)}"
 
     def _names(self, wanted: Callable[[str], bool], evals: bool = False) -> list[str]:
         tables = [run.evals if evals else run.train for run in self.runs]
@@ -222,34 +191,27 @@ class Charts:
 
     # ---- the estimator's parts ----
 
-    def _norms(self) -> Iterator[Figure]:
+    def _norms(self) -> list[Figure]:
         """One run: all parts in one chart. Several: one chart a part."""
-        present = [part for part in PARTS if any(run.train.get(f"estimator/{part}_grad_norm") is not None for run in self.runs)]
-        if len(self.runs) > 1:
-            yield from self._figures([f"estimator/{part}_grad_norm" for part in present], constants=False)
-            return
-        run = self.runs[0]
-        columns = {part: run.train.columns[f"estimator/{part}_grad_norm"] for part in present}
-        if not columns:
-            return
-        log = _spans(np.concatenate(list(columns.values())))
-        series: dict[str, list[Series]] = {}
-        for axis in AXES:
-            lines = [(part, thin(self._x(run, run.train.steps, axis), column)) for part, column in columns.items()]
-            series[axis] = [Series(part.upper(), list(PARTS).index(part), line) for part, line in lines if line.count]
-        figure = self._assemble("Gradient norm of the parts", series, log)
-        legend = [(f"c{list(PARTS).index(part)}", f"{part.upper()}: {PARTS[part]}") for part in present]
-        yield dataclasses.replace(figure, legend=legend)
+        names = {part: f"estimator/{part}_grad_norm" for part in PARTS}
+        run, *others = self.runs
+        present = [part for part, name in names.items() if run.train.get(name) is not None]
+        if others or not present:
+            return self.figures(list(names.values()), constants=False)
+        colours = {part: colour for colour, part in enumerate(PARTS)}
+        columns = {part: run.train.columns[names[part]] for part in present}
+        series = [Series(part.upper(), colours[part], thin(run.train.steps, column)) for part, column in columns.items()]
+        title, log = "Gradient norm of the parts", _spans(np.concatenate(list(columns.values())))
+        legend = [(f"c{colours[part]}", f"{part.upper()}: {PARTS[part]}") for part in present]
+        drawings = {"updates": [self._draw(title, series, "updates", SMALL, log)]}
+        return [Figure(title, drawings, _caption(series, log, 0), legend)]
 
     def _profiles(self) -> Iterator[Figure]:
         """Gradient norm of the single denoising steps, at the start and at the end of a run."""
         for i, run in enumerate(self.runs):
-            numbered = sorted(
-                (int(step), column)
-                for name, column in run.train.columns.items()
-                if (step := name.removeprefix(STEP_PROFILE)) != name and step.isdigit()
-            )
-            pairs = [(step, pair) for step, column in numbered if (pair := ends(column)) is not None]
+            columns = {name.removeprefix(STEP_PROFILE): c for name, c in run.train.columns.items() if name.startswith(STEP_PROFILE)}
+            found = [(int(step), ends(column)) for step, column in columns.items() if step.isdecimal()]
+            pairs = sorted(((step, pair) for step, pair in found if pair is not None), key=lambda item: item[0])
             if len(pairs) < 2:
                 continue
             steps = np.array([float(step) for step, _ in pairs])
@@ -259,10 +221,9 @@ class Charts:
                 for text, colour, y in (("start", 5, lines[0]), ("end", i, lines[1]))
             ]
             title = "Gradient norm of the denoising steps" + (f", {letters(i)}" if len(self.runs) > 1 else "")
-            label = "denoising step (0: the noisiest)"
-            drawing = self._draw(series, title=title, x_label=label, size=SMALL, log=_spans(np.concatenate(lines)))
+            svg = self._draw(title, series, "denoising step (0: the noisiest)", SMALL, _spans(np.concatenate(lines)))
             caption = "Means over the log lines at the start and at the end of the run that have the value."
-            yield Figure(title, [Variant("any", drawing.svg, None)], caption)
+            yield Figure(title, {"steps": [svg]}, caption)
 
 
 def points(run: Run, name: str) -> tuple[Floats, Floats]:
@@ -280,13 +241,24 @@ def points(run: Run, name: str) -> tuple[Floats, Floats]:
 
 def before_and_after(run: Run) -> tuple[Floats, Floats]:
     """Rewards of the first and of the last rollouts: as many as give `ENOUGH_SAMPLES`, a quarter of them at most."""
-    rollouts = [rollout.rewards[~np.isnan(rollout.rewards)] for rollout in run.rollouts]
-    rollouts = [rewards for rewards in rollouts if len(rewards)]
+    known = [rewards[~np.isnan(rewards)] for rewards in run.rollouts]
+    rollouts = [rewards for rewards in known if len(rewards)]
     if len(rollouts) < 2:
         return np.array([]), np.array([])
     size = float(np.mean([len(rewards) for rewards in rollouts]))
     number_of = max(1, min(round(ENOUGH_SAMPLES / size), len(rollouts) // 4))
     return np.concatenate(rollouts[:number_of]), np.concatenate(rollouts[-number_of:])
+
+
+def _caption(lines: list[Series], log: bool, gaps: int) -> str:
+    windows = {s.line.window for s in lines if not s.markers}
+    bottom, top = y_range(lines, log)
+    outside = sum(int(((s.line.raw_y < bottom) | (s.line.raw_y > top)).sum()) for s in lines)
+    most = max(windows, default=1)
+    texts = [f"Smoothed over {'up to ' if len(windows) > 1 else ''}{most:,} log lines."] if most > 1 else []
+    texts += [f"{outside} value{'s' if outside > 1 else ''} outside the axis."] if outside else []
+    texts += [f"{gaps} value{'s that are' if gaps > 1 else ' that is'} not finite left out."] if gaps else []
+    return " ".join(texts)
 
 
 def _title(name: str) -> str:

@@ -8,6 +8,8 @@ import io
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 from rlr_trainer.observing.report.reading import Pictures, Run
 from rlr_trainer.observing.report.wording import number, shorten
 
@@ -17,7 +19,7 @@ MOST_ROWS = 8
 LARGEST_SIDE = 224  # pixels
 PIXELATED_BELOW = 97  # pixels: smaller pictures are enlarged without smoothing, and stay PNG
 LONGEST_PROMPT = 300
-NEGLIGIBLE = 1e-4  # of the largest reward of the grid
+NEGLIGIBLE = 1e-4  # of the largest reward of the grid: shown as about 0
 
 
 class UnreadablePicture(ValueError):
@@ -31,9 +33,10 @@ class Cell:
     source: str | None
     step: int
     text: str
-    pixelated: bool
-    width: int
-    height: int
+    pixelated: bool = False
+    reduced: bool = False
+    width: int = 1
+    height: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +53,17 @@ class Grid:
 
     Attributes:
         steps: updates of the columns.
-        large: pictures that are not pixelated need wider columns.
         notes: what was left out.
     """
 
     steps: list[int]
     rows: list[Row]
-    large: bool
     notes: list[str]
+
+    @property
+    def large(self) -> bool:
+        """Pictures that are not pixelated need wider columns."""
+        return any(cell is not None and not cell.pixelated and cell.source for row in self.rows for cell in row.cells)
 
 
 def grid_of(run: Run, most_bytes: int = MOST_BYTES, most_columns: int = MOST_COLUMNS, most_rows: int = MOST_ROWS) -> Grid | None:
@@ -72,73 +78,56 @@ def grid_of(run: Run, most_bytes: int = MOST_BYTES, most_columns: int = MOST_COL
     if not taken:
         return None
     columns = spread(taken, most_columns)
+    largest = max((abs(reward) for pictures in columns for reward in pictures.rewards if reward is not None), default=0.0)
     order = _rows_of(columns)
     rows: list[Row] = []
-    used, unreadable, reduced, last_prompt = 0, 0, False, None
-    largest = max((abs(reward) for pictures in columns for reward in pictures.rewards if reward is not None), default=0.0)
+    used, last_prompt = 0, None
     for prompt, places in order[:most_rows]:
-        cells: list[Cell | None] = []
-        size = 0
-        for pictures, place in zip(columns, places, strict=True):
-            if place is None:
-                cells.append(None)
-                continue
-            text = reward_text(pictures.rewards[place], largest)
-            try:
-                cell, shrunk = encode(pictures.files[place], pictures.step, text)
-            except UnreadablePicture:
-                cell, shrunk = Cell(None, pictures.step, text, False, 1, 1), False
-                unreadable += 1
-            reduced |= shrunk
-            size += len(cell.source or "") * 3 // 4
-            cells.append(cell)
-        if rows and used + size > most_bytes:
+        cells = [None if i is None else _cell(pictures, i, largest) for pictures, i in zip(columns, places, strict=True)]
+        used += sum(len(cell.source or "") * 3 // 4 for cell in cells if cell is not None)
+        if rows and used > most_bytes:
             break
-        used += size
         rows.append(Row("" if prompt == last_prompt else shorten(prompt, LONGEST_PROMPT), cells))
         last_prompt = prompt
-    notes = []
-    if len(columns) < len(taken):
-        notes.append(f"{len(columns)} of {len(taken)} points in time are shown.")
-    if len(rows) < len(order):
-        notes.append(f"{len(rows)} of {len(order)} pictures are shown at each; all are in {run.name}/samples.")
-    if reduced:
-        notes.append(f"Pictures are reduced to {LARGEST_SIDE} pixels.")
-    if unreadable:
-        notes.append(f"{unreadable} picture files are missing or damaged.")
-    large = any(cell is not None and not cell.pixelated and cell.source for row in rows for cell in row.cells)
-    return Grid([pictures.step for pictures in columns], rows, large, notes)
+    shown = [cell for row in rows for cell in row.cells if cell is not None]
+    unreadable = sum(cell.source is None for cell in shown)
+    notes = [
+        (f"{len(columns)} of {len(taken)} points in time are shown.", len(columns) < len(taken)),
+        (f"{len(rows)} of {len(order)} pictures are shown at each; all are in {run.name}/samples.", len(rows) < len(order)),
+        (f"Pictures are reduced to {LARGEST_SIDE} pixels.", any(cell.reduced for cell in shown)),
+        (f"{unreadable} picture files are missing, damaged, or no PNG.", unreadable > 0),
+    ]
+    return Grid([pictures.step for pictures in columns], rows, [note for note, applies in notes if applies])
+
+
+def _cell(pictures: Pictures, place: int, largest: float) -> Cell:
+    reward = pictures.rewards[place]
+    text = "\N{ALMOST EQUAL TO} 0" if reward is not None and 0 < abs(reward) < NEGLIGIBLE * largest else number(reward)
+    try:
+        return encode(pictures.files[place], pictures.step, text)
+    except UnreadablePicture:
+        return Cell(None, pictures.step, text)
 
 
 def spread(items: list[Pictures], most: int) -> list[Pictures]:
-    """At most `most` (2 or more) of them, evenly spread by their updates, the first and the last among them."""
-    if len(items) <= most:
-        return items
-    first, last = items[0].step, items[-1].step
-    wanted = [first + (last - first) * i / (most - 1) for i in range(most)]
-    nearest = {min(range(len(items)), key=lambda k: abs(items[k].step - goal)) for goal in wanted}
-    return [items[k] for k in sorted(nearest)]
+    """At most `most` (2 or more) of them, evenly spread, the first and the last among them."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
 
 
-def reward_text(reward: float | None, largest: float) -> str:
-    """A reward; one that is nothing beside the largest is called so, rather than 3e-18."""
-    if reward is not None and 0 < abs(reward) < NEGLIGIBLE * largest:
-        return "\N{ALMOST EQUAL TO} 0"
-    return number(reward)
-
-
-def encode(path: Path, step: int, text: str) -> tuple[Cell, bool]:
-    """Reads a picture and embeds it, reduced where it is large. Returns the cell, and whether it was reduced.
+def encode(path: Path, step: int, text: str) -> Cell:
+    """Reads a PNG file and embeds it, reduced where it is large.
 
     Raises:
-        UnreadablePicture: missing, damaged, or absurdly large.
+        UnreadablePicture: missing, no plain file, no PNG, damaged, or absurdly large.
     """
     from PIL import Image
 
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError("no such file, or no plain one")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
+            with Image.open(path, formats=["PNG"]) as opened:  # Pillow starts other programs for some formats
                 image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadablePicture(f"{path}: {error}") from error
@@ -150,7 +139,7 @@ def encode(path: Path, step: int, text: str) -> tuple[Cell, bool]:
     image.save(buffer, "PNG" if pixelated else "JPEG", **({"optimize": True} if pixelated else {"quality": 82}))
     kind = "png" if pixelated else "jpeg"
     source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Cell(source, step, text, pixelated, *image.size), reduced
+    return Cell(source, step, text, pixelated, reduced, *image.size)
 
 
 def _rows_of(columns: list[Pictures]) -> list[tuple[str, list[int | None]]]:

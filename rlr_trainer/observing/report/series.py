@@ -1,4 +1,4 @@
-"""Numbers for charts and facts: thinning, smoothing, means of a window with their errors, axis ticks."""
+"""Numbers for charts and facts: thinning, smoothing, means of a window with their errors, ranges of axes."""
 
 from __future__ import annotations
 
@@ -118,21 +118,3 @@ def robust_range(values: Floats) -> tuple[float, float]:
         low = low if low >= inner_low - room else inner_low - room / 6
         high = high if high <= inner_high + room else inner_high + room / 6
     return low, high
-
-
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers that span the range; the first and last may lie just inside it."""
-    span = high - low
-    if not span > 0 or not math.isfinite(span):
-        return [low]
-    power = 10.0 ** math.floor(math.log10(span / count))
-    step = next((m * power for m in (1, 2, 2.5, 5) if span / (m * power) <= count), 10 * power)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [0.0 if n == 0 else n * step for n in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Powers of ten in the range (exponents thinned to about `count`)."""
-    first, last = math.ceil(low), math.floor(high)
-    stride = max(1, math.ceil((last - first + 1) / count))
-    return [float(e) for e in range(first, last + 1, stride)]
