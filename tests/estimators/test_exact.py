@@ -343,7 +343,6 @@ def test_a_sample_without_a_reward_contributes_nothing(name, kind):
         assert torch.isfinite(some[parameter]).all()
 
 
-@pytest.mark.xfail(strict=True, reason="estimate_gradient divides by all samples: 30 % without a reward give 70 % of the gradient")
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("name", [name for name in WITHOUT_REWARD if name != "control variate"])
 def test_the_gradient_is_the_mean_over_the_samples_with_a_reward(name, per_sample):
