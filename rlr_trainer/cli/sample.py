@@ -131,7 +131,7 @@ def _sample(options: argparse.Namespace, rows: list[Any], device: Any) -> Any:
     import torch
 
     from rlr_trainer.estimators.chain import sample_chain, seeded_generator
-    from rlr_trainer.observing.callbacks import RolloutBar
+    from rlr_trainer.observing.progress import RolloutBar
     from rlr_trainer.pipelines import PipelineChain, Policy, adapt
     from rlr_trainer.rollouts.batches import EVALUATION, condition_rows
 
