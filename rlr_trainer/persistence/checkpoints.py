@@ -236,7 +236,7 @@ def _read_list(folder: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(
             f"{folder} is not a complete checkpoint: {FILES_LIST}, which is written last, is missing; take an earlier one"
         ) from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); take an earlier checkpoint") from error
     wrong = [name for name in listed if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts]
     if wrong:
