@@ -31,7 +31,9 @@ SAVES = {"save_strategy": "steps", "save_steps": 1}
 def make(make_trainer, pipeline):
     """A trainer on a pipeline of its own in a folder, with short chains and small batches."""
     small = {"sample_num_steps": 3, "per_device_train_batch_size": 2}
-    return lambda folder, **options: make_trainer(**{"sd_pipeline": copy.deepcopy(pipeline), "output_dir": folder, **small, **options})
+    return lambda folder, **options: make_trainer(
+        **{"sd_pipeline": copy.deepcopy(pipeline), "output_dir": folder, **small, **options}
+    )
 
 
 def weights_of(trainer):
@@ -40,7 +42,11 @@ def weights_of(trainer):
 
 def state_of(trainer):
     """Everything that must not depend on the interruption."""
-    state = {"weights": weights_of(trainer), "optimizer": trainer.optimizer.state_dict(), "schedule": trainer.lr_scheduler.state_dict()}
+    state = {
+        "weights": weights_of(trainer),
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": trainer.lr_scheduler.state_dict(),
+    }
     with trainer.parts.weights.averaged():
         state["average"] = weights_of(trainer)
     return state | {name: part.state_dict() for name, part in trainer.parts.run_state.parts.items()}
@@ -92,7 +98,9 @@ def check_resume(make, **options):
 def test_every_preset_goes_on_at_the_end_of_a_rollout(make, preset):
     """With two updates per rollout, except for zeroth order, which has one."""
     zeroth_order = preset in ("rlr_paper", "es")
-    passes = {"zo_num_perturbations": 2} if zeroth_order else {"num_inner_epochs": 2, "save_steps": 1}
+    passes = (
+        {"zo_num_perturbations": 2, "per_device_train_batch_size": 4} if zeroth_order else {"num_inner_epochs": 2, "save_steps": 1}
+    )
     check_resume(make, estimator=preset, train_dataset=ROWS, **passes)
     assert saved("whole") == ["checkpoint-2", "checkpoint-4"]
 
