@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.divergence import check_noise
 from rlr_trainer.estimators.plan_state import PlanState
-from rlr_trainer.observing.callbacks import BetweenRollouts, RunFiles
+from rlr_trainer.observing.callbacks import BetweenRollouts
 from rlr_trainer.observing.pictures import SAMPLES_FOLDER, FixedSamples, SampleLog
+from rlr_trainer.observing.run_files import RunFiles
 from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared_settings
 from rlr_trainer.persistence.weights import Weights
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
-from rlr_trainer.observing.callbacks import RolloutBar
 from rlr_trainer.observing.pictures import thumbnails, vector_diversity
+from rlr_trainer.observing.progress import RolloutBar
 from rlr_trainer.observing.trackers import connect_accelerator
 from rlr_trainer.persistence.checkpoints import CheckpointStore, check
 from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder
