@@ -85,7 +85,8 @@ def start_rollout(trainer: Any, model: nn.Module) -> None:
     parts.updater.begin(batches, summary.valid_fraction)
     parts.metrics.add(summary.metrics | diversity(summary, parts.processes))
     if trainer.image_samples_hook is not None and trainer.is_world_process_zero():
-        trainer.image_samples_hook(summary.pictures, trainer.state.global_step, trainer.trackers())
+        hook = trainer.adapt_hook(trainer.image_samples_hook)
+        hook(summary.pictures, trainer.state.global_step, trainer.trackers())
     trainer.control = trainer.callback_handler.on_rollout_end(
         args, trainer.state, trainer.control, rollout=summary, plan=trainer.plan
     )
@@ -242,9 +243,10 @@ def present_model(trainer: Any) -> nn.Module:
 
 def prompt_rows(prompts: Sequence[str | Sequence[str]], negative_prompts: Sequence[str] | None) -> list[PromptRow]:
     """Texts, or one text per scale, as prompts without metadata."""
+    negatives: Sequence[str | None] = negative_prompts or [None] * len(prompts)
     return [
         PromptRow(text, {}, negative) if isinstance(text, str) else PromptRow(text[-1], {}, negative, tuple(text))
-        for text, negative in zip(prompts, negative_prompts or [None] * len(prompts), strict=True)
+        for text, negative in zip(prompts, negatives, strict=True)
     ]
 
 
