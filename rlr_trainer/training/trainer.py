@@ -164,6 +164,9 @@ class RLRTrainer(TRLBaseTrainer):
         parts.metrics.add(metrics | {"time/backward": time.perf_counter() - started})
         return torch.tensor(metrics["loss"], device=self.accelerator.device) / args.gradient_accumulation_steps
 
+    def _send_telemetry(self) -> None:
+        """TRL reports the use of trainers on its base; this library reports nothing."""
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.parts.between_rollouts.hold(self.control, inside=bool(self.parts.queue))
         super()._maybe_log_save_evaluate(*args, **kwargs)
