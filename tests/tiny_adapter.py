@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.pipelines import Layout, PipelineAdapter, Policy
+from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import Rewards
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
 from rlr_trainer.rollouts.collector import Collector, RolloutOptions
@@ -153,6 +154,7 @@ def tiny_run(
     offload: bool = False,
     eta: float = 1.0,
     first_steps: tuple[int, ...] = (),
+    with_reference: bool = False,
     rewards: dict[str, Any] | None = None,
     **options: Any,
 ) -> TinyRun:
@@ -166,8 +168,11 @@ def tiny_run(
     scorer = Scorer(adapter, layout, Rewards(reward, group_size=group_size, **(rewards or {})))
     state = PlanState(plan)
     source = prompts if prompts is not None else FunctionPrompts(counted_prompts())
+    reference = None
+    if with_reference:
+        reference = ReferencePolicy(sampler.policy, False, own.device, torch.float32, own.accelerator.autocast)
     size = RolloutOptions(7, batch_size, num_batches, group_size, offload)
     rule = advantages or AdvantageRule("leave_one_out", group_size=group_size)
-    collector = Collector(sampler, scorer, state, source, own, size, rule)
-    updater = Updater(sampler, scorer, state, own, UpdateOptions(batch_size * num_batches, **options))
+    collector = Collector(sampler, scorer, state, source, own, size, rule, reference)
+    updater = Updater(sampler, scorer, state, own, UpdateOptions(batch_size * num_batches, **options), reference)
     return TinyRun(sampler, scorer, collector, updater, state, own)

@@ -67,11 +67,15 @@ def test_wrong_gradients_are_errors():
         tiny_run(reward=infinite).scorer.score_with_gradient(latents(), PROMPTS, METADATA, "here")
     with pytest.raises(NonDifferentiableRewardError, match="estimator='ddpo'"):
         tiny_run(reward=lambda i, p, m: i.detach().mean((1, 2, 3))).scorer.score_with_gradient(latents(), PROMPTS, METADATA, "here")
-    with pytest.raises(NonDifferentiableRewardError, match="'black'"):  # the sum has a graph, but would miss this part
 
-        def black(images, prompts, metadata):
-            return [1.0] * 3
 
+def test_a_black_box_in_a_sum_is_found():
+    """The sum has a graph, but the first-order steps would miss this part."""
+
+    def black(images, prompts, metadata):
+        return [1.0] * 3
+
+    with pytest.raises(NonDifferentiableRewardError, match="'black'"):
         tiny_run(reward=[brightness, black]).scorer.score_with_gradient(latents(), PROMPTS, METADATA, "here")
 
 
@@ -88,9 +92,8 @@ def test_a_deferred_failure_is_kept_for_later(with_gradient):
             scoring.add(latents(), PROMPTS, METADATA, "here")
         assert scoring.finish() == []
     assert "on purpose" in str(scoring.failure)
-    with pytest.raises(RewardError, match="on purpose"), scorer.of_rollout(with_gradient=with_gradient) as scoring:
-        scoring.add(latents(), PROMPTS, METADATA, "here")
-        scoring.finish()
+    with scorer.of_rollout(with_gradient=with_gradient) as scoring, pytest.raises(RewardError, match="on purpose"):
+        scoring.add(latents(), PROMPTS, METADATA, "here") or scoring.finish()
 
 
 def test_what_is_logged_of_rewards():
