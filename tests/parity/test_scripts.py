@@ -87,3 +87,10 @@ def test_alignprop_with_the_ending_that_raises_in_trl(tmp_path):
     done = run_script(tmp_path, with_our_trainer("trl_alignprop.py", "AlignPropTrainer", ENDING), arguments, code=1)
     assert "'AlignPropConfig' object has no attribute 'output_dir'" in done.stderr
     check_what_is_left(tmp_path, 3, ["checkpoint-2", "checkpoint-3"], weights_in="save/checkpoint-3")
+
+
+def test_trl_is_left_as_it_is():
+    """Its pipeline's logger is accelerate's, which raises before accelerate is set up: no import here exchanges it."""
+    from trl.models import modeling_sd_base
+
+    assert type(modeling_sd_base.logger).__module__ == "accelerate.logging"
