@@ -34,7 +34,14 @@ from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
 from rlr_trainer.schedules import SamplerOptions
-from rlr_trainer.training.checks import check_batches, check_best_metric, check_optimizer, check_rewards, check_sharding
+from rlr_trainer.training.checks import (
+    check_batches,
+    check_best_metric,
+    check_optimizer,
+    check_precision,
+    check_rewards,
+    check_sharding,
+)
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
 from rlr_trainer.training.interruption import StopOnTermination
@@ -107,6 +114,7 @@ class Parts:
         """
         config = self.config
         check_sharding(config, self.plan_state.plan, accelerator)
+        check_precision(config, accelerator)
         check_batches(config, self.plan_state.plan, accelerator.num_processes)
         check_optimizer(optimizer, self.policy.trainable_parameters())
         self.has_own_optimizer = optimizer is not None

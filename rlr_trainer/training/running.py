@@ -88,7 +88,8 @@ def start_rollout(trainer: Any, model: nn.Module) -> None:
     parts.updater.begin(batches, summary.valid_fraction)
     parts.metrics.add(summary.metrics | diversity(summary, parts.processes))
     if trainer.image_samples_hook is not None and trainer.is_world_process_zero():
-        trainer.image_samples_hook(summary.pictures, trainer.state.global_step, trainer.trackers())
+        hook = trainer.adapt_hook(trainer.image_samples_hook)
+        hook(summary.pictures, trainer.state.global_step, trainer.trackers())
     trainer.control = trainer.callback_handler.on_rollout_end(
         args, trainer.state, trainer.control, rollout=summary, plan=trainer.plan
     )
