@@ -28,7 +28,7 @@ def test_the_signal_waits_for_the_end_of_the_rollout_and_ends_the_process():
     termination = StopOnTermination(accelerator(), lambda: inside[0])
 
     def train():
-        with termination.taken(SimpleNamespace(global_step=2)):
+        with termination.taken():
             assert not step(termination)
             os.kill(os.getpid(), signal.SIGTERM)
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process at once
@@ -45,7 +45,7 @@ def test_a_run_that_has_all_its_updates_stops_inside_the_rollout():
     termination = StopOnTermination(accelerator(), lambda: True)
 
     def train():
-        with termination.taken(SimpleNamespace(global_step=9)):
+        with termination.taken():
             os.kill(os.getpid(), signal.SIGTERM)
             assert step(termination, updates=9)
 
@@ -61,7 +61,7 @@ def test_all_processes_stop_when_one_received_it():
 def test_a_handler_of_the_users_stays():
     before = signal.signal(signal.SIGTERM, handler := lambda number, frame: None)
     try:
-        with StopOnTermination(accelerator()).taken(SimpleNamespace(global_step=0)):
+        with StopOnTermination(accelerator()).taken():
             assert signal.getsignal(signal.SIGTERM) is handler
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
