@@ -213,17 +213,6 @@ def test_no_other_run_is_taken_up(make):
 # ---- options that change ----
 
 
-def test_what_was_learned_for_another_chain_is_learned_anew(make, caplog):
-    options = {"ho_start": "grad_norm", "control_variate": True, **SAVES}
-    make("run", max_steps=1, ho_length=2, **options).train()
-    resumed = make("run", max_steps=2, ho_length=1, sample_num_steps=6, **options)
-    resumed.train(resume_from_checkpoint=True)
-    assert "ho_start='grad_norm' draws by: the checkpoint has it for another chain" in caplog.text
-    assert "control variate: the checkpoint has it for another chain" in caplog.text
-    assert len(resumed.parts.plan_state.starts.state_dict()["norms"]) == resumed.plan.num_starts
-    assert len(resumed.parts.plan_state.control_scale.state_dict()["moments"]) == 6
-
-
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
