@@ -36,13 +36,11 @@ class StopOnTermination(TrainerCallback):
         self.stopped = False
         self._received = False
         self._installed = False
+        self._updates = 0  # after which it stopped
 
     @contextmanager
-    def taken(self, state: Any) -> Iterator[None]:
+    def taken(self) -> Iterator[None]:
         """Takes the signal, and gives it back at the end; then leaves, if the training was stopped by it.
-
-        Args:
-            state: Trainer's.
 
         Raises:
             SystemExit: with the exit code of the signal.
@@ -57,7 +55,7 @@ class StopOnTermination(TrainerCallback):
         finally:
             self._give_back()
         if self.stopped:
-            logger.warning("stopped after update %d; continue with resume_from_checkpoint=True", state.global_step)
+            logger.warning("stopped after update %d; continue with resume_from_checkpoint=True", self._updates)
             raise SystemExit(EXIT_TERMINATED)
 
     def _give_back(self) -> None:
@@ -79,7 +77,7 @@ class StopOnTermination(TrainerCallback):
             received = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
         ends = state.global_step >= state.max_steps  # a run whose last rollout is not used up gets no further
         if received and (ends or not self.inside_rollout()):
-            self.stopped = True
+            self.stopped, self._updates = True, state.global_step
             control.should_save = True
             control.should_training_stop = True
         return control

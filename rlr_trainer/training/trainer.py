@@ -138,7 +138,7 @@ class RLRTrainer(TRLBaseTrainer):
             SystemExit: SIGTERM came; a checkpoint was saved (exit code 143).
         """
         folder = running.start(self, resume_from_checkpoint, epochs)
-        with self.parts.termination.taken(self.state):
+        with self.parts.termination.taken():
             output = super().train(folder, trial, ignore_keys_for_eval)
         self.uploads.at_end()
         return output

@@ -53,11 +53,15 @@ def test_a_checkpoint_is_there_when_it_is_whole():
 def test_a_full_disk_is_said_and_leaves_nothing_half_written():
     """/dev/full fails as a full disk does, and torch reports it as an error of its own."""
     store, _ = write(1)
-    with pytest.raises(OSError, match=r"cannot write run/checkpoint-2 .* GB are free there\. The run can go on from checkpoint-1"):
+
+    def fill():
         with store.writing(2) as aside:
             (aside / "checkpoint-2").mkdir(parents=True)
             (aside / "checkpoint-2/optimizer.pt").symlink_to("/dev/full")
             torch.save(torch.zeros(100_000), aside / "checkpoint-2/optimizer.pt")
+
+    with pytest.raises(OSError, match=r"cannot write run/checkpoint-2 .* GB are free there\. The run can go on from checkpoint-1"):
+        fill()
     assert [path.name for path in store.folder.iterdir()] == ["checkpoint-1"]
 
 

@@ -213,17 +213,6 @@ def test_no_other_run_is_taken_up(make):
 # ---- options that change ----
 
 
-def test_what_was_learned_for_another_chain_is_learned_anew(make, caplog):
-    options = {"ho_start": "grad_norm", "control_variate": True, **SAVES}
-    make("run", max_steps=1, ho_length=2, **options).train()
-    resumed = make("run", max_steps=2, ho_length=1, sample_num_steps=6, **options)
-    resumed.train(resume_from_checkpoint=True)
-    assert "ho_start='grad_norm' draws by: the checkpoint has it for another chain" in caplog.text
-    assert "control variate: the checkpoint has it for another chain" in caplog.text
-    assert len(resumed.parts.plan_state.starts.state_dict()["norms"]) == resumed.plan.num_starts
-    assert len(resumed.parts.plan_state.control_scale.state_dict()["moments"]) == 6
-
-
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -299,7 +288,7 @@ class Terminate(TrainerCallback):
     ],
     ids=["no", "weights alone", "best"],
 )  # fmt: skip
-def test_sigterm_saves_at_the_end_of_the_rollout_and_leaves(make, options, checkpoints):
+def test_sigterm_saves_at_the_end_of_the_rollout_and_leaves(make, options, checkpoints, caplog):
     options = {"max_steps": 6, "num_inner_epochs": 2, "estimator": "ddpo", **options}
     whole = make("whole", **options)
     whole.train()
@@ -307,6 +296,7 @@ def test_sigterm_saves_at_the_end_of_the_rollout_and_leaves(make, options, check
     with pytest.raises(SystemExit) as leaving:
         stopped.train()
     assert leaving.value.code == 143
+    assert "stopped after update 4; continue with resume_from_checkpoint=True" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert saved("run") == [f"checkpoint-{updates}" for updates in checkpoints]
     assert stopped.args.save_only_model == options.get("save_only_model", False)

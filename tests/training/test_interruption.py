@@ -26,21 +26,31 @@ def step(termination, updates=1, max_steps=9):
 def test_the_signal_waits_for_the_end_of_the_rollout_and_ends_the_process():
     inside = [True]
     termination = StopOnTermination(accelerator(), lambda: inside[0])
-    with pytest.raises(SystemExit) as leaving, termination.taken(SimpleNamespace(global_step=2)):
-        assert not step(termination)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process at once
-        assert not step(termination)
-        inside[0] = False
-        assert step(termination)
+
+    def train():
+        with termination.taken():
+            assert not step(termination)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process at once
+            assert not step(termination)
+            inside[0] = False
+            assert step(termination)
+
+    with pytest.raises(SystemExit) as leaving:
+        train()
     assert leaving.value.code == 143
 
 
 def test_a_run_that_has_all_its_updates_stops_inside_the_rollout():
     termination = StopOnTermination(accelerator(), lambda: True)
-    with pytest.raises(SystemExit), termination.taken(SimpleNamespace(global_step=9)):
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert step(termination, updates=9)
+
+    def train():
+        with termination.taken():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert step(termination, updates=9)
+
+    with pytest.raises(SystemExit):
+        train()
 
 
 def test_all_processes_stop_when_one_received_it():
@@ -51,7 +61,7 @@ def test_all_processes_stop_when_one_received_it():
 def test_a_handler_of_the_users_stays():
     before = signal.signal(signal.SIGTERM, handler := lambda number, frame: None)
     try:
-        with StopOnTermination(accelerator()).taken(SimpleNamespace(global_step=0)):
+        with StopOnTermination(accelerator()).taken():
             assert signal.getsignal(signal.SIGTERM) is handler
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
