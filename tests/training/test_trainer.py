@@ -13,6 +13,7 @@ from rlr_trainer import PlanError, RewardError, RLRConfig, RLRTrainer, digits
 from rlr_trainer.digits.rewards import ink
 from rlr_trainer.estimators.chain import gaussian_log_density, seeded_generator
 from rlr_trainer.rollouts.batches import NOISE
+from rlr_trainer.rollouts.prompts import PromptRow
 from rlr_trainer.training import running
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
@@ -318,6 +319,8 @@ def test_eta_zero_with_a_likelihood_ratio_plan():
         ({"advantage": "best"}, "advantage='best': must be one of"),
         ({"recompute": "twice"}, "recompute='twice'"),
         ({"sample_num_steps": 0}, "sample_num_steps=0"),
+        ({"prompt_scales": [3, 2]}, r"prompt_scales=\[3, 2\]: must be increasing"),
+        ({"prompt_scales": [4]}, r"prompt_scales=\[4\]"),
         ({"clip_range": -1.0}, "clip_range=-1.0"),
         ({"num_images_per_prompt": 3}, "num_images_per_prompt=3: must divide"),
         ({"per_device_train_batch_size": 3, "sample_batch_size": 4}, "must be a multiple of"),
@@ -405,3 +408,9 @@ def test_nothing_is_reported_to_anybody(make_trainer, monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(base, "send_telemetry", lambda *arguments, **keywords: pytest.fail("sent telemetry"))
     make_trainer()
+
+
+def test_generate_takes_texts_and_texts_of_scales():
+    rows = running.prompt_rows(["one", ("coarse", "fine")], ["dark", "light"])
+    assert rows == [PromptRow("one", {}, "dark"), PromptRow("fine", {}, "light", ("coarse", "fine"))]
+    assert running.prompt_rows(["one"], None) == [PromptRow("one", {})]
