@@ -249,21 +249,6 @@ def test_callbacks_fire(make_trainer):
         assert event in events, event
 
 
-def test_image_hook_works_without_a_tracker(make_trainer):
-    calls = []
-
-    def hook(batches, step, tracker):
-        images, prompts, metadata, rewards, _ = batches[0]
-        calls.append((step, images.shape, len(prompts), len(metadata), rewards.shape))
-        tracker.log_images({prompts[0]: images[:2]}, step=step)
-        tracker.log({"note": 1.0}, step=step)
-
-    trainer = make_trainer(image_samples_hook=hook)
-    trainer.train()
-    assert calls == [(step, (4, 3, 32, 32), 4, 4, (4,)) for step in (0, 1)]
-    assert len(list(Path(trainer.args.output_dir).glob("images/step_*/*.png"))) == 2
-
-
 # ---- bad input: a clear error before any long work ----
 
 
@@ -331,11 +316,6 @@ def test_eta_zero_with_a_likelihood_ratio_plan():
 def test_options_outside_the_chain(make_trainer, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**options)
-
-
-def test_unknown_option_is_an_error():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'fo_step'"):
-        RLRConfig(output_dir="x", fo_step=3)
 
 
 def test_output_folder_of_another_run(make_trainer, pipeline, seven, caplog):
