@@ -182,7 +182,7 @@ class Updater:
             norms["zo"] = sum(float(term.square().sum()) for term in self._zeroth.values()) ** 0.5
             self._zeroth = {}
         if abs(factor) == 1:  # with a loss scale an overflow is usual: the scaler skips the update and lowers the scale
-            check_norm(self._params, where)
+            check_norm(self.sampler.policy.trainable_parameters(), where)  # FSDP has exchanged them since the construction
         metrics = {f"estimator/{part}_grad_norm": norm for part, norm in norms.items()}
         if self.options.measure_steps:
             metrics |= {f"estimator/step_grad_norm/{step}": norm for step, norm in self._meter.step_norms().items()}

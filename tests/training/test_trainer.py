@@ -13,6 +13,7 @@ from rlr_trainer import PlanError, RewardError, RLRConfig, RLRTrainer, digits
 from rlr_trainer.digits.rewards import ink
 from rlr_trainer.estimators.chain import gaussian_log_density, seeded_generator
 from rlr_trainer.rollouts.batches import NOISE
+from rlr_trainer.rollouts.prompts import PromptRow
 from rlr_trainer.training import running
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
@@ -248,21 +249,6 @@ def test_callbacks_fire(make_trainer):
         assert event in events, event
 
 
-def test_image_hook_works_without_a_tracker(make_trainer):
-    calls = []
-
-    def hook(batches, step, tracker):
-        images, prompts, metadata, rewards, _ = batches[0]
-        calls.append((step, images.shape, len(prompts), len(metadata), rewards.shape))
-        tracker.log_images({prompts[0]: images[:2]}, step=step)
-        tracker.log({"note": 1.0}, step=step)
-
-    trainer = make_trainer(image_samples_hook=hook)
-    trainer.train()
-    assert calls == [(step, (4, 3, 32, 32), 4, 4, (4,)) for step in (0, 1)]
-    assert len(list(Path(trainer.args.output_dir).glob("images/step_*/*.png"))) == 2
-
-
 # ---- bad input: a clear error before any long work ----
 
 
@@ -318,6 +304,8 @@ def test_eta_zero_with_a_likelihood_ratio_plan():
         ({"advantage": "best"}, "advantage='best': must be one of"),
         ({"recompute": "twice"}, "recompute='twice'"),
         ({"sample_num_steps": 0}, "sample_num_steps=0"),
+        ({"prompt_scales": [3, 2]}, r"prompt_scales=\[3, 2\]: must be increasing"),
+        ({"prompt_scales": [4]}, r"prompt_scales=\[4\]"),
         ({"clip_range": -1.0}, "clip_range=-1.0"),
         ({"num_images_per_prompt": 3}, "num_images_per_prompt=3: must divide"),
         ({"per_device_train_batch_size": 3, "sample_batch_size": 4}, "must be a multiple of"),
@@ -328,11 +316,6 @@ def test_eta_zero_with_a_likelihood_ratio_plan():
 def test_options_outside_the_chain(make_trainer, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**options)
-
-
-def test_unknown_option_is_an_error():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'fo_step'"):
-        RLRConfig(output_dir="x", fo_step=3)
 
 
 def test_output_folder_of_another_run(make_trainer, pipeline, seven, caplog):
@@ -405,3 +388,9 @@ def test_nothing_is_reported_to_anybody(make_trainer, monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(base, "send_telemetry", lambda *arguments, **keywords: pytest.fail("sent telemetry"))
     make_trainer()
+
+
+def test_generate_takes_texts_and_texts_of_scales():
+    rows = running.prompt_rows(["one", ("coarse", "fine")], ["dark", "light"])
+    assert rows == [PromptRow("one", {}, "dark"), PromptRow("fine", {}, "light", ("coarse", "fine"))]
+    assert running.prompt_rows(["one"], None) == [PromptRow("one", {})]
