@@ -32,8 +32,8 @@ from programs import environment
 from rlr_trainer.cli import serve_reward
 from rlr_trainer.rewards import RemoteReward, RemoteRewardError, RewardError, RewardServer
 from rlr_trainer.rewards.remote import server as server_module
-from rlr_trainer.rewards.remote.encoding import Pictures, WireError, encode_images, to_json
-from rlr_trainer.rewards.remote.http_client import RETRIED_STATUSES, JsonClient
+from rlr_trainer.rewards.remote.client import RETRIED_STATUSES, JsonClient
+from rlr_trainer.rewards.remote.encoding import Pictures, WireError, encode_images
 
 IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCH = (IMAGES, ("a", "b", "c"), ({"n": 1}, {"n": 2}, {"n": 3}))
@@ -76,13 +76,6 @@ def post(url, body, path="/score", **headers):
     message = answer.json()
     assert message["version"] == 1
     return answer.status_code, message.get("error")
-
-
-def talk(url, data):
-    """What the server says to raw bytes until it closes the connection."""
-    with connect(url) as connection:
-        connection.sendall(data)
-        return b"".join(iter(lambda: connection.recv(4096), b""))
 
 
 def connect(url):
@@ -164,14 +157,12 @@ GOOD = png(np.zeros((8, 8, 3), np.uint8))
 @pytest.mark.parametrize(
     ("images", "says"),
     [
-        (["%%%"], r"images\[0\] cannot be read as the base64 text"),
-        ([base64.b64encode(b"GIF89a" + b"\0" * 40).decode()], "cannot be read"),
-        ([GOOD, png(np.zeros((8, 9, 3), np.uint8))], r"images\[1\] is 9 x 8, but the first picture 8 x 8"),
+        (["%%%"], "picture 0 of 'images' cannot be read as the base64 text"),
+        ([GOOD, png(np.zeros((8, 9, 3), np.uint8))], r"sizes \(width, height\) \[\(8, 8\), \(9, 8\)\]"),
         ([png(np.zeros((8, 8, 4), np.uint8))], "mode is 'RGBA'"),
         ([handmade(2**30, 2**30, black(1, 1))], "exceeds limit"),
         ([handmade(8, 8, black(8, 8), b"iCCP")], "cannot be read"),
         ([[GOOD], GOOD], "same number of frames"),
-        ([[GOOD, GOOD], [GOOD, "%"]], r"images\[1\]\[1\] cannot be read"),
         ([[]], "not empty"),
     ],
 )
@@ -186,28 +177,8 @@ def test_a_second_header_does_not_hide_pixels():
     assert pictures.pixels == pictures.decode()[0, 0].numel()
 
 
-def test_metadata_becomes_json():
-    row = {"a": (1, 2), "b": np.float32(0.5), "c": torch.tensor([[1, 2]]), "d": None, "e": {"f": [True, "x"]}, "g": np.int64(3)}
-    assert to_json(row, "m") == {"a": [1, 2], "b": 0.5, "c": [[1, 2]], "d": None, "e": {"f": [True, "x"]}, "g": 3}
-
-
 RECURSIVE = []
 RECURSIVE.append(RECURSIVE)
-
-
-@pytest.mark.parametrize(
-    ("value", "says"),
-    [
-        ({"a": {"b": object()}}, r"m\['a'\]\['b'\] is a object"),
-        ({"a": [1, float("inf")]}, r"m\['a'\]\[1\] is inf"),
-        ({1: 2}, r"m has the key 1 \(int\)"),
-        ({"a": b"x"}, r"m\['a'\] is a bytes"),
-        (RECURSIVE, "nested"),
-    ],
-)
-def test_metadata_that_json_does_not_have(value, says):
-    with pytest.raises(WireError, match=says):
-        to_json(value, "m")
 
 
 # ---- client and server ----
@@ -237,25 +208,28 @@ def test_requests_of_at_most_batch_size_keep_the_order(serve):
     assert metadata == {"words": ["a", "b", "c"], "size": [2, 1]}
 
 
-def test_only_the_named_keys_are_sent(serve):
+def test_metadata_becomes_json_and_only_the_named_keys_are_sent(serve):
     seen = []
     url = serve(lambda images, prompts, metadata: seen.extend(metadata) or [0] * len(prompts)).url
-    rows = tuple({"n": i, "picture": object()} for i in range(3))
-    RemoteReward(url, metadata_keys=["n"])(*BATCH[:2], rows)
-    assert seen == [{"n": 0}, {"n": 1}, {"n": 2}]
-    with pytest.raises(WireError, match=r"metadata\[0\]\['picture'\] is a object.*metadata_keys"):
-        RemoteReward(url)(*BATCH[:2], rows)
-    with pytest.raises(WireError, match=r"metadata\[0\] lacks \['m'\]"):
-        RemoteReward(url, metadata_keys=["m"])(*BATCH[:2], rows)
+    row = {"a": (1, 2), "b": np.float32(0.5), "c": torch.tensor([[1, 2]]), "d": None, "e": {"f": [True, "x"]}, "g": object()}
+    RemoteReward(url, metadata_keys=list("abcde"))(*BATCH[:2], (row,) * 3)
+    assert seen == [{"a": [1, 2], "b": 0.5, "c": [[1, 2]], "d": None, "e": {"f": [True, "x"]}}] * 3
+    for keys, wrong, says in (
+        (None, row, "is a object, which JSON does not have.*metadata_keys"),
+        (["m"], row, r"KeyError\('m'\)"),
+        (None, {"a": [1, float("nan")]}, "not JSON compliant"),
+        (None, RECURSIVE, "Circular reference"),
+    ):
+        with pytest.raises(WireError, match=says):
+            RemoteReward(url, metadata_keys=keys)(*BATCH[:2], (wrong,) * 3)
 
 
 @pytest.mark.parametrize(
     ("options", "most"),
-    [({}, 1), ({"workers": 3}, 3), ({"workers": 3, "max_megapixels": 500 / 10**6}, 2)],
-    ids=["one", "workers", "pixels"],
+    [({}, 1), ({"workers": 3}, 3)],
+    ids=["one", "workers"],
 )
 def test_calls_at_a_time(serve, held, options, most):
-    """One, unless more workers are asked for; and no more pictures than `max_megapixels` (192 pixels each here) are in memory."""
     client = RemoteReward(serve(held, **options).url)
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(client, *BATCH) for _ in range(4)]
@@ -266,7 +240,7 @@ def test_calls_at_a_time(serve, held, options, most):
 
 
 def test_pictures_are_decoded_when_their_turn_has_come(serve, held):
-    """Not in the threads of the connections, of which there are many: a few kB may be a picture of many MB."""
+    """Not before, because many requests may wait: a few kB may be a picture of many MB."""
     url = serve(held).url
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(RemoteReward(url), *BATCH)
@@ -283,16 +257,15 @@ def test_pictures_are_decoded_when_their_turn_has_come(serve, held):
 
 
 GARBAGE = [
-    (b"{", "the body is not JSON"),
-    (b"[" * 100_000, "the body is not JSON"),
-    (message().replace(b"{}", b'{"a": NaN}', 1), "NaN is not JSON"),
+    (b"{", "the body: Invalid JSON"),
+    (b"[" * 100_000, "the body: Invalid JSON: recursion limit"),
     (b"[]", "the body: Input should be"),
     (message(version=2), "version: Input should be 1"),
     (message(prompts=...), "prompts: Field required"),
     (message(extra=1), "extra: Extra inputs are not permitted"),
     (message(prompts=["a"]), "3 images, 1 prompts and 3 metadata"),
     (message(images=[3]), "images.0.str: Input should be a valid string"),
-    (message(images=[]), "'images' must be a list of pictures"),
+    (message(images=[]), "0 images, 3 prompts and 3"),
     (message(images=[handmade(7000, 7000, black(1, 1))] * 3), "3 entries of 7000 x 7000: the pictures of one request may have"),
 ]
 
@@ -306,13 +279,8 @@ def test_garbage_is_answered_with_the_reason(url):
 def test_other_paths_types_and_methods(url):
     assert httpx.get(url + "/health").json() == {"version": 1, "status": "ok", "reward": "mean"}
     assert post(url, message(), **{"Content-Type": "text/plain"})[0] == 415
-    status, error = post(url, message(), path="/no")
-    assert (status, error) == (404, "no such path or method; there are GET /health and POST /score")
+    assert post(url, message(), path="/no") == (404, "Not Found")
     assert httpx.get(url + "/score").status_code == 405
-    head = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    assert b"411 Length Required" in talk(url, head + b"\r\n")
-    assert b"411 Length Required" in talk(url, head + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
-    assert b"400 Bad Request" in talk(url, b"\0\0\0\0\r\n\r\n")
 
 
 def test_without_a_token_only_names_of_this_machine_are_answered(url, serve):
@@ -323,7 +291,7 @@ def test_without_a_token_only_names_of_this_machine_are_answered(url, serve):
         for method, path in (("POST", "/score"), ("GET", "/health")):
             refused = httpx.request(method, url + path, headers={"Host": host}, content=message())
             assert refused.status_code == 403
-            assert re.search(r"only to names of its own machine.*start it with a token \(--token, or RLR_", refused.json()["error"])
+            assert re.search(r"names of its own machine.*start it with a token \(--token, or RLR_", refused.json()["error"])
     assert post(serve(token="x").url, message(), Host="gpu-box", Authorization="Bearer x")[0] == 200
 
 
@@ -346,18 +314,16 @@ def test_an_exception_of_the_reward_is_told_and_tried_again(serve, caplog):
 
     def reward(images, prompts, metadata):
         calls.append(1)
+        if len(calls) == 2:
+            return [1, 2, 3], {"x": object()}
         raise KeyError("answer")
 
     with pytest.raises(RemoteRewardError, match=r"500.*reward 'reward' raised KeyError: 'answer'.*3 attempts") as caught:
         RemoteReward(serve(reward).url, retries=2, backoff=0.01)(*BATCH)
     assert len(calls) == caught.value.attempts == 3
-    warnings = [r.getMessage() for r in caplog.records if r.name.endswith("http_client")]
-    assert [re.search(r"attempt \d of \d", text)[0] for text in warnings] == ["attempt 2 of 3", "attempt 3 of 3"]
-
-
-def test_a_reward_that_returns_something_else(serve):
-    with pytest.raises(RemoteRewardError, match=r"reward metadata\['x'\] is a object"):
-        RemoteReward(serve(lambda *batch: ([1, 2, 3], {"x": object()})).url, retries=0)(*BATCH)
+    warnings = [r.getMessage() for r in caplog.records if r.name.endswith("remote.client")]
+    assert re.search("KeyError: 'answer'; attempt 2 of 3", warnings[0])
+    assert re.search("is a object, which JSON does not have; attempt 3 of 3", warnings[1])
 
 
 @pytest.mark.parametrize(
@@ -375,12 +341,12 @@ def test_server_options_that_cannot_be(options):
         ({"url": "http://a:b:c"}, "must be like http"),
         ({"url": "http://user:secret@host"}, "a secret goes into token"),
         ({"timeout": float("nan")}, "timeout=nan"),
-        ({"retries": 1.5}, "retries=1.5"),
+        ({"retries": -1}, "retries=-1"),
         ({"backoff": -1}, "backoff=-1"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"token": "a\r\nX: y"}, "token"),
         ({"metadata_keys": "n"}, "list of keys"),
-        ({"groupwise": True, "batch_size": 2}, "tear groups apart"),
+        ({"groupwise": True, "batch_size": 2}, "tears groups apart"),
     ],
 )
 def test_client_options_that_cannot_be(options, says):
@@ -425,29 +391,27 @@ def test_a_server_that_is_away_and_comes_back(serve, held, caplog):
         torch.testing.assert_close(asked.result()[0], mean(eight_bits(IMAGES), None, None))
 
 
-@pytest.mark.parametrize("head", ["", "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"])
-def test_a_client_that_trickles_is_let_go(serve, head):
-    """Each byte comes in time; the whole request does not."""
-
-    def trickle(connection):
-        connection.sendall(b"POST /score HTTP/1.1\r\n" + head.encode())
-        for _ in range(100):
+def test_a_client_that_trickles_is_let_go(serve):
+    """Each byte comes in time; the whole body does not."""
+    with connect(serve(receive_timeout=0.3).url) as connection:
+        connection.sendall(
+            b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        )
+        for _ in range(10):
             connection.sendall(b"x")
             time.sleep(0.05)
-
-    started = time.monotonic()
-    with connect(serve(receive_timeout=0.4).url) as connection, pytest.raises(OSError, match=r"reset|[Bb]roken"):
-        trickle(connection)
-    assert time.monotonic() - started < 4
+        assert re.match(rb"HTTP/1.1 408 .*longer than 0.3 s", connection.recv(4096), re.DOTALL)
 
 
 def test_more_connections_than_the_server_takes(serve, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 2)
-    url = serve(receive_timeout=0.8).url
-    with connect(url), connect(url):
-        time.sleep(0.2)
-        assert re.search(b'^HTTP/1.1 503 .*Retry-After: 1\r\n.*"error":"more than 2 connections"', talk(url, b""), re.DOTALL)
-        assert len(RemoteReward(url, retries=5, backoff=0.2)(*BATCH)[0]) == 3  # when the idle ones have been let go
+    url = serve().url
+    with ThreadPoolExecutor(1) as pool:
+        with connect(url), connect(url):
+            time.sleep(0.1)
+            assert httpx.get(url + "/health").status_code == 503
+            asked = pool.submit(RemoteReward(url, retries=5, backoff=0.2), *BATCH)
+        assert len(asked.result()[0]) == 3  # when the others have gone
 
 
 def test_stopping_answers_what_is_under_way_and_refuses_what_waits(serve, held):
@@ -525,7 +489,7 @@ def test_statuses_that_are_final(fake, status):
     ("body", "says"),
     [
         (b"<html>", "something else than JSON"),
-        (b'{"version": 1, "rewards": [1, NaN, 2]}', "something else than JSON"),
+        (b'{"version": 1, "rewards": [1, NaN, 2]}', "rewards.1: Input should be a finite number"),
         (OK.replace(b"1", b"2", 1), "version: Input should be 1"),
         (OK.replace(b"2, ", b""), "2 rewards for 3 pictures"),
         (OK.replace(b"2", b"true"), "rewards.1: Input should be a valid number"),
@@ -589,7 +553,7 @@ def process(tmp_path_factory):
 
 def test_the_token(process, monkeypatch):
     for token in (None, "sesame2", "sesam"):
-        with pytest.raises(RemoteRewardError, match=r"401 Unauthorized: the token is missing or wrong.*1 attempt ") as caught:
+        with pytest.raises(RemoteRewardError, match=r"401 Unauthorized: the token is missing or wrong.*1 attempt,") as caught:
             RemoteReward(process, token=token, retries=3)(*BATCH)
         assert caught.value.status == 401
         assert "sesam" not in str(caught.value)
@@ -624,9 +588,14 @@ def run_serve_reward(reward, monkeypatch, during):
         port = unused.getsockname()[1]
     parser = argparse.ArgumentParser()
     serve_reward.add_parser(parser.add_subparsers(), argparse.ArgumentParser(add_help=False))
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(during, f"http://127.0.0.1:{port}")
-        return serve_reward.run(parser.parse_args(["serve-reward", "held", "--port", str(port)])), asked.result()
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(during, f"http://127.0.0.1:{port}")
+            return serve_reward.run(parser.parse_args(["serve-reward", "held", "--port", str(port)])), asked.result()
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
