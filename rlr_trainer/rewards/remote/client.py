@@ -37,15 +37,15 @@ class RemoteRewardError(RewardError):
         attempts: how many there were.
     """
 
+    retry_after = 0.0  # seconds that the endpoint asks to wait
+
     def __init__(self, message: str, url: str, status: int | None = None, attempts: int = 1) -> None:
         super().__init__(message)
         self.url, self.status, self.attempts = url, status, attempts
 
 
 class _MayPass(RemoteRewardError):
-    """A failure that another attempt may not meet, `wait` seconds later at the earliest."""
-
-    wait = 0.0
+    """A failure that another attempt may not meet."""
 
 
 class JsonClient:
@@ -76,11 +76,7 @@ class JsonClient:
         self._random = random.Random()  # its own: the global one may make the prompts
 
     def post(self, body: bytes, stop: threading.Event | None = None) -> Any:
-        """The parsed answer to `body`.
-
-        Args:
-            body: JSON.
-            stop: when set, no further attempt is made.
+        """The parsed answer to a body of JSON; no further attempt is made when `stop` is set.
 
         Raises:
             RemoteRewardError: names URL, status, attempts, and what the endpoint said.
@@ -92,14 +88,12 @@ class JsonClient:
             try:
                 return self._attempt(body)
             except RemoteRewardError as failure:
-                pause = -1.0
-                if isinstance(failure, _MayPass) and attempt <= self.retries:
-                    pause = min(max(delay * self._random.uniform(0.5, 1), failure.wait), MAX_DELAY)
-                    said = "%s: %s; attempt %d of %d in %.1f s"
-                    logger.warning(said, self.url, failure, attempt + 1, self.retries + 1, pause)
-                if pause < 0 or stop.wait(pause):
-                    tried = f"{attempt} attempt{'s' if attempt > 1 else ''}, {len(body) / 1e6:.2f} MB sent"
-                    message = f"{self.url}: {failure} ({tried})"
+                message = f"{self.url}: {failure} (attempt {attempt} of {self.retries + 1}, {len(body) / 1e6:.2f} MB sent)"
+                last = not isinstance(failure, _MayPass) or attempt > self.retries
+                pause = min(max(delay * self._random.uniform(0.5, 1), failure.retry_after), MAX_DELAY)
+                if not last:
+                    logger.warning("%s; the next one in %.1f s", message, pause)
+                if last or stop.wait(pause):
                     raise RemoteRewardError(message, self.url, failure.status, attempt) from failure.__cause__
             delay = min(2 * delay, MAX_DELAY)
 
@@ -118,8 +112,7 @@ class JsonClient:
         if not answer.is_success:
             kind = _MayPass if status in RETRIED_STATUSES else RemoteRewardError
             failure = kind(f"answered {status} {answer.reason_phrase}{_message_in(answer.text)}", self.url, status)
-            if isinstance(failure, _MayPass) and wait.isascii() and wait.isdigit():
-                failure.wait = float(wait)
+            failure.retry_after = float(wait) if wait.isascii() and wait.isdigit() else 0.0
             raise failure
         try:
             return answer.json()
@@ -156,8 +149,8 @@ class RemoteReward:
     Args:
         url: of the server, such as "http://127.0.0.1:8000".
         timeout: most seconds without progress in connecting, sending, waiting for the rewards, or reading them.
-        retries: attempts after a first one that failed for a reason that may pass: no connection, no answer in time, a server that
-            is busy or whose reward raised an exception. 8 of them bridge about two minutes.
+        retries: attempts after a first one that failed for a reason that may pass: no connection, no answer in time, a status such
+            as 500 or 503. 8 of them bridge one to two minutes.
         backoff: seconds before the second attempt; doubles with every further one, up to a minute, and is varied at random.
         token: that the server asks for; None takes that of the environment variable RLR_REWARD_TOKEN, if there is one.
         batch_size: most pictures per request; None sends a batch in one. The requests of a batch follow each other.

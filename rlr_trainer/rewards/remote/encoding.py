@@ -75,10 +75,7 @@ def check_token(token: str | None) -> None:
 def encode_png(picture: Tensor) -> bytes:
     """PNG file of one picture, float [3, H, W] in [0, 1]: 8 bits per channel, rounded to the nearest of k / 255.
 
-    Values outside [0, 1] are clamped first, as every file format does.
-
-    Raises:
-        WireError: another shape, or a value that is not finite.
+    Values outside [0, 1] are clamped first, as every file format does. Raises WireError for others and for another shape.
     """
     if picture.dim() != 3 or picture.shape[0] != 3:
         raise WireError(f"a picture has the shape {tuple(picture.shape)}: must be (3, height, width)")
@@ -99,17 +96,9 @@ def encode_images(images: Tensor) -> list[Any]:
 
 
 class Pictures:
-    """The pictures or videos of a request, not yet decompressed.
+    """The pictures or videos of a request, not yet decompressed: base64 PNGs, or equally long lists of them, all of one size.
 
-    Args:
-        encoded: base64 PNGs (8 bits, RGB or grey), or equally long lists of them; all of one size.
-
-    Attributes:
-        size: (width, height) of each picture, from the files' headers.
-        pixels: of all of them together.
-
-    Raises:
-        WireError: anything else; names the picture, all frames counted through.
+    `size` is (width, height) of each, `pixels` the sum over all, both from the files' headers. Raises WireError for anything else.
     """
 
     def __init__(self, encoded: list[str | list[str]]) -> None:

@@ -99,8 +99,7 @@ class RewardServer:
         app.add_api_route(HEALTH_PATH, self._health)
         app.add_api_route(SCORE_PATH, self._score, methods=["POST"])
         app.add_exception_handler(StarletteHTTPException, _refuse)
-        # Connections stay open after an answer: uvicorn then reads the rest of a request that was refused early. Closing them would
-        # tear the answer out of the hands of a client that still sends.
+        # Connections stay open after an answer: uvicorn reads on after an early refusal, which a client that still sends would miss.
         options: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "off", "log_config": None, "access_log": False}
         return uvicorn.Server(uvicorn.Config(app, limit_concurrency=MAX_CONNECTIONS, **options))
 
@@ -173,13 +172,13 @@ class RewardServer:
                         limit = f"the limit is {self.max_bytes / 1e6:g} MB (--max_request_mb)"
                         raise HTTPException(413, f"the request is too large: {limit}; send fewer pictures at a time (batch_size)")
         except TimeoutError:
-            raise HTTPException(408, f"the request took longer than {self.receive_timeout:g} s (--receive_timeout)") from None
+            said = f"the request took longer than {self.receive_timeout:g} s to arrive (--receive_timeout)"
+            raise HTTPException(408, said, {"Connection": "close"}) from None
         except ClientDisconnect:
             raise HTTPException(499, "the connection ended in the middle of the request") from None
         return body
 
     def _turn(self, body: bytearray, client_is_gone: Callable[[], bool]) -> bytes:
-        """The answer to a request's body, in a worker's thread."""
         if client_is_gone():
             raise HTTPException(499, "the client has gone away while it waited for its turn")
         try:
@@ -208,4 +207,4 @@ class RewardServer:
 
 async def _refuse(request: Request, error: Any) -> Response:
     logger.warning("%s: answered %d: %s", request.client and request.client.host, error.status_code, error.detail)
-    return JSONResponse({"version": PROTOCOL_VERSION, "error": error.detail}, error.status_code)
+    return JSONResponse({"version": PROTOCOL_VERSION, "error": error.detail}, error.status_code, error.headers)
