@@ -56,13 +56,6 @@ def serve():
         yield lambda reward=mean, **options: servers.enter_context(RewardServer(reward, **({"port": 0} | options)))
 
 
-@pytest.fixture(scope="module")
-def url():
-    """Of a server that several tests share."""
-    with RewardServer(mean, port=0) as server:
-        yield server.url
-
-
 def post(url, body, path="/score", **headers):
     """(status, error) of a request made by hand."""
     answer = httpx.post(url + path, content=body, headers={"Content-Type": "application/json"} | headers, timeout=10)
@@ -81,21 +74,15 @@ def message(**changes):
 
 
 class Held:
-    """A reward that waits until it is let go; counts its calls, and how many ran at once."""
+    """A reward that waits until it is let go."""
 
     def __init__(self):
-        self.begun, self.release, self.lock = threading.Event(), threading.Event(), threading.Lock()
-        self.calls, self.running, self.most = 0, 0, 0
+        self.begun, self.release, self.calls = threading.Event(), threading.Event(), []
 
     def __call__(self, images, prompts, metadata):
-        with self.lock:
-            self.calls += 1
-            self.running += 1
-            self.most = max(self.most, self.running)
+        self.calls.append(prompts)
         self.begun.set()
         self.release.wait(10)
-        with self.lock:
-            self.running -= 1
         return [1] * len(prompts)
 
 
@@ -121,55 +108,37 @@ def test_pictures_arrive_rounded_to_eight_bits_and_not_a_second_time():
     torch.testing.assert_close(Pictures(encode_images(video)).decode(), eight_bits(video), rtol=0, atol=1e-7)
 
 
-def test_pictures_that_cannot_be_sent():
-    for images, says in ((torch.full((1, 3, 2, 2), torch.nan), "not finite"), (torch.zeros(1, 4, 2, 2), r"shape \(4, 2, 2\)")):
-        with pytest.raises(WireError, match=says):
-            encode_images(images)
-
-
 def png(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def handmade(width, height, *chunks):
-    """A PNG file with this size in its header, then these chunks, each the type and the data."""
-    parts = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (head(width, height), *chunks, b"IEND"))
+def bare(width, height):
+    """A PNG file with this size in its header and no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = (
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (header, b"IDAT", b"IEND")
+    )
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()
 
 
-def head(width, height):
-    return b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-
-
-def black(width, height):
-    return b"IDAT" + zlib.compress(bytes(1 + 3 * width) * height)
-
-
-GOOD = png(np.zeros((8, 8, 3), np.uint8))
-
-
-@pytest.mark.parametrize(
-    ("images", "says"),
-    [
+def test_pictures_that_cannot_be():
+    for images, says in ((torch.full((1, 3, 2, 2), torch.nan), "not finite"), (torch.zeros(1, 4, 2, 2), r"shape \(4, 2, 2\)")):
+        with pytest.raises(WireError, match=says):
+            encode_images(images)
+    good = png(np.zeros((8, 8, 3), np.uint8))
+    for encoded, says in (
         (["%%%"], "picture 0 of 'images' cannot be read as the base64 text"),
-        ([GOOD, png(np.zeros((8, 9, 3), np.uint8))], r"sizes \(width, height\) \[\(8, 8\), \(9, 8\)\]"),
+        ([good, png(np.zeros((8, 9, 3), np.uint8))], r"sizes \(width, height\) \[\(8, 8\), \(9, 8\)\]"),
         ([png(np.zeros((8, 8, 4), np.uint8))], "mode is 'RGBA'"),
-        ([handmade(2**30, 2**30, black(1, 1))], "exceeds limit"),
-        ([GOOD, handmade(8, 8, black(8, 8), b"iCCP")], "picture 1 of 'images' cannot be read"),
-        ([[GOOD], GOOD], "same number of frames"),
+        ([bare(2**30, 2**30)], "exceeds limit"),
+        ([good, bare(8, 8)], "picture 1 of 'images' cannot be read"),
+        ([[good], good], "same number of frames"),
         ([[]], "not empty"),
-    ],
-)
-def test_pictures_that_cannot_be_read(images, says):
-    with pytest.raises(WireError, match=says):
-        Pictures(images).decode()
-
-
-def test_a_second_header_does_not_hide_pixels():
-    pictures = Pictures([handmade(1, 1, head(200, 200), black(200, 200))])
-    assert pictures.pixels == pictures.decode()[0, 0].numel()
+    ):
+        with pytest.raises(WireError, match=says):
+            Pictures(encoded).decode()
 
 
 # ---- client and server ----
@@ -216,18 +185,17 @@ def test_metadata_becomes_json_and_only_the_named_keys_are_sent(serve):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_as_many_calls_at_a_time_as_workers_and_pictures_are_decoded_in_them(serve, held, workers):
-    """Requests that wait take no more memory than they had on the wire: a few kB may be a picture of many MB."""
+    """Requests that wait take no more memory than on the wire."""
     url = serve(held, workers=workers).url
     with ThreadPoolExecutor(5) as pool:
         asked = [pool.submit(RemoteReward(url), *BATCH) for _ in range(4)]
         time.sleep(0.2)
-        damaged = pool.submit(post, url, message(images=[handmade(8, 8, b"IDAT")] * 3))
+        damaged = pool.submit(post, url, message(images=[bare(8, 8)] * 3))
         time.sleep(0.2)
-        assert held.calls == workers and not damaged.done()
+        assert len(held.calls) == workers and not damaged.done()
         held.release.set()
         assert [call.result()[0].tolist() for call in asked] == [[1, 1, 1]] * 4
         assert damaged.result()[0] == 400
-    assert held.most == workers
 
 
 def test_many_clients_at_once_each_get_their_own_answers(serve):
@@ -254,33 +222,26 @@ def test_many_clients_at_once_each_get_their_own_answers(serve):
 # ---- refusals ----
 
 
-GARBAGE = [
-    (b"[" * 100_000, "the body: Invalid JSON: recursion limit"),
-    (b"[]", "the body: Input should be"),
-    (message(version=2), "version: Input should be 1"),
-    (message(prompts=...), "prompts: Field required"),
-    (message(prompts=["a"]), "3 images, 1 prompts and 3 metadata"),
-    (message(images=[3]), "images.0.str: Input should be a valid string"),
-    (message(images=[handmade(7000, 7000, black(1, 1))] * 3), "3 entries of 7000 x 7000: the pictures of one request may have"),
-]
-
-
-def test_garbage_is_answered_with_the_reason(url):
-    for body, says in GARBAGE:
+def test_garbage_is_answered_with_the_reason(serve):
+    url = serve().url
+    for body, says in (
+        (b"[" * 100_000, "the body: Invalid JSON: recursion limit"),
+        (b"[]", "the body: Input should be"),
+        (message(version=2), "version: Input should be 1"),
+        (message(prompts=...), "prompts: Field required"),
+        (message(prompts=["a"]), "3 images, 1 prompts and 3 metadata"),
+        (message(images=[3]), "images.0.str: Input should be a valid string"),
+        (message(images=[bare(7000, 7000)] * 3), "3 entries of 7000 x 7000: the pictures of one request may have"),
+    ):
         status, error = post(url, body)
         assert status == 400 and says in error, (says, error)
+    assert post(url, message(), **{"Content-Type": "text/plain"})[0] == 415
+    assert post(url, message(), path="/no") == (404, "Not Found")
 
 
 def test_workers_share_the_pixels(serve):
-    for pixels, workers, status in ((192, 1, 200), (191, 1, 400), (576, 3, 200), (575, 3, 400)):
-        assert post(serve(max_megapixels=pixels / 10**6, workers=workers).url, message())[0] == status
-
-
-def test_other_paths_types_and_methods(url):
-    assert httpx.get(url + "/health").json() == {"version": 1, "status": "ok", "reward": "mean"}
-    assert post(url, message(), **{"Content-Type": "text/plain"})[0] == 415
-    assert post(url, message(), path="/no") == (404, "Not Found")
-    assert httpx.get(url + "/score").status_code == 405
+    assert post(serve(max_megapixels=576 / 10**6, workers=3).url, message())[0] == 200
+    assert post(serve(max_megapixels=575 / 10**6, workers=3).url, message())[0] == 400
 
 
 def test_the_token(serve, monkeypatch):
@@ -295,15 +256,16 @@ def test_the_token(serve, monkeypatch):
     assert len(RemoteReward(url)(*BATCH)[0]) == 3
 
 
-def test_without_a_token_only_names_of_this_machine_are_answered(url, serve):
+def test_without_a_token_only_names_of_this_machine_are_answered(serve):
     """A web page whose own name resolves to 127.0.0.1 could ask otherwise."""
-    for host in ("localhost", "localhost:1", "127.8.8.8:8000", "[::1]:8000"):
-        assert httpx.get(url + "/health", headers={"Host": host}).status_code == 200
-    for host in ("attacker.example", "localhost.attacker.example:8000", "192.168.1.7", "[", ""):
-        for path in ("/score", "/health"):
-            refused = httpx.request("POST" if path == "/score" else "GET", url + path, headers={"Host": host}, content=message())
-            assert refused.status_code == 403
-            assert re.search(r"names of its own machine.*start it with a token \(--token, or RLR_", refused.json()["error"])
+    url = serve().url
+    for host in ("localhost", "127.8.8.8:8000", "[::1]:8000"):
+        answer = httpx.get(url + "/health", headers={"Host": host}).json()
+        assert answer == {"version": 1, "status": "ok", "reward": "mean"}
+    for host in ("localhost.attacker.example:8000", "192.168.1.7", "[", ""):
+        assert httpx.get(url + "/health", headers={"Host": host}).status_code == 403
+        status, error = post(url, message(), Host=host)
+        assert status == 403 and re.search(r"names of its own machine.*start it with a token \(--token, or RLR_", error)
     assert post(serve(token="x").url, message(), Host="gpu-box", Authorization="Bearer x")[0] == 200
 
 
@@ -338,17 +300,14 @@ def test_an_exception_of_the_reward_is_told_and_tried_again(serve, caplog):
     assert re.search("is a object, which JSON does not have .attempt 2 of 3", warnings[1])
 
 
-@pytest.mark.parametrize(
-    "options", [{"workers": 0}, {"max_request_mb": 0}, {"token": "a\nb"}, {"receive_timeout": float("nan")}, {"port": 70000}]
-)
+@pytest.mark.parametrize("options", [{"workers": 0}, {"token": "a\nb"}, {"receive_timeout": float("nan")}, {"port": 70000}])
 def test_server_options_that_cannot_be(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         RewardServer(mean, **({"port": 0} | options))
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
+def test_client_options_that_cannot_be():
+    for options, says in (
         ({"url": "localhost:8000"}, "must be like http"),
         ({"url": "http://a:b:c"}, "must be like http"),
         ({"url": "http://user:secret@host"}, "a secret goes into token"),
@@ -357,11 +316,9 @@ def test_server_options_that_cannot_be(options):
         ({"token": "a\r\nX: y"}, "token"),
         ({"metadata_keys": "n"}, "list of keys"),
         ({"groupwise": True, "batch_size": 2}, "batch_size=2.*tears groups apart"),
-    ],
-)
-def test_client_options_that_cannot_be(options, says):
-    with pytest.raises(ValueError, match=says):
-        RemoteReward(**({"url": "http://127.0.0.1:1"} | options))
+    ):
+        with pytest.raises(ValueError, match=says):
+            RemoteReward(**({"url": "http://127.0.0.1:1"} | options))
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch):
@@ -382,7 +339,7 @@ def test_a_slow_reward_is_given_up_and_costs_no_further_calls(serve, held):
         RemoteReward(url, timeout=0.2, retries=2, backoff=0)(*BATCH)
     held.release.set()
     assert RemoteReward(url)(*BATCH)[0].tolist() == [1, 1, 1]
-    assert held.calls == 2  # the first and the last: the attempts between were given up while they waited for their turn
+    assert len(held.calls) == 2  # the first and the last: the attempts between were given up while they waited for their turn
 
 
 def test_a_server_that_is_away_and_comes_back(serve, held):
@@ -457,11 +414,9 @@ def fake():
                     seen.append(self.rfile.read(int(self.headers["Content-Length"])))
                     self.wfile.write(left.pop(0))
 
-                def log_message(self, *arguments):
-                    pass
-
+            Handler.log_message = lambda *arguments: None
             server = servers.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
             servers.callback(server.shutdown)
             return f"http://127.0.0.1:{server.server_port}", seen
 
@@ -485,7 +440,7 @@ def test_failures_that_may_pass_are_tried_again(fake):
     assert torch.equal(torch.get_rng_state(), state[1])
 
 
-@pytest.mark.parametrize("status", [302, 400, 501])
+@pytest.mark.parametrize("status", [302, 400])
 def test_statuses_that_are_final(fake, status):
     other, other_seen = fake(answer(200, OK))
     url, seen = fake(answer(status, b"<html>why\n not</html>", f"Location: {other}/score"))
@@ -494,18 +449,14 @@ def test_statuses_that_are_final(fake, status):
     assert (len(seen), len(other_seen)) == (1, 0)  # a redirection would carry the token elsewhere
 
 
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
+def test_answers_that_cannot_be(fake):
+    for body, says in (
         (b"<html>", "something else than JSON"),
         (b'{"version": 1, "rewards": [1, NaN, 2]}', "rewards.1: Input should be a finite number"),
         (OK.replace(b"2, ", b""), "2 rewards for 3 pictures"),
-        (OK.replace(b"2", b"true"), "rewards.1: Input should be a valid number"),
-    ],
-)
-def test_answers_that_cannot_be(fake, body, says):
-    with pytest.raises(RemoteRewardError, match=says):
-        RemoteReward(fake(answer(200, body))[0], backoff=0.01)(*BATCH)
+    ):
+        with pytest.raises(RemoteRewardError, match=says):
+            RemoteReward(fake(answer(200, body))[0])(*BATCH)
 
 
 class Clock(threading.Event):
@@ -533,9 +484,9 @@ def test_pauses_double_with_jitter_obey_retry_after_and_end_at_a_stop(fake):
     assert len(seen) == 10
 
 
-def test_proxies_are_not_asked_for_this_machine(url, monkeypatch):
+def test_proxies_are_not_asked_for_this_machine(serve, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert len(RemoteReward(url, retries=0)(*BATCH)[0]) == 3
+    assert len(RemoteReward(serve().url, retries=0)(*BATCH)[0]) == 3
     with pytest.raises(RemoteRewardError, match="no connection"):  # the proxy's
         RemoteReward("http://reward.example", retries=0)(*BATCH)
 
@@ -543,7 +494,7 @@ def test_proxies_are_not_asked_for_this_machine(url, monkeypatch):
 # ---- the command line ----
 
 
-def run_serve_reward(reward, monkeypatch, numbers):
+def run_serve_reward(reward, monkeypatch, *numbers):
     """(exit code, rewards) of the command, run here, which gets signals while it computes the rewards of a request."""
     monkeypatch.setattr("rlr_trainer.cli.settings.load_reward", lambda name: reward)
     monkeypatch.setenv("RLR_REWARD_TOKEN", "sesame")
@@ -558,7 +509,8 @@ def run_serve_reward(reward, monkeypatch, numbers):
         for number in numbers:
             os.kill(os.getpid(), number)
             time.sleep(0.3)
-        reward.release.set()
+        if len(numbers) == 1:
+            reward.release.set()
 
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
@@ -571,9 +523,8 @@ def run_serve_reward(reward, monkeypatch, numbers):
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_requests_under_way(monkeypatch, capsys, held, number):
-    assert run_serve_reward(held, monkeypatch, [number]) == (0, [1, 1, 1])
+def test_a_signal_finishes_the_requests_under_way(monkeypatch, capsys, held):
+    assert run_serve_reward(held, monkeypatch, signal.SIGTERM) == (0, [1, 1, 1])
     assert re.fullmatch(r"serving reward 'Held' on http://127.0.0.1:\d+ \(Ctrl-C stops\)\nstopped\n", capsys.readouterr().out)
 
 
@@ -581,9 +532,11 @@ def test_a_second_signal_leaves_at_once(monkeypatch, held):
     """The thread of a reward that hangs would keep the process alive."""
 
     def leave(code):
-        assert not held.release.is_set()
+        assert time.monotonic() - started < 5  # the reward hangs for 10
+        held.release.set()
         raise SystemExit(code)
 
+    started = time.monotonic()
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit, match="1"):
-        run_serve_reward(held, monkeypatch, [signal.SIGINT] * 2)
+        run_serve_reward(held, monkeypatch, signal.SIGINT, signal.SIGINT)
