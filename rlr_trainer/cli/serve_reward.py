@@ -28,11 +28,13 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "can read command lines (default: that variable, else none)",
     )
     serve.add_argument("--max_request_mb", type=float, default=64, help="largest request, in 10^6 bytes (default: 64)")
-    serve.add_argument("--max_megapixels", type=float, default=100, help="pixels of one request's pictures, in 10^6 (default: 100)")
+    serve.add_argument("--max_megapixels", type=float, default=100, help="10^6 pixels, shared by the workers (default: 100)")
     serve.add_argument(
         "--workers", type=int, default=1, help="calls of the function at the same time (default: 1; models on a GPU need that)"
     )
-    serve.add_argument("--receive_timeout", type=float, default=30, help="seconds that a request may take to arrive (default: 30)")
+    serve.add_argument(
+        "--receive_timeout", type=float, default=30, help="seconds that the body of a request may take to arrive (default: 30)"
+    )
     serve.set_defaults(run=run)
 
 

@@ -101,7 +101,7 @@ class RewardServer:
         app.add_exception_handler(StarletteHTTPException, _refuse)
         # Connections stay open after an answer: uvicorn reads on after an early refusal, which a client that still sends would miss.
         options: dict[str, Any] = {"http": "h11", "ws": "none", "lifespan": "off", "log_config": None, "access_log": False}
-        return uvicorn.Server(uvicorn.Config(app, limit_concurrency=MAX_CONNECTIONS, **options))
+        return uvicorn.Server(uvicorn.Config(app, limit_concurrency=MAX_CONNECTIONS + 1, **options))
 
     def start(self) -> None:
         """Starts answering, in a thread of its own."""
