@@ -75,7 +75,7 @@ def check_token(token: str | None) -> None:
 def encode_png(picture: Tensor) -> bytes:
     """PNG file of one picture, float [3, H, W] in [0, 1]: 8 bits per channel, rounded to the nearest of k / 255.
 
-    Values outside [0, 1] are clamped first, as every file format does. Raises WireError for others and for another shape.
+    Values outside [0, 1] are clamped first. Raises WireError for values that are not finite, and for another shape.
     """
     if picture.dim() != 3 or picture.shape[0] != 3:
         raise WireError(f"a picture has the shape {tuple(picture.shape)}: must be (3, height, width)")
