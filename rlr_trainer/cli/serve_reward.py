@@ -28,55 +28,42 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "can read command lines (default: that variable, else none)",
     )
     serve.add_argument("--max_request_mb", type=float, default=64, help="largest request, in 10^6 bytes (default: 64)")
-    serve.add_argument("--max_megapixels", type=float, default=100, help="pixels of one request's pictures, in 10^6 (default: 100)")
+    serve.add_argument("--max_megapixels", type=float, default=100, help="10^6 pixels, shared by the workers (default: 100)")
     serve.add_argument(
         "--workers", type=int, default=1, help="calls of the function at the same time (default: 1; models on a GPU need that)"
     )
-    serve.add_argument("--receive_timeout", type=float, default=30, help="seconds that a request may take to arrive (default: 30)")
+    serve.add_argument(
+        "--receive_timeout", type=float, default=30, help="seconds that the body of a request may take to arrive (default: 30)"
+    )
     serve.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it; returns the exit code."""
+    import contextlib
     import os
     import signal
     import sys
-    import threading
+    import time
 
     from rlr_trainer.cli.settings import load_reward
     from rlr_trainer.rewards.remote.encoding import TOKEN_VARIABLE
     from rlr_trainer.rewards.remote.server import RewardServer
 
-    server = RewardServer(
-        load_reward(options.reward),
-        host=options.host,
-        port=options.port,
-        token=options.token or os.environ.get(TOKEN_VARIABLE) or None,
-        max_request_mb=options.max_request_mb,
-        max_megapixels=options.max_megapixels,
-        workers=options.workers,
-        receive_timeout=options.receive_timeout,
-    )
-    asked_to_stop = threading.Event()
-
-    def on_signal(number: int, frame: Any) -> None:
-        if asked_to_stop.is_set():
-            raise KeyboardInterrupt  # the second time: at once
-        asked_to_stop.set()
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    server.start()
-    print(f"serving reward {server.name!r} on {server.url} (Ctrl-C stops)", flush=True)
+    limits = {name: getattr(options, name) for name in ("max_request_mb", "max_megapixels", "workers", "receive_timeout")}
+    token = options.token or os.environ.get(TOKEN_VARIABLE) or None
+    server = RewardServer(load_reward(options.reward), host=options.host, port=options.port, token=token, **limits)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     finished = False
-    try:
-        while not asked_to_stop.wait(1):  # waiting for ever would keep Windows from seeing Ctrl-C
-            continue
-        finished = server.stop(GRACE_SECONDS)
-    except KeyboardInterrupt:
-        print("interrupted again", file=sys.stderr)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with contextlib.suppress(KeyboardInterrupt):  # the second signal: at once
+        try:
+            server.start()
+            print(f"serving reward {server.name!r} on {server.url} (Ctrl-C stops)", flush=True)
+            while True:
+                time.sleep(1)  # sleeping for ever would keep Windows from seeing Ctrl-C
+        except KeyboardInterrupt:
+            finished = server.stop(GRACE_SECONDS)
     if finished:
         print("stopped", flush=True)
         return 0

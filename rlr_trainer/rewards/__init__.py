@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from rlr_trainer.rewards.neural.image_reward import ImageReward
     from rlr_trainer.rewards.neural.questions import QuestionReward
     from rlr_trainer.rewards.neural.weights import WeightsError
-    from rlr_trainer.rewards.remote.client import RemoteReward
-    from rlr_trainer.rewards.remote.http_client import RemoteRewardError
+    from rlr_trainer.rewards.remote.client import RemoteReward, RemoteRewardError
     from rlr_trainer.rewards.remote.server import RewardServer
 
 # Public name -> module. Loaded on first use: most runs need none of them.
@@ -32,7 +31,7 @@ _ON_FIRST_USE = {
     "PickScore": "rlr_trainer.rewards.neural.clip",
     "QuestionReward": "rlr_trainer.rewards.neural.questions",
     "RemoteReward": "rlr_trainer.rewards.remote.client",
-    "RemoteRewardError": "rlr_trainer.rewards.remote.http_client",
+    "RemoteRewardError": "rlr_trainer.rewards.remote.client",
     "RewardServer": "rlr_trainer.rewards.remote.server",
     "WeightsError": "rlr_trainer.rewards.neural.weights",
 }

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from rlr_trainer.rewards.remote.client import JsonClient, RemoteRewardError
 from rlr_trainer.rewards.remote.encoding import encode_png
-from rlr_trainer.rewards.remote.http_client import JsonClient, RemoteRewardError
 from rlr_trainer.rewards.values import RewardError
 
 logger = logging.getLogger(__name__)

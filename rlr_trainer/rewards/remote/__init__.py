@@ -2,6 +2,6 @@
 
 import importlib.util
 
-_missing = [name for name in ("fastapi", "httpx", "tenacity", "uvicorn") if importlib.util.find_spec(name) is None]
+_missing = [name for name in ("fastapi", "httpx", "uvicorn") if importlib.util.find_spec(name) is None]
 if _missing:
     raise ImportError(f'rewards over HTTP need {", ".join(_missing)}: pip install "rlr-trainer[remote]"')
