@@ -13,7 +13,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="measure bias, noise, time and memory of gradient estimators on a run's model and reward",
         description="Measures what each estimator would do in the run that a YAML file and overrides describe (as for train), prints a "
-        "table with a recommendation, and writes diagnosis.json and diagnosis.png. Nothing is trained.",
+        "table with a recommendation, and writes diagnosis.json. Nothing is trained.",
         allow_abbrev=False,
     )
     diagnose.add_argument("--config", default=None, help="YAML file of keys and values")
@@ -21,7 +21,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     diagnose.add_argument(
         "--num_batches", type=int, default=None, help="at most so many updates per plan (default: what the time allows)"
     )
-    diagnose.add_argument("--output_dir", default=None, help="folder for the two files (default: the run's output_dir)")
+    diagnose.add_argument("--output_dir", default=None, help="folder for the file (default: the run's output_dir)")
     diagnose.set_defaults(run=run, takes_overrides=True)
 
 
@@ -37,7 +37,6 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "diagnosis.json").write_text(diagnosis.to_json() + "\n")
-    diagnosis.plot(folder / "diagnosis.png")
     print(diagnosis.table())
-    print(f"\nwritten to {folder}: diagnosis.json, diagnosis.png")
+    print(f"\nwritten to {folder}: diagnosis.json")
     return 0

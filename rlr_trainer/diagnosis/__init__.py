@@ -13,29 +13,18 @@ from typing import Any
 from rlr_trainer.diagnosis.choice import auto_fo_steps, auto_ho_length, measuring
 from rlr_trainer.diagnosis.comparison import Comparison
 from rlr_trainer.diagnosis.plans import YOURS, Candidate, default_candidates
-from rlr_trainer.diagnosis.recommendation import recommend
 from rlr_trainer.diagnosis.result import Diagnosis, PlanRow, Recommendation
-from rlr_trainer.diagnosis.rows import about_reference, evaluate, notes_on_power
+from rlr_trainer.diagnosis.rows import about_reference, evaluate, notes_on_power, recommend
 from rlr_trainer.diagnosis.step_profile import VarianceProfile, measure_step_costs, start_profile
-from rlr_trainer.diagnosis.workbench import Subject
 
-__all__ = [
-    "Diagnosis",
-    "PlanRow",
-    "Recommendation",
-    "Subject",
-    "VarianceProfile",
-    "auto_fo_steps",
-    "auto_ho_length",
-    "diagnose",
-]
+__all__ = ["Diagnosis", "PlanRow", "Recommendation", "VarianceProfile", "auto_fo_steps", "auto_ho_length", "diagnose"]
 
 MAX_ROUNDS = 200
 PACKAGES = ("torch", "transformers", "diffusers", "trl", "peft")
 
 
 def diagnose(
-    subject: Any,
+    trainer: Any,
     *,
     time_limit: float = 300.0,
     num_batches: int | None = None,
@@ -46,7 +35,7 @@ def diagnose(
     Nothing of the run is changed (see `workbench.untouched`); the reward is queried, as `Diagnosis.settings["reward_queries"]` says.
 
     Args:
-        subject: a `Subject` or an `RLRTrainer`, before or after training; in one process.
+        trainer: an `RLRTrainer`, before or after training; in one process.
         time_limit: seconds; with little time there are fewer batches and plans, and the result says so. The first batch and
             the costs of the steps are measured whatever it is.
         num_batches: at most so many rounds of one update per plan; None: as many as the time allows (up to 200).
@@ -55,11 +44,13 @@ def diagnose(
     Raises:
         ValueError: more than one process; a limit that is not positive; a black-box reward on a chain with a step without noise.
     """
+    from rlr_trainer import __version__
+
     if not time_limit > 0:
         raise ValueError(f"time_limit={time_limit}: must be a positive number of seconds")
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches={num_batches}: must be at least 1, or None for as many as the time allows")
-    with measuring(subject, time_limit) as (bench, deadline):
+    with measuring(trainer, time_limit) as (bench, deadline):
         queries = bench.queries
         deadline.report("first batch")
         builder, batch, black_box = start_profile(bench)
@@ -67,27 +58,16 @@ def diagnose(
         notes = [f"{black_box}: the reference is the likelihood ratio's own mean, not the pathwise gradient"] if black_box else []
         if candidates is None:
             own = Candidate(YOURS, bench.plan, bench.configured_options)
-            candidates, left_out = default_candidates(own, bench.stds, bench.batch_size, bench.group_size, builder.differentiable)
+            group_size = bench.options.group_size
+            candidates, left_out = default_candidates(own, bench.stds, bench.batch_size, group_size, builder.differentiable)
             notes += left_out
         comparison = Comparison(builder, candidates)
         notes += comparison.run(batch, deadline, num_batches or MAX_ROUNDS)
-        seconds = deadline.elapsed
+        settings = bench.settings() | about_reference(comparison)
+        settings |= {"time_limit": time_limit, "num_batches": num_batches, "seconds": round(time_limit - deadline.left, 1)}
+        settings |= {"reward_queries": bench.queries - queries, "black_box": black_box}
     rows = evaluate(comparison, costs)
-    settings = bench.settings() | about_reference(comparison)
-    settings |= {
-        "time_limit": time_limit,
-        "num_batches": num_batches,
-        "seconds": round(seconds, 1),
-        "reward_queries": bench.queries - queries,
-        "black_box": black_box,
+    versions = {"python": platform.python_version(), "rlr_trainer": __version__} | {
+        name: importlib.metadata.version(name) for name in PACKAGES
     }
-    notes += notes_on_power(rows, settings)
-    return Diagnosis(rows, builder.build(), costs, recommend(rows), settings, notes, _versions())
-
-
-def _versions() -> dict[str, str]:
-    """Versions of Python, of this package and of those that the numbers depend on."""
-    from rlr_trainer import __version__
-
-    versions = {"python": platform.python_version(), "rlr_trainer": __version__}
-    return versions | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return Diagnosis(rows, builder.build(), costs, recommend(rows), settings, notes + notes_on_power(rows, settings), versions)

@@ -17,7 +17,7 @@ GIGABYTE = 10**9
 AUTO_SECONDS = 60.0
 
 
-def auto_fo_steps(subject: Any, *, num_batches: int = 16, time_limit: float = AUTO_SECONDS) -> int:
+def auto_fo_steps(trainer: Any, *, num_batches: int = 16, time_limit: float = AUTO_SECONDS) -> int:
     """K for FO(K) + LR on the rest: the least measured variance among K up to half of the chain (`choose_fo_steps`).
 
     Longer first order is not considered, however little its variance: its risk (reward hacking) does not show in it. A K above half
@@ -25,13 +25,13 @@ def auto_fo_steps(subject: Any, *, num_batches: int = 16, time_limit: float = AU
     pass per step, so time does not enter. 0 for a black-box reward.
 
     Args:
-        subject: a `Subject` or an `RLRTrainer`.
+        trainer: the `RLRTrainer`.
         num_batches, time_limit: stops at the first; seconds.
 
     Raises:
         ValueError: too little time for the two batches that a variance needs; more than one process.
     """
-    with measuring(subject, time_limit) as (bench, deadline):
+    with measuring(trainer, time_limit) as (bench, deadline):
         profile = build_profile(bench, deadline, num_batches, zeroth=False).build()
     variances = [math.inf if v is None else v for v in profile.total_variance]
     possible = [k for k, variance in enumerate(variances) if variance < math.inf]
@@ -44,12 +44,12 @@ def auto_fo_steps(subject: Any, *, num_batches: int = 16, time_limit: float = AU
 
 
 def auto_ho_length(
-    subject: Any, memory_budget_gb: float, *, fo_steps: int = 1, num_batches: int = 4, time_limit: float = AUTO_SECONDS
+    trainer: Any, memory_budget_gb: float, *, fo_steps: int = 1, num_batches: int = 4, time_limit: float = AUTO_SECONDS
 ) -> int:
     """h of formula (8) with the memory and noise of this model's steps (`choose_ho_length`), at most T - fo_steps.
 
     Args:
-        subject: a `Subject` or an `RLRTrainer`.
+        trainer: the `RLRTrainer`.
         memory_budget_gb: memory for the steps of one sampling batch, in GB (10^9 bytes), beyond weights, optimizer and latents.
         fo_steps: K of the plan.
         num_batches, time_limit: for the noise; stops at the first; seconds.
@@ -57,7 +57,7 @@ def auto_ho_length(
     Raises:
         ValueError: too little time for the two batches that a variance needs; a step without noise; more than one process.
     """
-    with measuring(subject, time_limit) as (bench, deadline):
+    with measuring(trainer, time_limit) as (bench, deadline):
         builder = build_profile(bench, deadline, num_batches)
         builder.add_zeroth(2)  # a variance needs two, whatever the time
         costs = measure_step_costs(bench, bench.collect(0, builder.reference), differentiable=False)
@@ -79,9 +79,9 @@ def auto_ho_length(
 
 
 @contextlib.contextmanager
-def measuring(subject: Any, time_limit: float) -> Iterator[tuple[Workbench, Deadline]]:
+def measuring(trainer: Any, time_limit: float) -> Iterator[tuple[Workbench, Deadline]]:
     """A workbench, and the time for it with its progress bar."""
-    with untouched(subject) as bench, contextlib.closing(Deadline(time_limit, bench.quiet)) as deadline:
+    with untouched(trainer) as bench, contextlib.closing(Deadline(time_limit, bench.config.disable_tqdm)) as deadline:
         yield bench, deadline
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping
 
@@ -19,9 +20,6 @@ from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.prediction import ControlVariateScale
 
 FITTED = 2  # batches after which the control variate's scale is fitted rather than 1
-REFERENCE_SHARE = 1.0  # time for further batches of the reference alone, relative to that of a round ...
-REFERENCE_PER_ROUND = 16  # ... and their largest number ...
-REFERENCE_ERROR = 0.1  # ... while the relative error of the reference's squared norm exceeds this
 
 
 @dataclasses.dataclass
@@ -65,9 +63,8 @@ def compose(plan: EstimatorPlan, first_order: Tensor, ratio: Tensor) -> Tensor:
 class Comparison:
     """Rounds of one update per candidate; in a round all see the same prompts and the same noise.
 
-    Plans of first-order and single likelihood-ratio steps are sums of the same per-step shares: two sweeps give them all. Between the
-    rounds further batches are measured for the reference alone while it is not well known, since its noise enters every comparison.
-    The first round warms up and measures memory (which slows it on the CPU); its gradients count, its times do not.
+    Plans of first-order and single likelihood-ratio steps are sums of the same per-step shares: two sweeps give them all. The first
+    round warms up and measures memory (which slows it on the CPU); its gradients count, its times do not.
 
     Args:
         builder: of the profile; it takes in every batch.
@@ -82,26 +79,19 @@ class Comparison:
         self.rollout_bytes = 0
 
     def run(self, first_batch: Batch, deadline: Deadline, max_rounds: int) -> list[str]:
-        """Measures until the deadline or `max_rounds`.
-
-        Returns:
-            Notes on what the time did not allow.
-        """
+        """Measures until the deadline or `max_rounds`; returns notes on what the time did not allow."""
         self.rollout_bytes = first_batch.num_bytes
         shared_cost = self._shared(first_batch)
         costs = self._round(first_batch, deadline, {}, deadline.left / MINIMUM_BATCHES)
         notes = self._drop_what_does_not_fit(costs, shared_cost, deadline)
         self.builder.add_zeroth(ZEROTH_BATCHES, lambda: deadline.left > MINIMUM_BATCHES * shared_cost)
-        number = first_batch.number + 1
-        for _ in range(1, max_rounds):
+        for number in range(first_batch.number + 1, first_batch.number + max_rounds):
             if deadline.left < shared_cost:
                 break
-            started = self.bench.clock()
             deadline.report(f"batch {number + 1}, shares of the steps")
             batch = self.bench.collect(number, self.builder.reference)
             shared_cost = self._shared(batch) + batch.sample_seconds + batch.reward_seconds
             costs |= self._round(batch, deadline, costs, deadline.left)
-            number = self._more_reference(number + 1, deadline, REFERENCE_SHARE * (self.bench.clock() - started))
         return notes
 
     def _shared(self, batch: Batch) -> float:
@@ -113,20 +103,6 @@ class Comparison:
             if entry.is_composed:
                 entry.gradients[batch.number] = compose(entry.candidate.plan, first_order, ratio)
         return self.bench.clock() - started
-
-    def _more_reference(self, number: int, deadline: Deadline, seconds: float) -> int:
-        """Further batches of the reference alone, for about `seconds` if it needs them; returns the next batch number."""
-        ends, cost = self.bench.clock() + seconds, 0.0
-        for _ in range(REFERENCE_PER_ROUND):
-            left = min(ends - self.bench.clock(), deadline.left)
-            if left <= cost or self.builder.reference_relative_error < REFERENCE_ERROR:
-                break
-            deadline.report(f"batch {number + 1}, reference")
-            started = self.bench.clock()
-            self.reference[number] = self.builder.add_reference(self.bench.collect(number, self.builder.reference))
-            cost = self.bench.clock() - started
-            number += 1
-        return number
 
     def _round(self, batch: Batch, deadline: Deadline, costs: Mapping[str, float], seconds: float) -> dict[str, float]:
         """Updates of the candidates that are not composed, while `seconds` allow it; returns the seconds of each by name.
@@ -159,61 +135,51 @@ class Comparison:
         if fitted:
             entry.gradients[batch.number] = gradient
 
-    def _drop_what_does_not_fit(self, costs: Mapping[str, float], shared_cost: float, deadline: Deadline) -> list[str]:
+    def _drop_what_does_not_fit(self, costs: Mapping[str, float], spent: float, deadline: Deadline) -> list[str]:
         """Keeps the most important candidates for which the time allows `MINIMUM_BATCHES` rounds; composed ones cost nothing."""
-        allowed, spent = deadline.left / (MINIMUM_BATCHES - 1), shared_cost
-        dropped: list[str] = []
-        kept: list[Measured] = []
-        for entry in self.measured:
-            cost = 0.0 if entry.is_composed else costs.get(entry.candidate.name)
-            if cost is None or (cost and spent + cost > allowed):
+        allowed, dropped = deadline.left / (MINIMUM_BATCHES - 1), []
+        for entry in list(self.measured):
+            cost = 0.0 if entry.is_composed else costs.get(entry.candidate.name, math.inf)
+            if cost and spent + cost > allowed:
+                self.measured.remove(entry)
                 dropped.append(entry.candidate.name)
             else:
                 spent += cost
-                kept.append(entry)
-        self.measured = kept
         note = f"not measured, because time_limit={deadline.seconds:g} s does not allow it: {', '.join(dropped)}"
         return [note] if dropped else []
 
     def seconds(self, entry: Measured, costs: Mapping[str, StepCost]) -> float | None:
-        """Wall time of one update of a candidate: sampling, reward and backward sweep; medians.
-
-        Composed plans have the sum of the times of their steps.
-        """
+        """Wall time of one update: sampling, reward and backward sweep; medians. Of composed plans the sum of their steps' times."""
         plan, spent = entry.candidate.plan, self.builder.seconds
-        own_rollouts = plan.uses_zeroth_order and entry.sample_seconds
         other = costs[_reward_kind(plan)].seconds * self.bench.num_batches
-        other += statistics.median(entry.sample_seconds if own_rollouts else spent["sample"])
+        other += statistics.median(entry.sample_seconds or spent["sample"])
         if entry.is_composed:
             return other + sum(n * statistics.median(spent[kind]) for kind, n in _steps_by_kind(plan).items() if n)
         return other + statistics.median(entry.sweep_seconds) if entry.sweep_seconds else None
 
     def peak_bytes(self, entry: Measured, costs: Mapping[str, StepCost]) -> int | None:
-        """Most memory of one update of a candidate, beyond the weights: rollouts, and the largest of what is done with them."""
+        """Most memory of one update beyond the weights: rollouts, and the largest of what is done with them."""
         plan, sweep = entry.candidate.plan, entry.sweep_bytes
         if entry.is_composed:
-            names = {"fo": "fo", "lr": "ho"}
-            sweep = max((costs[names[kind]].peak_bytes for kind, n in _steps_by_kind(plan).items() if n), default=0)
+            sweep = max(costs[kind].peak_bytes for kind, n in _steps_by_kind(plan).items() if n)
         if not sweep:
             return None
         return self.rollout_bytes + max(sweep, costs["sample"].peak_bytes, costs[_reward_kind(plan)].peak_bytes)
 
     def products(self, entry: Measured) -> Products:
-        """Of the updates of a candidate and of the reference; of the reference itself all count."""
+        """Of the updates of a candidate and of the reference on the same batches."""
+        reference = torch.stack(list(self.reference.values()))
         if entry.candidate.plan == self.builder.reference:
-            updates = torch.stack(list(self.reference.values()))
-            return Products.of(updates, updates)
-        numbers = sorted(entry.gradients)
-        others = [number for number in self.reference if number not in entry.gradients]
-        reference = torch.stack([self.reference[number] for number in numbers + others])
-        candidate = torch.stack([entry.gradients[n] for n in numbers]) if numbers else reference.new_zeros(0, reference.shape[1])
-        return Products.of(candidate, reference)
+            return Products(reference, reference)
+        empty = reference.new_zeros(0, reference.shape[1])
+        paired = [(update, self.reference[number]) for number, update in entry.gradients.items()]
+        return Products(*map(torch.stack, zip(*paired, strict=True))) if paired else Products(empty, empty)
 
 
 def _steps_by_kind(plan: EstimatorPlan) -> dict[str, int]:
     """First-order and likelihood-ratio steps of a composable plan."""
     first = plan.fo_range[0]
-    return {"fo": first, "lr": plan.num_steps - first if plan.rest_estimator == "lr" else 0}
+    return {"fo": first, "ho": plan.num_steps - first if plan.rest_estimator == "lr" else 0}
 
 
 def _reward_kind(plan: EstimatorPlan) -> str:

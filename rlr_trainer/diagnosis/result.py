@@ -1,12 +1,10 @@
-"""What a diagnosis found: rows, table, recommendation, JSON and figure."""
+"""What a diagnosis found: rows, table, recommendation, and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rlr_trainer.diagnosis.statistics import MINIMUM_BATCHES, Estimate, RelativeBias
@@ -31,10 +29,9 @@ class PlanRow:
         num_batches: updates measured.
         bias: measured distance of the mean update from the reference gradient, over the latter's norm.
         captured: share of the reference gradient that the mean update contains, along the reference; 1 if unbiased.
-        std: square root of the total variance of one update, in gradient units.
+        std, relative_std: square root of the total variance of one update, in gradient units; over the reference gradient's norm.
         largest_share: of the total variance, that of the batch which deviates most; about 1 / num_batches without heavy tails.
-        relative_std: `std` over the reference gradient's norm.
-        cosine_of_mean, cosine_of_one: with the reference gradient, of the mean update and (mean) of one.
+        cosine_of_mean: of the mean update with the reference gradient.
         seconds: wall time of one update (sampling, reward, backward); None: not timed.
         peak_bytes: most memory of an update beyond the weights; None: not measured.
         efficiency: (captured / std)^2 per second, captured = 1 for plans that are unbiased or only smoothed; ranks the plans.
@@ -57,7 +54,6 @@ class PlanRow:
     largest_share: float | None
     relative_std: Estimate
     cosine_of_mean: Estimate
-    cosine_of_one: Estimate
     seconds: float | None
     peak_bytes: int | None
     efficiency: Estimate
@@ -72,11 +68,6 @@ class PlanRow:
     def is_heavy_tailed(self) -> bool:
         """Whether the std is, for the most part, that of a single batch."""
         return self.num_batches >= MINIMUM_BATCHES and self.largest_share is not None and self.largest_share > HEAVY
-
-    @property
-    def assumes_captured(self) -> bool:
-        """Whether the captured share is known to be 1 rather than measured."""
-        return self.is_unbiased or self.only_smoothed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,41 +131,32 @@ class Diagnosis:
         lines += [f"- {remark}" for remark in [*self.recommendation.remarks, *self.notes]]
         return "\n".join(lines)
 
-    def plot(self, path: str | Path) -> None:
-        """Writes a figure: signal per second of the plans, noise per step, and variance against K."""
-        from rlr_trainer.diagnosis.figure import plot
-
-        plot(self, path)
-
 
 LEGEND = (
     "bias: distance of the mean update from the reference gradient, over its norm; < x: none seen, and less than x; ?: the batches do",
     "not tell. captured: share of the reference in the mean update. std: of one update (x?: mostly of a single batch); rel. std: over the",
-    "reference's norm. cos: with the reference, of the mean update and of one. s, MB: of one update, memory beyond the weights. n: updates",
-    "measured.",
+    "reference's norm. cosine: of the mean update with the reference. s, MB: of one update, memory beyond the weights. n: updates measured.",
     "signal/s: squared signal-to-noise ratio gained per second; x yours: the same over that of the configured plan.",
 )
 
 
-_PLAN_COLUMNS: dict[str, Callable[[PlanRow], str]] = {
-    "plan": lambda row: row.name,
-    "in theory": lambda row: "unbiased" if row.is_unbiased else "smoothed" if row.only_smoothed else "biased",
-    "bias": lambda row: format_bias(row.bias),
-    "captured": lambda row: format_estimate(row.captured),
-    "std": lambda row: _number(row.std.value) + ("?" if row.is_heavy_tailed else ""),
-    "rel. std": lambda row: format_estimate(row.relative_std),
-    "cos(mean)": lambda row: format_estimate(row.cosine_of_mean),
-    "cos(one)": lambda row: format_estimate(row.cosine_of_one),
-    "s": lambda row: _number(row.seconds),
-    "MB": lambda row: _number(None if row.peak_bytes is None else row.peak_bytes / MEGABYTE),
-    "signal/s": lambda row: format_estimate(row.signal_per_second),
-    "x yours": lambda row: format_estimate(row.speed),
-    "n": lambda row: str(row.num_batches),
-}
-
-
 def _plan_cells(rows: list[PlanRow]) -> list[list[str]]:
-    return [list(_PLAN_COLUMNS)] + [[cell(row) for cell in _PLAN_COLUMNS.values()] for row in rows]
+    header = ["plan", "in theory", "bias", "captured", "std", "rel. std", "cosine", "s", "MB", "signal/s", "x yours", "n"]
+    return [header] + [
+        [
+            row.name,
+            "unbiased" if row.is_unbiased else "smoothed" if row.only_smoothed else "biased",
+            format_bias(row.bias),
+            format_estimate(row.captured),
+            _number(row.std.value) + ("?" if row.is_heavy_tailed else ""),
+            *map(format_estimate, (row.relative_std, row.cosine_of_mean)),
+            _number(row.seconds),
+            _number(None if row.peak_bytes is None else row.peak_bytes / MEGABYTE),
+            *map(format_estimate, (row.signal_per_second, row.speed)),
+            str(row.num_batches),
+        ]
+        for row in rows
+    ]
 
 
 def _step_cells(profile: VarianceProfile) -> list[list[str]]:

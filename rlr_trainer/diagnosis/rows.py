@@ -1,4 +1,4 @@
-"""From the updates of a comparison to the rows of its table, and to the notes on what it was too short for."""
+"""From the updates of a comparison to the rows of its table, the recommendation, and notes on what it was too short for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from rlr_trainer.diagnosis.comparison import Comparison, Measured
-from rlr_trainer.diagnosis.plans import YOURS
-from rlr_trainer.diagnosis.result import PlanRow
+from rlr_trainer.diagnosis.plans import LONG_FO_SHARE, YOURS
+from rlr_trainer.diagnosis.result import TIE, PlanRow, Recommendation, format_estimate
 from rlr_trainer.diagnosis.statistics import (
     EXACTLY_ONE,
     MINIMUM_BATCHES,
@@ -22,17 +22,13 @@ from rlr_trainer.diagnosis.statistics import (
     RelativeBias,
     captured,
     cosine_of_mean,
-    cosine_of_one,
     jackknife,
     judge_bias,
     largest_share,
     mean_square,
-    precision,
     product_of_powers,
     reference_square,
-    relative_std,
     total_variance,
-    unbiased_precision,
 )
 from rlr_trainer.diagnosis.step_profile import StepCost
 
@@ -40,6 +36,10 @@ DETECTABLE = 0.5  # relative bias that must not go unseen where the report says 
 CONTRADICTION = 4.0  # standard errors of bias that it takes to doubt a plan which is unbiased by construction
 # standard errors of the reference's squared norm above 0 at which numbers relative to it are given (verdicts take more)
 GLIMPSED = 2.0
+HACKING = (
+    "risk: a faithful gradient of a reward is not yet a good picture. Long first-order parts and one-step predictions find the reward's blind "
+    "spots fastest, where it has some, and nothing in this measurement shows it: train with them only beside an independent judge"
+)
 
 
 def evaluate(comparison: Comparison, costs: Mapping[str, StepCost]) -> list[PlanRow]:
@@ -54,15 +54,13 @@ def _row(comparison: Comparison, entry: Measured, costs: Mapping[str, StepCost])
     candidate, plan = entry.candidate, entry.candidate.plan
     products, seconds = comparison.products(entry), comparison.seconds(entry, costs)
     is_reference = plan == comparison.builder.reference
-    assumes_captured = not plan.biases() or candidate.only_smoothed
-    variance, own_square = jackknife(total_variance, products), jackknife(mean_square, products)
-    known = jackknife(reference_square, products).exceeds(GLIMPSED)
-
-    def relative(statistic: Any, known: bool = known) -> Estimate:
-        return jackknife(statistic, products) if known else UNKNOWN
-
-    share = EXACTLY_ONE if assumes_captured else relative(captured)
-    bias = judge_bias(products, DETECTABLE, CONTRADICTION if assumes_captured else RESOLVED)
+    by_construction = not plan.biases() or candidate.only_smoothed  # the captured share is known to be 1
+    variance, square = jackknife(total_variance, products), jackknife(reference_square, products)
+    known = square if square.exceeds(GLIMPSED) else UNKNOWN
+    share = EXACTLY_ONE if is_reference else UNKNOWN if known is UNKNOWN else jackknife(captured, products)
+    efficiency = product_of_powers((EXACTLY_ONE if by_construction else share, 2), (variance, -1), (Estimate(seconds, 0.0), -1))
+    # where the candidate's own mean does not stand out of its noise, the cosine would be a ratio of noises
+    has_direction = known is not UNKNOWN and jackknife(mean_square, products).resolved
     return PlanRow(
         name=candidate.name,
         options=candidate.options,
@@ -72,38 +70,36 @@ def _row(comparison: Comparison, entry: Measured, costs: Mapping[str, StepCost])
         fo_share=plan.fo_range[1] / plan.num_steps,
         biases=plan.biases(),
         only_smoothed=candidate.only_smoothed,
-        num_batches=products.num_paired,
-        bias=RelativeBias(None, None, 0.0, "reference") if is_reference else bias,
-        captured=EXACTLY_ONE if is_reference else relative(captured),
+        num_batches=products.count,
+        bias=RelativeBias(None, None, 0.0, "reference")
+        if is_reference
+        else judge_bias(products, DETECTABLE, CONTRADICTION if by_construction else RESOLVED),
+        captured=share,
         std=product_of_powers((variance, 0.5)),
         largest_share=largest_share(products),
-        relative_std=relative(relative_std),
-        # where the candidate's own mean does not stand out of its noise, the cosine would be a ratio of noises
-        cosine_of_mean=EXACTLY_ONE if is_reference else relative(cosine_of_mean, known and own_square.resolved),
-        cosine_of_one=relative(cosine_of_one),
+        relative_std=product_of_powers((variance, 0.5), (known, -0.5)),
+        cosine_of_mean=EXACTLY_ONE if is_reference else jackknife(cosine_of_mean, products) if has_direction else UNKNOWN,
         seconds=seconds,
         peak_bytes=comparison.peak_bytes(entry, costs),
-        efficiency=product_of_powers((share, 2), (variance, -1)).over(seconds),
-        signal_per_second=relative(unbiased_precision if assumes_captured else precision).over(seconds),
+        efficiency=efficiency,
+        signal_per_second=product_of_powers((efficiency, 1), (known, 1)),
         speed=UNKNOWN,
     )
 
 
 def _speed(row: PlanRow, own: PlanRow | None) -> Estimate:
     """Efficiency over that of the configured plan, where the latter is known."""
-    if own is None or row.efficiency.value is None or own.efficiency.value is None:
+    if own is None or not (own.is_unbiased or own.only_smoothed or own.captured.resolved):
         return UNKNOWN
-    if own.name == row.name:
+    if own.name == row.name and own.efficiency.value is not None:
         return EXACTLY_ONE
-    if not (own.assumes_captured or own.captured.resolved):
-        return UNKNOWN
     return product_of_powers((row.efficiency, 1), (own.efficiency, -1))
 
 
 def about_reference(comparison: Comparison) -> dict[str, Any]:
     """What the rows are relative to, and how well it is known."""
     updates = torch.stack(list(comparison.reference.values()))
-    square = jackknife(reference_square, Products.of(updates, updates))
+    square = jackknife(reference_square, Products(updates, updates))
     return {
         "reference": "pathwise (full_bp)" if comparison.builder.differentiable else "likelihood ratio (ddpo)",
         "reference_batches": len(updates),
@@ -114,27 +110,24 @@ def about_reference(comparison: Comparison) -> dict[str, Any]:
 
 def notes_on_power(rows: Sequence[PlanRow], settings: Mapping[str, Any]) -> list[str]:
     """What the measurement was too short for."""
-    notes = []
-    batches = settings["reference_batches"]
     enough = "the efficiencies compare the noise of unbiased plans, for which that is enough"
+    reference = f"after {settings['reference_batches']} batches the reference gradient"
+    unclear = [row.name for row in rows if row.bias.verdict == "underpowered"]
+    few = [row.name for row in rows if row.num_batches < MINIMUM_BATCHES]
+    rare = [f"{row.name} ({row.largest_share:.0%})" for row in rows if row.is_heavy_tailed]
+    notes = []
     if settings["reference_norm"] is None:
-        notes.append(
-            f"underpowered: the reference gradient itself does not stand out of its noise after {batches} batches, so nothing relative to it "
-            f"is given; {enough}"
-        )
+        notes.append(f"underpowered: {reference} does not stand out of its noise, so nothing relative to it is given; {enough}")
     elif not settings["reference_resolved"]:
-        notes.append(
-            f"underpowered: the reference gradient barely stands out of its noise after {batches} batches, so what is relative to it is "
-            f"rough, and there is no verdict on bias; {enough}"
-        )
-    elif unclear := [row.name for row in rows if row.bias.verdict == "underpowered"]:
+        notes.append(f"underpowered: {reference} barely stands out of its noise, so there is no verdict on bias; {enough}")
+    elif unclear:
         notes.append(
             f"underpowered: a bias of {DETECTABLE:.0%} or more could hide behind the noise of {', '.join(unclear)}; by construction they "
             "are what the table's second column says"
         )
-    if few := [row.name for row in rows if row.num_batches < MINIMUM_BATCHES]:
+    if few:
         notes.append(f"fewer than {MINIMUM_BATCHES} batches, too few for errors to be believed: {', '.join(few)}")
-    if rare := [f"{row.name} ({row.largest_share:.0%})" for row in rows if row.is_heavy_tailed]:
+    if rare:
         notes.append(
             f"most of the measured variance comes from one batch: {', '.join(rare)}. Such gradients are rarely large, so this std is rough, "
             "more likely too small than too large, and signal/s the other way round"
@@ -147,3 +140,88 @@ def notes_on_power(rows: Sequence[PlanRow], settings: Mapping[str, Any]) -> list
     if not any(row.is_yours for row in rows):
         notes.append(f"the configured plan ({YOURS}) was not measured, so no speed is given relative to it")
     return notes
+
+
+def recommend(rows: list[PlanRow]) -> Recommendation:
+    """The unbiased plan with the most signal per second among those with first order on at most half of the chain.
+
+    Of plans that are equally good within the errors, the one with the fewest first-order steps (then the shorter sub-chain, and no
+    control variate). Plans that are biased, by construction or as measured, are never chosen, and long first order neither, because
+    its risk (reward hacking) does not show in bias and variance; both are mentioned where they measured better.
+    """
+    usable = [row for row in rows if row.efficiency.value is not None and row.num_batches >= MINIMUM_BATCHES]
+    wrong = [row.name for row in usable if row.is_unbiased and row.bias.verdict == "biased"]
+    sound = [row for row in usable if row.is_unbiased and row.name not in wrong]
+    short = [row for row in sound if row.fo_share <= LONG_FO_SHARE]
+    remarks = []
+    if wrong:
+        remarks.append(
+            f"{', '.join(wrong)}: unbiased by construction, yet measured as biased against the reward's own gradient. Look for a part of the "
+            "reward that is cut from its graph (detach, rounding, a threshold, another precision), or for a network that is not smooth"
+        )
+    if not short:
+        return Recommendation(None, {}, f"No recommendation: {_why_none(wrong, sound)}.", remarks)
+    best = max(short, key=_efficiency)
+    equal = [row for row in short if _efficiency(row) + TIE * _error(row, best) >= _efficiency(best)]
+    chosen = min(equal, key=lambda row: (row.fo_steps, bool(row.options.get("control_variate")), row.ho_length, -_efficiency(row)))
+    better = [row for row in usable if _efficiency(row) > _efficiency(chosen)]
+    long = [row for row in better if row in sound and row.fo_share > LONG_FO_SHARE]
+    biased = [row for row in better if not row.is_unbiased and not row.only_smoothed and row.captured.resolved]
+    if long:
+        row = max(long, key=_efficiency)
+        doubt = " (by a std that is mostly of one batch, see below)" if row.is_heavy_tailed else ""
+        remarks.append(f"not recommended for its risk: {row.name} (K={row.fo_steps}), unbiased, with {_times(row, chosen)}{doubt}")
+    if biased:
+        row = max(biased, key=_efficiency)
+        remarks.append(
+            f"biased alternative: {row.name} has {_times(row, chosen)} and captures {format_estimate(row.captured)} of the gradient, but is "
+            f"biased by construction ({'; '.join(row.biases)}); {_measured_bias(row.bias)}"
+        )
+    if long or biased:
+        remarks.append(HACKING)
+    return Recommendation(chosen.name, chosen.options, _reason(chosen, best, len(short), len(equal)), remarks)
+
+
+def _reason(chosen: PlanRow, best: PlanRow, count: int, equal: int) -> str:
+    options = ", ".join(f"{name}={value!r}" for name, value in chosen.options.items())
+    merit = f"none is better beyond the errors of measurement ({equal} are equal), and it has the fewest first-order steps"
+    if chosen is best:
+        merit = "it has the most signal per second"
+    yours = (
+        "that of your plan is not known"
+        if chosen.speed.value is None
+        else f"{format_estimate(chosen.speed)} times that of your plan"
+    )
+    return (
+        f"Recommended: {chosen.name} ({options}), because of the {count} unbiased plans with first order on at most half of the chain "
+        f"{merit}: {'it is your plan' if chosen.is_yours else yours}."
+    )
+
+
+def _why_none(wrong: list[str], sound: list[PlanRow]) -> str:
+    if wrong:
+        return "what should be unbiased measured as biased, so the reward's gradient cannot be relied on (see below)"
+    if sound:
+        return "the only unbiased plans here have first order on more than half of the chain, whose risk is not measured"
+    return f"no unbiased plan was measured on {MINIMUM_BATCHES} batches or more; give a longer time_limit (or larger num_batches)"
+
+
+def _measured_bias(bias: RelativeBias) -> str:
+    if bias.value is not None:
+        return f"its measured bias is {bias.value:.2f} +- {bias.error:.2f} of the gradient's norm"
+    if bias.upper is None:
+        return "its bias could not be measured"
+    seen = "no bias was seen, one" if bias.verdict == "none seen" else "its bias could not be resolved: one"
+    return f"{seen} below {bias.upper:.2g} of the gradient's norm is possible"
+
+
+def _efficiency(row: PlanRow) -> float:
+    return row.efficiency.value or 0.0
+
+
+def _times(row: PlanRow, chosen: PlanRow) -> str:
+    return f"{_efficiency(row) / _efficiency(chosen):.2g} times the signal per second of {chosen.name}"
+
+
+def _error(left: PlanRow, right: PlanRow) -> float:
+    return math.hypot(left.efficiency.error or 0.0, right.efficiency.error or 0.0)

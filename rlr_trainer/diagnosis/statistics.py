@@ -1,12 +1,11 @@
 """Unbiased statistics of noisy gradients: tensors in, numbers out.
 
-Every quantity of interest is a function of mean gradients, and the squared norm of a sample mean is not the squared norm of the
-mean: it is larger by variance / n, which for gradient estimates is often a thousand times the signal. So squares and products of
-means are taken over pairs of different batches only (U-statistics), which makes them unbiased, and possibly negative.
+The squared norm of a sample mean is larger than that of the mean by variance / n, for gradient estimates often a thousand times the
+signal. So squares and products of means are taken over pairs of different batches only (U-statistics): unbiased, possibly negative.
 
-Notation: c_b is the candidate's update on batch b = 0..n-1; r_b the reference's on batch b = 0..N-1, of which the first n are the
-same batches (same rollouts: common random numbers) and the other m = N - n are extra. Batches are independent of each other. P is the
-number of entries of a gradient. "Total variance" is the trace of the covariance matrix of one update.
+Notation: c_b is a candidate's update on batch b = 0..n-1 and r_b the reference's on the same batch (same rollouts: common random
+numbers cancel in the difference). P is the number of entries of a gradient. "Total variance" is the trace of the covariance of one
+update.
 """
 
 from __future__ import annotations
@@ -36,19 +35,12 @@ class Estimate:
 
     @property
     def resolved(self) -> bool:
-        """Whether the value is above 0 by `RESOLVED` standard errors."""
         return self.exceeds(RESOLVED)
 
     @classmethod
     def of(cls, value: float, error: float) -> Estimate:
         """None for what is not finite."""
         return cls(value if math.isfinite(value) else None, error if math.isfinite(error) else None)
-
-    def over(self, seconds: float | None) -> Estimate:
-        """The estimate per second; unknown without a time."""
-        if self.value is None or not seconds:
-            return UNKNOWN
-        return Estimate(self.value / seconds, None if self.error is None else self.error / seconds)
 
 
 UNKNOWN = Estimate(None, None)
@@ -67,96 +59,53 @@ def product_of_powers(*factors: tuple[Estimate, float]) -> Estimate:
 
 
 class Sum(NamedTuple):
-    """A sum of inner products over pairs of batches, [1 + N]: over all batches, then without each of them.
+    """A sum of inner products over pairs of batches, [1 + n]: over all batches, then without each of them.
 
     Attributes:
-        all: over all pairs.
-        same: over those of a batch with itself.
+        same: over the pairs of a batch with itself.
+        different: over those of two different batches.
     """
 
-    all: Tensor
     same: Tensor
-
-    @property
-    def different(self) -> Tensor:
-        """Over the pairs of two different batches."""
-        return self.all - self.same
-
-
-@dataclasses.dataclass(frozen=True)
-class Products:
-    """Sums of inner products of updates: all that the statistics need of them.
-
-    A statistic is a function of these and gets its leave-one-out values along with it.
-
-    Attributes:
-        n, total: [1 + N], numbers n and N of batches.
-        cc, cr, ur, rr: of <c_a, c_b>, <c_a, r_b>, <c_a / |c_a|, r_b> and <r_a, r_b>.
-        cr_paired, rr_paired: the part with a, b < n.
-        rr_extra: the part with a, b >= n.
-    """
-
-    n: Tensor
-    total: Tensor
-    cc: Sum
-    cr: Sum
-    ur: Sum
-    rr: Sum
-    cr_paired: Sum
-    rr_paired: Sum
-    rr_extra: Sum
+    different: Tensor
 
     @classmethod
-    def of(cls, candidate: Tensor, reference: Tensor) -> Products:
-        """From the candidate's updates [n, P] and the reference's [N, P], those of the same batches first.
+    def of(cls, a: Tensor, b: Tensor) -> Sum:
+        """Of <a_i, b_j>, from [n, P] each."""
+        products = a @ b.mT
+        same = products.diagonal()
+        different = products.sum() - same.sum()
+        without = different - products.sum(0) - products.sum(1) + 2 * same
+        return cls(torch.cat([same.sum()[None], same.sum() - same]), torch.cat([different[None], without]))
 
-        Raises:
-            ValueError: fewer reference than candidate batches, or different P.
-        """
-        n, total = len(candidate), len(reference)
-        if candidate.shape[1] != reference.shape[1] or n > total:
+
+class Products:
+    """Sums of inner products of the updates: all that the statistics need of them, with leave-one-out values along.
+
+    Args:
+        candidate, reference: updates on the same batches, [n, P].
+
+    Attributes:
+        count: n.
+        n: [1 + n], the number of batches, whole and without each.
+        cc, cr, rr: of <c_a, c_b>, <c_a, r_b> and <r_a, r_b>.
+
+    Raises:
+        ValueError: tensors of different shapes.
+    """
+
+    def __init__(self, candidate: Tensor, reference: Tensor) -> None:
+        if candidate.shape != reference.shape:
             raise ValueError(
-                f"candidate {tuple(candidate.shape)} and reference {tuple(reference.shape)}: must have the same number of entries, "
-                "and at least as many reference batches as candidate batches"
+                f"candidate {tuple(candidate.shape)} and reference {tuple(reference.shape)}: must be updates on the same batches"
             )
         c, r = candidate.double(), reference.double()
-        with_reference, of_reference = c @ r.mT, r @ r.mT
-        unit = c / c.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        each = torch.ones(total, dtype=torch.float64)
-        return cls(
-            n=_whole_and_without(torch.cat([each[:n], torch.zeros(total - n)])),
-            total=_whole_and_without(each),
-            cc=_sum(c @ c.mT, total),
-            cr=_sum(with_reference, total),
-            ur=_sum(unit @ r.mT, total),
-            rr=_sum(of_reference, total),
-            cr_paired=_sum(with_reference[:, :n], total),
-            rr_paired=_sum(of_reference[:n, :n], total),
-            rr_extra=_sum(of_reference[n:, n:], total, first=n),
-        )
-
-    @property
-    def num_paired(self) -> int:
-        return int(self.n[0])
+        self.count = len(c)
+        self.n = torch.tensor([self.count, *[self.count - 1] * self.count], dtype=torch.float64)
+        self.cc, self.cr, self.rr = Sum.of(c, c), Sum.of(c, r), Sum.of(r, r)
 
 
-def _sum(block: Tensor, count: int, first: int = 0) -> Sum:
-    """Sums over inner products [rows, columns], whose rows and columns begin at batch `first` of `count`."""
-    rows, columns = block.shape
-    products = block.new_zeros(count, count)
-    products[first : first + rows, first : first + columns] = block
-    same = products.diagonal()
-    whole = products.sum()
-    without = whole - (products.sum(0) + products.sum(1) - same)
-    return Sum(torch.cat([whole[None], without]), _whole_and_without(same))
-
-
-def _whole_and_without(parts: Tensor) -> Tensor:
-    """The sum of N parts, and without each of them, [1 + N]."""
-    return torch.cat([parts.sum()[None], parts.sum() - parts])
-
-
-Statistic = Callable[[Products], Tensor]  # [1 + N], NaN or infinite where the batches do not suffice
+Statistic = Callable[[Products], Tensor]  # [1 + n], NaN or infinite where the batches do not suffice
 
 
 def mean_square(p: Products) -> Tensor:
@@ -164,50 +113,40 @@ def mean_square(p: Products) -> Tensor:
     return p.cc.different / (p.n * (p.n - 1))
 
 
-def total_variance(p: Products) -> Tensor:
-    """Trace of the covariance of one update c."""
-    return (p.cc.same - p.cc.all / p.n) / (p.n - 1)
-
-
-def largest_share(p: Products) -> float | None:
-    """Largest share of the sum of squared deviations |c_b - mean|^2 that goes when one batch is left out; None for fewer than three.
-
-    About 1 / n without heavy tails. Near 1 the variance is that of one batch, and its jackknife error says little.
-    """
-    if p.num_paired < 3:
-        return None
-    deviations = p.cc.same - p.cc.all / p.n
-    return float(1 - deviations[1 : p.num_paired + 1].min() / deviations[0]) if deviations[0] > 0 else None
-
-
 def reference_square(p: Products) -> Tensor:
     """|E r|^2."""
-    return p.rr.different / (p.total * (p.total - 1))
+    return p.rr.different / (p.n * (p.n - 1))
 
 
 def mean_product(p: Products) -> Tensor:
     """<E c, E r>."""
-    return p.cr.different / (p.n * (p.total - 1))
+    return p.cr.different / (p.n * (p.n - 1))
 
 
 def bias_square(p: Products) -> Tensor:
-    """|E c - E r|^2, unbiased.
+    """|E c - E r|^2, of the paired differences, in which shared noise cancels."""
+    return mean_square(p) - 2 * mean_product(p) + reference_square(p)
 
-    E c - E r is estimated by mean(c_b - beta r_b) - (1 - beta) mean of the extra r_e: for any beta the same expectation. beta = 1 is
-    the paired difference, whose shared noise cancels; beta = n / N ignores the pairing. Used is the one with the least variance, from
-    the total variances of the data themselves (one number fitted to n * P: the dependence is negligible).
+
+def _deviations(p: Products) -> Tensor:
+    """Sum of |c_b - mean|^2."""
+    return p.cc.same - (p.cc.same + p.cc.different) / p.n
+
+
+def total_variance(p: Products) -> Tensor:
+    """Trace of the covariance of one update c."""
+    return _deviations(p) / (p.n - 1)
+
+
+def largest_share(p: Products) -> float | None:
+    """Largest share of the sum of squared deviations that goes when one batch is left out; None for fewer than three.
+
+    About 1 / n without heavy tails. Near 1 the variance is that of one batch, and its jackknife error says little.
     """
-    extra = p.total - p.n
-    covariance = (p.cr_paired.same - p.cr_paired.all / p.n) / (p.n - 1)  # of c_b and r_b on the same batch
-    reference_variance = (p.rr.same - p.rr.all / p.total) / (p.total - 1)
-    best = (extra * covariance / reference_variance + p.n) / p.total
-    beta = torch.where((extra > 1) & torch.isfinite(best), best.clamp(0, 1), 1.0)
-    paired = p.cc.different - 2 * beta * p.cr_paired.different + beta**2 * p.rr_paired.different
-    candidate_extra = p.cr.all - p.cr_paired.all
-    reference_extra = (p.rr.all - p.rr_paired.all - p.rr_extra.all) / 2
-    crossed = (candidate_extra - beta * reference_extra) / (p.n * extra)
-    rest = (1 - beta) ** 2 * p.rr_extra.different / (extra * (extra - 1)) - 2 * (1 - beta) * crossed
-    return paired / (p.n * (p.n - 1)) + torch.where(beta < 1, rest, 0.0)
+    deviations = _deviations(p)
+    if p.count < 3 or not deviations[0] > 0:
+        return None
+    return float(1 - deviations[1:].min() / deviations[0])
 
 
 def relative_bias_square(p: Products) -> Tensor:
@@ -220,30 +159,9 @@ def captured(p: Products) -> Tensor:
     return _over(mean_product(p), reference_square(p))
 
 
-def relative_std(p: Products) -> Tensor:
-    """Square root of the total variance of one update, over |E r|."""
-    return _over(total_variance(p), reference_square(p)).sqrt()
-
-
 def cosine_of_mean(p: Products) -> Tensor:
     """Cosine between E c and E r."""
     return _over(mean_product(p), (mean_square(p) * reference_square(p)).sqrt())
-
-
-def cosine_of_one(p: Products) -> Tensor:
-    """Mean cosine between one update c_b and E r; the products with r leave out the batch's own."""
-    return _over(p.ur.different / (p.n * (p.total - 1)), reference_square(p).sqrt())
-
-
-def precision(p: Products) -> Tensor:
-    """(captured |E r|)^2 / total variance: the squared signal-to-noise ratio of one update; negative if captured is."""
-    share = mean_product(p)
-    return _over(share * share.abs(), total_variance(p) * reference_square(p))
-
-
-def unbiased_precision(p: Products) -> Tensor:
-    """The same for a candidate known to be unbiased: |E r|^2 / total variance. Free of the noise in the captured share."""
-    return _over(reference_square(p), total_variance(p))
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -252,15 +170,12 @@ def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def jackknife(statistic: Statistic, products: Products) -> Estimate:
-    """A statistic with its standard error, by leaving out one batch at a time (two-sample jackknife: paired and extra batches).
+    """A statistic with its standard error, by leaving out one batch at a time; from three batches on.
 
     For a square whose true value is 0 the error comes out too large by about sqrt(2): on the safe side.
     """
-    values, n = statistic(products), products.num_paired
-    if n < 3:
-        return Estimate.of(float(values[0]), math.nan)
-    parts = [part for part in (values[1 : n + 1], values[n + 1 :]) if len(part) > 1]
-    variance = sum((len(part) - 1) * float(part.var(correction=0)) for part in parts)
+    values, n = statistic(products), products.count
+    variance = (n - 1) * float(values[1:].var(correction=0)) if n > 2 else math.nan
     return Estimate.of(float(values[0]), math.sqrt(variance))
 
 
@@ -290,7 +205,7 @@ def judge_bias(products: Products, detectable: float, limit: float = RESOLVED) -
     """
     square = jackknife(relative_bias_square, products)
     reference = jackknife(reference_square, products)
-    if square.value is None or square.error is None or products.num_paired < MINIMUM_BATCHES or not reference.resolved:
+    if square.value is None or square.error is None or products.count < MINIMUM_BATCHES or not reference.resolved:
         return RelativeBias(None, None, None, "underpowered")
     upper = math.sqrt(max(square.value, 0.0) + 2 * square.error)
     if square.exceeds(limit):
@@ -302,8 +217,8 @@ def judge_bias(products: Products, detectable: float, limit: float = RESOLVED) -
 class RunningMoments:
     """Mean squares and total variances of a family of vectors over batches, without keeping the batches.
 
-    Takes one tensor [F, P] per batch (F vectors, say one per denoising step) and keeps its sum and a few numbers per batch. The results
-    are pairs of [F]: values and their standard errors, NaN for too few batches.
+    Takes one tensor [F, P] per batch (F vectors, say one per denoising step). The results are pairs of [F]: values and their standard
+    errors, NaN for too few batches.
     """
 
     def __init__(self) -> None:

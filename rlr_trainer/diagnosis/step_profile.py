@@ -21,7 +21,6 @@ from rlr_trainer.diagnosis.workbench import Batch, Workbench
 from rlr_trainer.estimators.first_order import NonDifferentiableRewardError, pathwise, reward_and_gradient
 from rlr_trainer.estimators.half_order import likelihood_ratio
 from rlr_trainer.estimators.plan import EstimatorPlan
-from rlr_trainer.estimators.prediction import prediction_critic
 from rlr_trainer.estimators.zeroth_order import Perturbations
 
 TIMED_REPEATS = 3
@@ -35,36 +34,24 @@ DEAD_GRADIENT = (
 
 
 class Deadline:
-    """A wall-clock limit, with a progress bar of the seconds on a terminal.
-
-    Args:
-        seconds: from now.
-        quiet: no bar.
-    """
+    """A wall-clock limit of `seconds` from now, with a progress bar on a terminal unless `quiet`."""
 
     def __init__(self, seconds: float, quiet: bool = True) -> None:
         self.seconds = seconds
         self._start = time.perf_counter()
         shape = "{desc} |{bar}| {n:.0f} of {total:.0f} s"
         self._bar = tqdm(total=seconds, disable=quiet or not sys.stderr.isatty(), bar_format=shape, leave=False)
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self._start
+        self.close = self._bar.close
 
     @property
     def left(self) -> float:
-        return self.seconds - self.elapsed
+        return self.seconds - (time.perf_counter() - self._start)
 
     def report(self, what: str) -> None:
         """Shows what is being done."""
         self._bar.set_description(f"diagnosing: {what}", refresh=False)
-        self._bar.n = min(self.elapsed, self.seconds)
+        self._bar.n = self.seconds - max(self.left, 0.0)
         self._bar.refresh()
-
-    def close(self) -> None:
-        """Removes the bar."""
-        self._bar.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +122,8 @@ class ProfileBuilder:
 
     Attributes:
         reference: the plan that others are compared with.
-        shares: moments of the shares of every step, "fo", "lr" and "zo".
+        shares: moments of the shares of every step, "fo", "ho" and "zo".
         combinations: moments of FO(K) + LR(rest), for every K.
-        updates: moments of the reference.
         seconds: of sampling, and of one step's backward pass.
     """
 
@@ -147,11 +133,11 @@ class ProfileBuilder:
         # K below this would leave a step without noise to the likelihood ratio
         self.fewest_fo = max((steps - step for step, std in enumerate(bench.stds) if not std > 0), default=0)
         ratio = EstimatorPlan(steps, fo_steps=self.fewest_fo, rest_estimator="lr")
-        self.plans = {"fo": EstimatorPlan.from_preset("full_bp", steps), "lr": ratio}
-        self.reference = self.plans["fo" if differentiable else "lr"]
-        self.shares = {kind: RunningMoments() for kind in ("fo", "lr", "zo")}
-        self.combinations, self.updates = RunningMoments(), RunningMoments()
-        self.seconds: dict[str, list[float]] = {"sample": [], "fo": [], "lr": []}
+        self.plans = {"fo": EstimatorPlan.from_preset("full_bp", steps), "ho": ratio}
+        self.reference = self.plans["fo" if differentiable else "ho"]
+        self.shares = {kind: RunningMoments() for kind in ("fo", "ho", "zo")}
+        self.combinations = RunningMoments()
+        self.seconds: dict[str, list[float]] = {"sample": [], "fo": [], "ho": []}
 
     @property
     def count(self) -> int:
@@ -163,48 +149,34 @@ class ProfileBuilder:
         Returns:
             Pathwise and likelihood-ratio share of every step, [T, P] each; NaN where there is none (a black box, a step without noise).
         """
-        ratio = self._measure("lr", batch)
+        ratio = self._measure("ho", batch)
         first_order = self._measure("fo", batch) if self.differentiable else torch.full_like(ratio, math.nan)
         steps = len(ratio)
         self.combinations.add(torch.stack([ratio[: steps - k].sum(0) + first_order[steps - k :].sum(0) for k in range(steps + 1)]))
-        self.updates.add((first_order if self.differentiable else ratio).sum(0, keepdim=True))
         self.seconds["sample"].append(batch.sample_seconds)
         return first_order, ratio
-
-    def add_reference(self, batch: Batch) -> Tensor:
-        """Takes in the reference alone; returns its update [P]."""
-        update = self._measure("fo" if self.differentiable else "lr", batch).sum(0)
-        self.updates.add(update[None])
-        self.seconds["sample"].append(batch.sample_seconds)
-        return update
 
     def add_zeroth(self, wanted: int, has_time: Callable[[], bool] = lambda: True) -> None:
         """Measures zeroth-order shares on batches with perturbed parameters, until there are `wanted` or the time is up."""
         bench, moments = self.bench, self.shares["zo"]
-        options = zeroth_order_options(bench.configured_options, bench.batch_size, bench.group_size)
+        options = zeroth_order_options(bench.configured_options, bench.batch_size, bench.options.group_size)
         plan = EstimatorPlan.from_preset("es", bench.num_steps, **options)
         while moments.count < wanted and has_time():
             moments.add(bench.zeroth_order_shares(bench.collect(moments.count, plan)))
 
     def _measure(self, kind: str, batch: Batch) -> Tensor:
         shares, seconds = self.bench.step_shares(self.plans[kind], batch)
-        if kind == "lr" and self.fewest_fo:
+        if kind == "ho" and self.fewest_fo:
             shares[-self.fewest_fo :] = math.nan
         self.shares[kind].add(shares)
         self.seconds[kind].append(seconds / self.bench.num_steps)
         return shares
 
-    @property
-    def reference_relative_error(self) -> float:
-        """Standard error of |reference gradient|^2 over its value; infinite while it is not above 0 or not known."""
-        square, error = (float(value) for value in self.updates.mean_squares())
-        return error / square if square > 0 and math.isfinite(error) else math.inf
-
     def build(self) -> VarianceProfile:
         """The profile of what was taken in."""
         samples = self.bench.samples_per_update
         fo_norm, fo_variance = self._size_and_noise(self.shares["fo"])
-        lr_norm, lr_variance = self._size_and_noise(self.shares["lr"])
+        lr_norm, lr_variance = self._size_and_noise(self.shares["ho"])
         _, zo_variance = self._size_and_noise(self.shares["zo"])
         total, error = self.combinations.variances()
         return VarianceProfile(
@@ -278,15 +250,13 @@ def build_profile(bench: Workbench, deadline: Deadline, max_batches: int, *, zer
 def measure_step_costs(bench: Workbench, batch: Batch, differentiable: bool) -> dict[str, StepCost]:
     """Cost of one step of each kind, on one sampling batch, at the middle of the chain.
 
-    Kinds: "sample" (a step of sampling), "ho" (likelihood ratio, forward and backward), "fo" (pathwise, backward through weights and
-    input), "zo" (perturb the weights and step: no backward), "prediction" (reward of the one-step prediction and its gradient),
-    "reward" (decode and score) and "reward_gradient" (and differentiate).
+    Kinds: "sample", "ho" (likelihood ratio, forward and backward), "fo" (pathwise, backward through weights and input), "zo" (perturb
+    the weights and step: no backward), "reward" (decode and score) and "reward_gradient" (and differentiate).
     """
     chain, rollout, reward = bench.first(batch)
     step, params = bench.num_steps // 2, chain.parameters()
     x, noise, std = rollout.latents[step], rollout.noises[step], rollout.stds[step]
     perturbations = Perturbations.assign(len(x), 0, 0.01, 1, False)
-    critic = prediction_critic(chain, params, lambda latents: reward(latents, True))
 
     def half_order() -> Tensor:
         mean, now = chain.transition(step, x, params)
@@ -308,7 +278,6 @@ def measure_step_costs(bench: Workbench, batch: Batch, differentiable: bool) -> 
     if differentiable:
         work |= {
             "fo": first_order,
-            "prediction": lambda: critic(step, x),
             "reward_gradient": lambda: reward_and_gradient(lambda latents: reward(latents, True), rollout.sample),
         }
     return {kind: _cost(bench, run) for kind, run in work.items()}

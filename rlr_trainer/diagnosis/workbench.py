@@ -11,7 +11,7 @@ import dataclasses
 import platform
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,37 +34,9 @@ DIAGNOSIS = 1_000  # names the diagnosis's stream of randomness: its batches are
 PLAN_OPTIONS = tuple(field.name for field in dataclasses.fields(EstimatorPlan) if field.name != "num_steps")
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is diagnosed: a policy, its reward and its prompts, as a run uses them.
-
-    Attributes:
-        config: the run's options, under the names of `RLRConfig`.
-        model: the policy as the run calls it, wrapped or not.
-        collector: the run's, with its sampler, scorer, prompts and processes, the plan in force and what that has learned.
-        updates: updates done so far.
-    """
-
-    config: Any
-    model: nn.Module
-    collector: Collector
-    updates: int
-
-    @classmethod
-    def of(cls, trainer: Any) -> Subject:
-        """That of an `RLRTrainer`, before, during or after training."""
-        model = trainer.model_wrapped if trainer.is_in_train else trainer.model
-        return cls(trainer.args, model, trainer.parts.collector, trainer.state.global_step)
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """name -> trained parameter."""
-        return self.collector.sampler.policy.trainable_parameters()
-
-
 @contextlib.contextmanager
-def untouched(subject: Any) -> Iterator[Workbench]:
-    """A workbench on a `Subject` or an `RLRTrainer`. On leaving, everything is as it was, but for the number of reward queries.
+def untouched(trainer: Any) -> Iterator[Workbench]:
+    """A workbench on an `RLRTrainer`. On leaving, everything is as it was, but for the number of reward queries.
 
     Restored: `.grad`, train/eval modes, torch's, numpy's and Python's random number generators, activation checkpointing, the position
     in the prompts (see `FunctionPrompts.borrowed`). Weights, start distribution, reward statistics and control variate are never touched.
@@ -72,26 +44,26 @@ def untouched(subject: Any) -> Iterator[Workbench]:
     Raises:
         ValueError: more than one process.
     """
-    if not isinstance(subject, Subject):
-        subject = Subject.of(subject)
-    processes = subject.collector.processes
-    if processes.count > 1:
-        raise ValueError(f"a diagnosis runs in one process, but there are {processes.count}: call it without accelerate launch")
-    gradients = [(p, p.grad) for p in subject.parameters.values()]
-    modes = [(module, module.training) for module in subject.model.modules()]
-    denoiser: Any = subject.collector.sampler.policy.denoiser
-    devices = list(range(torch.cuda.device_count())) if processes.device.type == "cuda" else []
+    run: Collector = trainer.parts.collector
+    model = trainer.model_wrapped if trainer.is_in_train else trainer.model
+    if run.processes.count > 1:
+        raise ValueError(f"a diagnosis runs in one process, but there are {run.processes.count}: call it without accelerate launch")
+    params = run.sampler.policy.trainable_parameters()
+    gradients = [(p, p.grad) for p in params.values()]
+    modes = [(module, module.training) for module in model.modules()]
+    denoiser: Any = run.sampler.policy.denoiser
+    devices = list(range(torch.cuda.device_count())) if run.processes.device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        prompts = stack.enter_context(subject.collector.prompts.borrowed())
+        prompts: Any = stack.enter_context(run.prompts.borrowed())
         # the training switches this on when it starts; memory and time should be those of the training
-        if subject.config.gradient_checkpointing and not getattr(denoiser, "is_gradient_checkpointing", True):
+        if trainer.args.gradient_checkpointing and not getattr(denoiser, "is_gradient_checkpointing", True):
             denoiser.enable_gradient_checkpointing()
             stack.callback(denoiser.disable_gradient_checkpointing)
-        stack.enter_context(processes.accelerator.autocast())
-        subject.model.eval()
+        stack.enter_context(run.processes.accelerator.autocast())
+        model.eval()
         try:
-            yield Workbench(subject, prompts)
+            yield Workbench(trainer.args, model, run, prompts, params)
         finally:
             for p, gradient in gradients:
                 p.grad = gradient
@@ -121,12 +93,11 @@ class Batch:
     @property
     def num_bytes(self) -> int:
         """Bytes of the stored rollouts and reward gradients."""
-        total = 0
+        stored: list[Tensor] = []
         for part in self.parts:
             rollout, gradient = part.rollout, part.reward_gradient
-            stored = [*rollout.latents, *rollout.noises, *rollout.means, *rollout.stds, *([] if gradient is None else [gradient])]
-            total += sum(tensor.untyped_storage().nbytes() for tensor in stored)
-        return total
+            stored += [*rollout.latents, *rollout.noises, *rollout.means, *rollout.stds, *([] if gradient is None else [gradient])]
+        return sum(tensor.untyped_storage().nbytes() for tensor in stored)
 
     @property
     def has_dead_gradient(self) -> bool:
@@ -146,27 +117,28 @@ class Workbench:
         plan: the configured one.
         num_steps, stds: of the chain; T standard deviations.
         batch_size, num_batches: samples of one sampling batch, and sampling batches per update.
-        group_size: samples per prompt.
-        recompute: "recursive" or "graph", see `Sweep`.
         reader: of gradients.
         factor: by which `backward` multiplies gradients.
-        quiet: whether progress bars are switched off.
     """
 
-    def __init__(self, subject: Subject, prompts: FunctionPrompts | DatasetPrompts) -> None:
-        given, run = subject.config, subject.collector
-        self.subject, self.run, self.plan = subject, run, run.plan
+    def __init__(
+        self,
+        config: Any,
+        model: nn.Module,
+        run: Collector,
+        prompts: FunctionPrompts | DatasetPrompts,
+        params: dict[str, nn.Parameter],
+    ) -> None:
+        self.config, self.model, self.run, self.plan, self.params = config, model, run, run.plan, params
         self.device: torch.device = run.processes.device
         self.num_steps: int = run.sampler.schedule.num_steps
         self.stds: tuple[float, ...] = run.sampler.schedule.stds
-        self.options, self.advantages = measuring_options(given, run.options), measuring_advantages(run.advantages)
+        self.options, self.advantages = measuring_options(config, run.options), measuring_advantages(run.advantages)
         self.batch_size: int = self.options.batch_size
         self.num_batches: int = self.options.num_batches
-        self.group_size: int = self.options.group_size
-        self.recompute: str = given.recompute
-        self.quiet: bool = given.disable_tqdm
-        self.reader = GradientReader(subject.parameters)
-        self.factor = FP16_LOSS_SCALE if given.fp16 else 1.0
+        self.recompute: str = config.recompute
+        self.reader = GradientReader(params)
+        self.factor = FP16_LOSS_SCALE if config.fp16 else 1.0
         self._prompts = prompts
         self._rows: tuple[int, list[PromptRow]] = (-1, [])
 
@@ -182,29 +154,23 @@ class Workbench:
     @property
     def configured_options(self) -> dict[str, Any]:
         """The estimator options that the config sets; what it leaves to a choice ("auto") as the plan has it."""
-        config = self.subject.config
-        given = {name: getattr(config, name) for name in PLAN_OPTIONS if getattr(config, name) is not None}
+        given = {name: getattr(self.config, name) for name in PLAN_OPTIONS if getattr(self.config, name) is not None}
         chosen = {name: getattr(self.plan, name) if value == "auto" else value for name, value in given.items()}
-        return {"estimator": config.estimator} | chosen
+        return {"estimator": self.config.estimator} | chosen
 
     def settings(self) -> dict[str, Any]:
         """What is measured, on what."""
-        given = self.subject.config
         return {
             "num_steps": self.num_steps,
             "samples_per_update": self.samples_per_update,
             "sample_batch_size": self.batch_size,
-            "guidance_scale": given.sample_guidance_scale,
-            "eta": given.sample_eta,
             "advantage": self.advantages.name,
-            "configured_advantage": given.advantage_name,
+            "configured_advantage": self.config.advantage_name,
             "recompute": self.recompute,
             "num_parameters": self.reader.num_entries,
             "sketched_to": self.reader.size if self.reader.sketched else None,
-            "weights": f"at update {self.subject.updates}",
-            "seed": given.seed,
+            "seed": self.config.seed,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{platform.machine()} CPU",
-            "threads": torch.get_num_threads(),
         }
 
     def clock(self) -> float:
@@ -223,7 +189,7 @@ class Workbench:
     def collect(self, number: int, plan: EstimatorPlan) -> Batch:
         """Samples and scores batch `number`, as `plan` needs it."""
         if self._rows[0] != number:
-            self._rows = (number, self._prompts.take(self.samples_per_update // self.group_size))
+            self._rows = (number, self._prompts.take(self.samples_per_update // self.options.group_size))
         rows = self._rows[1]
         same_rows: Any = types.SimpleNamespace(take=lambda count: rows[:count])  # however often the batch is sampled
         collector = dataclasses.replace(
@@ -234,18 +200,11 @@ class Workbench:
             advantages=self.advantages,
             reference=None,
         )
-        parts, summary = collector.collect(self.subject.model, number)
-        return Batch(
-            number=number,
-            plan=plan,
-            parts=parts,
-            share=1.0 / (self.samples_per_update * summary.valid_fraction),
-            sample_seconds=summary.metrics["time/sample"],
-            reward_seconds=summary.metrics["time/reward"],
-        )
+        parts, summary = collector.collect(self.model, number)
+        share = 1.0 / (self.samples_per_update * summary.valid_fraction)
+        return Batch(number, plan, parts, share, summary.metrics["time/sample"], summary.metrics["time/reward"])
 
     def _state_of(self, plan: EstimatorPlan) -> PlanState:
-        """The plan in force, as it learns nothing more here; the run's own for the configured plan."""
         return self.run.plan_state if plan == self.plan else PlanState(plan)
 
     def update(self, plan: EstimatorPlan, batch: Batch, control_scale: ControlVariateScale | None = None) -> tuple[Tensor, float]:
@@ -262,7 +221,7 @@ class Workbench:
         started = self.clock()
         for index in range(self.num_batches):
             self._sweep(plan, batch, index, self.recompute, control_scale)
-        perturbed = self.reader.flatten(self._zeroth_order(batch, plan.rest_weight)) if plan.uses_zeroth_order else 0.0
+        perturbed = self._zeroth_order(batch, plan.rest_weight) if plan.uses_zeroth_order else 0.0
         seconds = self.clock() - started
         return perturbed + self.reader.read() / self.factor, seconds
 
@@ -285,7 +244,7 @@ class Workbench:
     def zeroth_order_shares(self, batch: Batch) -> Tensor:
         """The share [T, P] of every step in the zeroth-order part of a batch that was sampled with perturbations."""
         steps = torch.eye(self.num_steps, dtype=torch.bool)
-        return torch.stack([self.reader.flatten(self._zeroth_order(batch, 1.0, step)) for step in steps])
+        return torch.stack([self._zeroth_order(batch, 1.0, step) for step in steps])
 
     def first(self, batch: Batch) -> tuple[DenoisingChain, Rollout, Callable[[Tensor, bool], Tensor]]:
         """Chain, rollout and reward of the first sampling batch; the reward takes latents, and whether to differentiate it."""
@@ -296,10 +255,7 @@ class Workbench:
                 return scorer.differentiable(part.prompts, part.metadata)(latents)
             return scorer.score(latents, part.prompts, part.metadata, "the diagnosis").result.total.nan_to_num()
 
-        return self._chain(part), part.rollout, reward
-
-    def _chain(self, part: ScoredBatch) -> DenoisingChain:
-        return self.run.sampler.chain(self.subject.model, part.conditioning)
+        return self.run.sampler.chain(self.model, part.conditioning), part.rollout, reward
 
     def _sweep(
         self,
@@ -312,7 +268,7 @@ class Workbench:
     ) -> None:
         """Goes back along sampling batch `index`, and fits the control variate to it."""
         part = batch.parts[index]
-        chain = self._chain(part)
+        chain = self.run.sampler.chain(self.model, part.conditioning)
 
         def backward(surrogate: Tensor) -> float:
             (surrogate * self.factor).backward()
@@ -345,20 +301,19 @@ class Workbench:
 
     def _draw(self, plan: EstimatorPlan, number: int, index: int) -> Any:
         """The plan's choices for a sampling batch, from the stream that the collector uses."""
-        probabilities = self._state_of(plan).start_probabilities() if plan == self.plan else None
+        probabilities = self._state_of(plan).start_probabilities()
         generator = seeded_generator(self.options.seed, CHOICES, number, index)
         return plan.draw(self.batch_size, generator, shared=True, start_probabilities=probabilities)
 
-    def _zeroth_order(self, batch: Batch, weight: float, steps: Tensor | None = None) -> Mapping[str, Tensor]:
+    def _zeroth_order(self, batch: Batch, weight: float, steps: Tensor | None = None) -> Tensor:
         """Zeroth-order part of a batch, or the share of some steps (bool [T]) in it."""
-        total: dict[str, Tensor] = {}
+        total = torch.zeros(self.reader.size)
         for part in batch.parts:
             if part.perturbations is None or part.zeroth_advantage is None:
                 continue
             mask = part.draw.zeroth if steps is None else part.draw.zeroth & steps
             advantage = part.zeroth_advantage * (weight * batch.share)
-            for name, term in zeroth_order(advantage, mask, part.perturbations, self.subject.parameters).items():
-                total[name] = total[name] + term if name in total else term.detach()
+            total += self.reader.flatten(zeroth_order(advantage, mask, part.perturbations, self.params))
         return total
 
 
