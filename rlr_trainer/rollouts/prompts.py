@@ -111,8 +111,10 @@ class FunctionPrompts:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        rows = state.get("ahead", ())
-        self._ahead = [PromptRow(*row, None if scales is None else tuple(scales)) for *row, scales in rows]
+        self._ahead = [
+            PromptRow(prompt, metadata, negative, None if scales is None else tuple(scales))
+            for prompt, metadata, negative, scales in state.get("ahead", ())
+        ]
         owner = self._stateful()
         if owner is not None and "function" in state:
             owner.load_state_dict(state["function"])
