@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "diagnose"):
+    if rest and not getattr(options, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -58,7 +58,7 @@ def _add_train(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="go on from this checkpoint's folder, or without a value from the last one in output_dir",
     )
-    train.set_defaults(usage=train.format_help)
+    train.set_defaults(usage=train.format_help, takes_overrides=True)
 
 
 def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -118,7 +118,9 @@ def _add_diagnose(commands: Any, common: argparse.ArgumentParser) -> None:
         "Measures what each estimator would do in the run that a YAML file and overrides describe (as for train), prints a table with "
         "a recommendation, and writes diagnosis.json and diagnosis.png to output_dir. Nothing is trained."
     )
-    add = _command(commands, common, "diagnose", short, description).add_argument
+    diagnose = _command(commands, common, "diagnose", short, description)
+    diagnose.set_defaults(takes_overrides=True)
+    add = diagnose.add_argument
     add("--config", help="YAML file of keys and values")
     add("--time_limit", type=float, default=300.0, help="seconds to measure for")
     add("--num_batches", type=int, help="at most so many updates per plan; otherwise what the time allows")
