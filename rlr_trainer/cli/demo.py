@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     config = demo_config(estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common)
     trainer = RLRTrainer(config, reward, lambda: (digits.PROMPT, {}), digits.load_pipeline())
     folder = free_folder(Path(options.output_dir), options.overwrite, trained_before=False, may_number=False)
-    trainer.parts.collector.probe(trainer.model)  # in place of check_reward: a refusal should cost no pictures
+    trainer.parts.collector.probe(trainer.parts.policy)  # in place of check_reward: a refusal should cost no pictures
     trainer.remove_callback(PrinterCallback if options.quiet else ProgressCallback)  # metrics.jsonl has what they print
     if not options.quiet:
         trainer.add_callback(RewardProgress)

@@ -297,7 +297,7 @@ def open_dataset(
 
     try:
         dataset: Any = _text_prompts(path) if is_text and path.is_file() else _load(str(source) if is_hub_id else path, split, name)
-    except (OSError, ValueError, KeyError, StopIteration, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, StopIteration, Warning, datasets.exceptions.DatasetsError) as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300] or f"no rows ({type(error).__name__})"
         way_out = "; put texts that contain a comma in double quotes" if path.suffix == ".csv" else ""
         if is_hub_id:
@@ -321,7 +321,7 @@ def _text_prompts(path: Path) -> list[dict[str, str]]:
 def _load(source: Path | str, split: str, name: str | None) -> Any:
     """A file or folder (a path), or a dataset on the hub (a string)."""
     import datasets
-    from pandas.errors import ParserWarning
+    import pandas
 
     if isinstance(source, str) or (source.is_dir() and not any((source / file).is_file() for file in _SAVED_TO_DISK)):
         return datasets.load_dataset(str(source), name, split=split)
@@ -333,8 +333,9 @@ def _load(source: Path | str, split: str, name: str | None) -> Any:
                 f"has no split={split!r} of a configuration name={name!r}, but the splits {', '.join(splits)} without one"
             )
         return splits[split]
-    # pandas takes `a cat, sitting` below `prompt` for an index and the prompt ` sitting`, unless it is forbidden to
-    options: Any = {"index_col": False} if source.suffix == ".csv" else {}
+    if source.suffix != ".csv":
+        return datasets.load_dataset(FILE_LOADERS[source.suffix], data_files=str(source), split="train")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", ParserWarning)  # it has cut a line that is longer than the header
-        return datasets.load_dataset(FILE_LOADERS[source.suffix], data_files=str(source), split="train", **options)
+        warnings.simplefilter("error", pandas.errors.ParserWarning)  # it has cut a line that is longer than the header
+        # without index_col, `a cat, sitting` below `prompt` is an index and the prompt ` sitting`; datasets may leave the file open
+        return datasets.Dataset.from_pandas(pandas.read_csv(source, index_col=False), preserve_index=False)
