@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits
-from rlr_trainer.cli.digits_demo import EVALUATION_SAMPLES, EVALUATION_SEED, DemoOptions, demo_config
+from rlr_trainer.cli.demo import EVALUATION_SAMPLES, EVALUATION_SEED, demo_config
 from rlr_trainer.digits.rewards import digit_reward
 
 PLANS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def evaluate(trainer: RLRTrainer) -> dict[str, float]:
 
 def run(options: dict[str, Any], seed: int, updates: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        base = demo_config(DemoOptions(target=TARGET, max_steps=updates, output_dir=folder, seed=seed, quiet=True))
+        base = demo_config(estimator="rlr", max_steps=updates, output_dir=folder, seed=seed)
         own = base.rlr_options() | {"learning_rate": base.learning_rate, "lr_scheduler_type": base.lr_scheduler_type}
         own |= {"per_device_train_batch_size": base.per_device_train_batch_size, "save_strategy": "no", "use_cpu": True}
         own |= {"output_dir": folder, "max_steps": updates, "seed": seed, "disable_tqdm": True, "logging_strategy": "no"}

@@ -30,11 +30,11 @@ from tqdm.auto import tqdm
 
 from rlr_trainer import digits
 from rlr_trainer.digits.classifiers import CLASSIFIERS
-from rlr_trainer.digits.metrics import fit_statistics
 
 PIXELS = 32
 HELD_OUT = 360
 TARGET_DIGIT = 7  # the digit that the demo fine-tunes towards
+COMPONENTS = 16  # of the judge's features, in which the Frechet distance is taken
 TOKENS = 32  # length of every encoded prompt
 # Words that become one token; everything else is spelt with the byte alphabet.
 VOCABULARY = (
@@ -472,6 +472,34 @@ def sample(pipeline, prompts: list[str], steps: int, guidance: float, seed: int,
         result = pipeline(part, num_inference_steps=steps, guidance_scale=guidance, eta=1.0, generator=generator, output_type="pt")
         images.append(result.images.float())
     return torch.cat(images)
+
+
+def fit_statistics(features_NF: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+    """Principal components of the real digits' features and, for every class, mean and covariance in them.
+
+    Args:
+        features_NF: [N, F] features of real digits of all classes.
+        labels_N: [N] classes 0..9.
+
+    K principal components, L = 10 classes.
+
+    Returns:
+        "mean" [F], "components" [F, K], "class_means" [L, K], "class_covariances" [L, K, K], "class_counts" [L];
+        float64 but for the counts.
+    """
+    features_NF = features_NF.double()
+    mean_F = features_NF.mean(dim=0)
+    _, _, right_FF = torch.linalg.svd(features_NF - mean_F, full_matrices=False)
+    components_FK = right_FF[:COMPONENTS].T.contiguous()
+    projected_NK = (features_NF - mean_F) @ components_FK
+    of_class = [projected_NK[labels_N == digit] for digit in range(10)]
+    return {
+        "mean": mean_F,
+        "components": components_FK,
+        "class_means": torch.stack([x.mean(dim=0) for x in of_class]),
+        "class_covariances": torch.stack([torch.cov(x.T) for x in of_class]),
+        "class_counts": torch.tensor([len(x) for x in of_class]),
+    }
 
 
 def measure_classifiers(data: Data, directory: Path) -> dict:

@@ -1,78 +1,131 @@
-"""`rlr-trainer demo`."""
+"""`rlr-trainer demo`: fine-tunes the bundled model on a reward and judges the result."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-REWARDS = ("digit", "ink", "compressibility")
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback
+
+from rlr_trainer import digits
+from rlr_trainer.digits.rewards import digit_reward, ink
+from rlr_trainer.observing.progress import RewardProgress
+from rlr_trainer.persistence.output_folder import free_folder
+from rlr_trainer.rewards import jpeg_compressibility
+from rlr_trainer.training.config import RLRConfig
+from rlr_trainer.training.trainer import RLRTrainer
+
+EVALUATION_SAMPLES = 256
+EVALUATION_SEED = 1_000_000  # far from the seeds that runs use
+BATCH_SIZE = 32
+NUMBERS = {"reward": "mean reward", "judge": "independent judge", "frechet": "Frechet distance"}
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help_text})
-
-
-@dataclasses.dataclass(frozen=True)
-class DemoOptions:
-    """Options of the demo.
-
-    Raises:
-        ValueError: a target, reward or number of updates that cannot be.
-    """
-
-    target: int = _option(7, "digit that the digit reward asks for, 0 to 9")
-    reward: str = _option(
-        "digit", "digit (a classifier's probability of the target), ink (mean brightness), or compressibility, which is a black box"
+def demo_config(**options: Any) -> RLRConfig:
+    """The demo's settings, and `options` of `RLRConfig`; docs/demo.md records what was tried."""
+    return RLRConfig(
+        sample_num_steps=10,
+        sample_guidance_scale=1.0,
+        per_device_train_batch_size=BATCH_SIZE,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        lora_r=4,
+        save_strategy="no",
+        num_log_images=16,
+        log_images_steps=10,
+        use_cpu=True,
+        **options,
     )
-    estimator: str | None = _option(None, "preset plan; default: rlr, or ddpo for the black box")
-    max_steps: int = _option(40, "updates, of 32 samples each")
-    output_dir: str = _option("runs/demo", "folder for the run's files")
-    seed: int = _option(0, "seed of the run; those of the evaluation are fixed")
-    overwrite: bool = _option(False, "allow an output_dir that holds another run")
-    quiet: bool = _option(False, "no progress bars")
-
-    def __post_init__(self) -> None:
-        if self.target not in range(10):
-            raise ValueError(f"target={self.target}: must be a digit from 0 to 9")
-        if self.reward not in REWARDS:
-            raise ValueError(f"reward={self.reward!r}: must be one of {', '.join(REWARDS)}")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps}: must be at least 1")
-
-
-def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Adds the subcommand."""
-    demo = commands.add_parser(
-        "demo",
-        parents=[common],
-        help="fine-tune the bundled digits model",
-        description="Fine-tunes the bundled digits model on a reward, in about a minute, and judges the result.",
-        allow_abbrev=False,
-    )
-    for option in dataclasses.fields(DemoOptions):
-        name, text = f"--{option.name}", option.metadata["help"]
-        if isinstance(option.default, bool):
-            demo.add_argument(name, action="store_true", help=text)
-        else:
-            shown = "" if option.default is None else " (default: %(default)s)"
-            kind = int if isinstance(option.default, int) else str
-            demo.add_argument(name, type=kind, default=option.default, help=text + shown)
-    demo.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs it; returns the exit code."""
-    from rlr_trainer.cli.digits_demo import run_demo
-
-    summary = run_demo(DemoOptions(**{option.name: getattr(options, option.name) for option in dataclasses.fields(DemoOptions)}))
-    print(f"\n{summary['estimator']}, {summary['updates']} updates, {summary['reward_queries']} pictures scored")
+    """Trains, judges, and writes the run's files to `output_dir`; returns the exit code."""
+    started = time.perf_counter()
+    target = options.target if options.reward == "digit" else None
+    reward = {"ink": ink, "compressibility": jpeg_compressibility}.get(options.reward) or digit_reward(options.target)
+    estimator = options.estimator or ("ddpo" if options.reward == "compressibility" else "rlr")
+    common = {name: getattr(options, name) for name in ("output_dir", "overwrite", "max_steps", "seed")}
+    config = demo_config(estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common)
+    trainer = RLRTrainer(config, reward, lambda: (digits.PROMPT, {}), digits.load_pipeline())
+    folder = free_folder(Path(options.output_dir), options.overwrite, trained_before=False, may_number=False)
+    trainer.parts.collector.probe(trainer.parts.policy)  # in place of check_reward: a refusal should cost no pictures
+    trainer.remove_callback(PrinterCallback if options.quiet else ProgressCallback)  # metrics.jsonl has what they print
+    if not options.quiet:
+        trainer.add_callback(RewardProgress)
+    before = trainer.generate([digits.PROMPT] * EVALUATION_SAMPLES, seed=EVALUATION_SEED)
+    trainer.train()
+    after = trainer.generate([digits.PROMPT] * EVALUATION_SAMPLES, seed=EVALUATION_SEED)
+    trainer.save_pretrained(folder)
+    summary: dict[str, Any] = {
+        "reward": options.reward,
+        "target": target,
+        "estimator": estimator,
+        "updates": trainer.state.global_step,
+        "seed": options.seed,
+        **{f"{name}_before": value for name, value in _judge(before, reward, target).items()},
+        **{f"{name}_after": value for name, value in _judge(after, reward, target).items()},
+        "seconds": round(time.perf_counter() - started, 1),
+        "reward_queries": trainer.rewards.queries,
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _plot_reward(trainer.state.log_history, summary, folder / "reward.png")
+    _plot_before_after({"before": before, "after": after}, summary, folder / "before_after.png")
+    print(f"\n{estimator}, {summary['updates']} updates, {summary['reward_queries']} pictures scored")
     print(f"{'':24}{'before':>10}{'after':>10}")
-    labels = {"reward": "mean reward", "judge": "independent judge", "frechet": "Frechet distance"}
-    for key, label in labels.items():
-        before, after = summary[f"{key}_before"], summary[f"{key}_after"]
-        if before is not None:
-            print(f"{label:24}{before:>10.3f}{after:>10.3f}")
+    for name, label in NUMBERS.items():
+        if summary[f"{name}_before"] is not None:
+            print(f"{label:24}{summary[f'{name}_before']:>10.3f}{summary[f'{name}_after']:>10.3f}")
     print(f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_mb']} MB")
-    print(f"written to {options.output_dir}: summary.json, metrics.jsonl, reward.png, before_after.png, LoRA weights")
+    print(f"written to {folder}: summary.json, metrics.jsonl, reward.png, before_after.png, LoRA weights")
     return 0
+
+
+@torch.no_grad()
+def _judge(images: Tensor, reward: Callable[..., Tensor], target: int | None) -> dict[str, float | None]:
+    """The numbers of `NUMBERS`; None but the reward if no digit is asked for."""
+    value = round(float(reward(images, (digits.PROMPT,) * len(images), ({},) * len(images)).mean()), 4)
+    if target is None:
+        return {"reward": value, "judge": None, "frechet": None}
+    judge = float(digits.load_classifier("judge")(images).softmax(dim=-1)[:, target].mean())
+    return {"reward": value, "judge": round(judge, 4), "frechet": round(digits.frechet_distance(images, target), 2)}
+
+
+def _plot_reward(history: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> None:
+    """Mean reward of every rollout against updates, with the evaluation before and after."""
+    rows = [row for row in history if "reward" in row]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["step"] for row in rows], [row["reward"] for row in rows], label="training rollouts")
+    for name, marker in (("reward", "o"), ("judge", "D")):
+        ends = summary[f"{name}_before"], summary[f"{name}_after"]
+        if None not in ends:
+            label = f"{NUMBERS[name]}, {EVALUATION_SAMPLES} evaluation samples, fixed seeds"
+            axes.plot((0, summary["updates"]), ends, marker, mfc="none", label=label)
+    axes.set_xlabel(f"update (batch {BATCH_SIZE})")
+    axes.set_ylabel(f"reward: {summary['reward']}")
+    axes.set_title(f"{summary['estimator']}: {summary['reward_queries']} pictures scored in {summary['seconds']:.0f} s")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _plot_before_after(pictures: dict[str, Tensor], summary: dict[str, Any], path: Path) -> None:
+    """Grids of the same 64 seeds before and after, side by side."""
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    for axes, (when, images) in zip(figure.subplots(1, 2), pictures.items(), strict=True):
+        rows = images[:64].unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2)  # row, height, column, width, colour
+        axes.imshow(rows.flatten(2, 3).flatten(0, 1).numpy())
+        axes.set_axis_off()
+        numbers = ((name, summary[f"{name}_{when}"]) for name in NUMBERS)
+        axes.set_title(f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers if value is not None))
+    figure.suptitle(f'"{digits.PROMPT}", the same seeds; reward: {summary["reward"]}')
+    figure.savefig(path, dpi=110)

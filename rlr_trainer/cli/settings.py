@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import functools
 import os
 import pkgutil
 import re
@@ -18,17 +17,29 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+from transformers import TrainingArguments
 from trl import TrlParser
 
+from rlr_trainer import digits, rewards
+from rlr_trainer.digits.rewards import digit_reward, ink
+from rlr_trainer.rewards.neural import named
 from rlr_trainer.rollouts.prompts import FILE_LOADERS, open_dataset
 from rlr_trainer.training.config import RLRConfig
+from rlr_trainer.training.trainer import RLRTrainer
 
 PROMPT_KEYS = ("path", "split", "name", "column")  # of `prompts`, where it is a mapping
+REWARDS: dict[str, Callable[..., Any]] = {
+    "ink": ink,
+    "jpeg_compressibility": rewards.jpeg_compressibility,
+    "jpeg_incompressibility": rewards.jpeg_incompressibility,
+}
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class SettingsError(ValueError):
     """A file or an override that cannot be understood, or a key that is missing."""
+
+    exit_code = 2
 
 
 def _key(help_text: str) -> Any:
@@ -59,6 +70,11 @@ class RunArguments:
                 raise SettingsError(f"key {name!r} is missing: give it in the file or as --{name}")
 
 
+def _parser() -> TrlParser:
+    classes: Any = (RunArguments, RLRConfig)
+    return TrlParser(classes, add_help=False, allow_abbrev=False, exit_on_error=False, usage=argparse.SUPPRESS)
+
+
 def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[RunArguments, RLRConfig]:
     """The run that a YAML file describes, with `--key value` or `--key=value` overrides on top.
 
@@ -67,14 +83,9 @@ def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[R
             than its option's.
         ValueError: an option outside its range.
     """
-    classes: Any = (RunArguments, RLRConfig)
-    parser = TrlParser(classes, add_help=False, allow_abbrev=False, exit_on_error=False)
-    action: Any
-    for action in parser._actions:
-        if action.type in (int, float) and _may_be_none(action):
-            action.type = _number_or_none(action.type)
+    parser = _parser()
     if path is not None:
-        parser.set_defaults_with_config(**_read_file(path, parser))
+        parser.set_defaults(**_read_file(path, parser))
     try:
         run, config, unknown = parser.parse_args_into_dataclasses(
             list(overrides), return_remaining_strings=True, look_for_args_file=False
@@ -90,25 +101,6 @@ def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[R
     return run, config
 
 
-@functools.cache
-def _kinds() -> dict[str, set[Any]]:
-    """Keys -> the types of their values, such as {int, list, NoneType}."""
-    hints = get_type_hints(RunArguments) | get_type_hints(RLRConfig)
-    return {name: {get_origin(kind) or kind for kind in get_args(hint) or (hint,)} for name, hint in hints.items()}
-
-
-def _may_be_none(action: argparse.Action) -> bool:
-    return action.default is None or type(None) in _kinds()[action.dest]
-
-
-def _number_or_none(kind: type) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    read.__name__ = kind.__name__  # argparse's messages show it
-    return read
-
-
 def _read_file(path: str | Path, parser: TrlParser) -> dict[str, Any]:
     """The file's keys and values, as defaults of the parser.
 
@@ -122,27 +114,25 @@ def _read_file(path: str | Path, parser: TrlParser) -> dict[str, Any]:
         raise SettingsError(f"--config {path}: cannot be read: {error}") from error
     if not isinstance(texts, dict):
         raise SettingsError(f"--config {path}: must hold `key: value` lines")
-    return {key: _file_value(key, text, values.get(key), parser) for key, text in texts.items()}
-
-
-def _file_value(key: str, text: Any, value: Any, parser: TrlParser) -> Any:
-    action: Any = next((action for action in parser._actions if action.dest == key), None)
-    if action is None and isinstance(text, dict):
-        raise SettingsError(f"unknown key {key!r}; keys are not grouped: write those below it without indentation")
-    if action is None:
-        raise SettingsError(_unknown(key, parser))
-    if value is None:
-        if not _may_be_none(action):
-            raise SettingsError(f"{key} has no value: give it one, or leave the key out")
-        return None
-    if not isinstance(text, str) and type(value) not in _kinds()[key]:
-        raise SettingsError(f"{key}={value!r}: cannot be a {type(value).__name__}; see `rlr-trainer train --help`")
-    if action.nargs != "+":
-        return text if isinstance(text, str) else value
-    try:
-        return [action.type(item) for item in (text if isinstance(text, list) else [text])]
-    except (TypeError, ValueError) as error:
-        raise SettingsError(f"{key}={value!r}: must be a list of values of the type {action.type.__name__} ({error})") from error
+    hints = get_type_hints(RunArguments) | get_type_hints(RLRConfig)
+    actions: dict[str, Any] = {action.dest: action for action in parser._actions}
+    defaults: dict[str, Any] = {}
+    for key, text in texts.items():
+        if key not in actions:
+            raise SettingsError(_unknown(key, parser))
+        value, is_plain = values.get(key), isinstance(text, str) and values.get(key) is not None
+        kinds = {get_origin(kind) or kind for kind in get_args(hints[key]) or (hints[key],)}
+        if not is_plain and type(value) not in kinds and value is not actions[key].default:
+            raise SettingsError(
+                f"{key}={value!r}: cannot be a {type(value).__name__}; see `rlr-trainer train --help`, or leave it out"
+            )
+        defaults[key] = text if is_plain else value
+        if value is not None and actions[key].nargs == "+":
+            try:
+                defaults[key] = [actions[key].type(item) for item in ([text] if is_plain else text)]
+            except (TypeError, ValueError) as error:
+                raise SettingsError(f"{key}={value!r}: must be a list of {actions[key].type.__name__} ({error})") from error
+    return defaults
 
 
 def _unknown(key: str, parser: TrlParser) -> str:
@@ -150,22 +140,36 @@ def _unknown(key: str, parser: TrlParser) -> str:
     return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else "`rlr-trainer train --help` lists all")
 
 
-def build_trainer(run: RunArguments, config: RLRConfig) -> Any:
+def help_on_keys() -> str:
+    """Help on the keys of a run; those of `TrainingArguments` by name alone, but for what `RLRConfig` explains anew."""
+    base = {field.name: field.metadata for field in dataclasses.fields(TrainingArguments)}
+    theirs = [field.name for field in dataclasses.fields(RLRConfig) if field.init and base.get(field.name) == field.metadata]
+    parser = _parser()
+    for action in parser._actions:
+        action.option_strings = action.option_strings[:1]  # without the spelling with "-"
+        if action.dest in theirs:
+            action.help = argparse.SUPPRESS
+        if action.default is None:
+            action.default = argparse.SUPPRESS  # its help says what is done then
+    names = " ".join(f"--{name}" for name in theirs)
+    parser.epilog = f"Options of transformers.TrainingArguments, which its documentation explains: {names}"
+    return parser.format_help()
+
+
+def build_trainer(run: RunArguments, config: RLRConfig) -> RLRTrainer:
     """The trainer of a run.
 
     Raises:
         SettingsError, ValueError: something that is not there or cannot be used together.
     """
-    from rlr_trainer.training.trainer import RLRTrainer
-
     prompts = load_prompts(run.prompts)
     eval_prompts = None if run.eval_prompts is None else load_prompts(run.eval_prompts, "eval_prompts")
     if callable(eval_prompts):
         raise SettingsError(f"eval_prompts={run.eval_prompts!r}: is a function, but must be prompts, so that all are evaluated")
-    rewards = [load_reward(name) for name in run.reward or ()]
+    functions = [load_reward(name) for name in run.reward or ()]
     return RLRTrainer(
         config,
-        rewards if len(rewards) > 1 else rewards[0],
+        functions if len(functions) > 1 else functions[0],
         prompts if callable(prompts) else None,
         load_model(run.model),
         train_dataset=None if callable(prompts) else prompts,
@@ -175,39 +179,26 @@ def build_trainer(run: RunArguments, config: RLRConfig) -> Any:
 
 def load_model(name: str | None) -> Any:
     """The pipeline: "digits", or what the trainer loads itself (a path or a hub id)."""
-    if name == "digits":
-        from rlr_trainer import digits
-
-        return digits.load_pipeline()
-    return name
+    return digits.load_pipeline() if name == "digits" else name
 
 
 def load_reward(name: str) -> Callable[..., Any]:
-    """A reward: "digit:7", "ink", a function of `rewards`, a name of `rewards.neural.named` ("pickscore", "classifier:SOURCE:CLASS"),
-    the URL of a reward server, or `package.module:function`.
+    """A reward: a name of `REWARDS`, "digit:7", a name of `rewards.neural.named` ("pickscore", "classifier:SOURCE:CLASS"), the URL of a
+    reward server, or `package.module:function`.
 
     Raises:
         ValueError: no such name, module or function; or (`WeightsError`) weights that are missing or damaged.
     """
-    from rlr_trainer import rewards
-    from rlr_trainer.digits import rewards as digit_rewards
-    from rlr_trainer.rewards.neural import named
-
-    functions: dict[str, Callable[..., Any]] = {
-        "ink": digit_rewards.ink,
-        "jpeg_compressibility": rewards.jpeg_compressibility,
-        "jpeg_incompressibility": rewards.jpeg_incompressibility,
-    }
-    if name in functions:
-        return functions[name]
+    if name in REWARDS:
+        return REWARDS[name]
     if named.is_named(name):
         return named.load_named(name)
     if name.startswith(("http://", "https://")):
         return rewards.RemoteReward(name)
     if re.fullmatch("digit:[0-9]", name):
-        return digit_rewards.digit_reward(int(name[-1]))
+        return digit_reward(int(name[-1]))
     if not _FUNCTION.fullmatch(name):
-        known = ", ".join([*functions, "digit:0 to digit:9", *named.NEURAL, f"{named.CLASSIFIER}:SOURCE:CLASS"])
+        known = ", ".join([*REWARDS, "digit:0 to digit:9", *named.NEURAL, f"{named.CLASSIFIER}:SOURCE:CLASS"])
         raise ValueError(f"reward={name!r}: must be {known}, the URL of a reward server, or package.module:function")
     return load_function(name, "reward")
 
@@ -234,7 +225,7 @@ def load_prompts(source: Any, field: str = "prompts") -> Any:
             "and numbers in quotes"
         )
     if isinstance(source, list):
-        return [{"prompt": text} for text in texts]
+        return texts
     is_there = os.path.exists(source)
     if _FUNCTION.fullmatch(source) and not is_there:
         return load_function(source, field)
@@ -242,7 +233,7 @@ def load_prompts(source: Any, field: str = "prompts") -> Any:
     is_one_word = not re.search(r"\s", source)  # a word with a slash or an ending is a misspelt name rather than a prompt
     if is_there or ending in (".txt", *FILE_LOADERS) or (is_one_word and ("/" in source or ending)):
         return open_dataset(source, field)
-    return [{"prompt": source}]
+    return texts
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
@@ -254,7 +245,6 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        function: Callable[..., Any] = pkgutil.resolve_name(name)
+        return pkgutil.resolve_name(name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{field}={name!r}: must be package.module:function, but cannot be imported ({error})") from error
-    return function

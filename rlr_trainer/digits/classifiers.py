@@ -14,23 +14,19 @@ NUM_CLASSES = 10
 
 
 def to_grey(images: Tensor, resolution: int) -> Tensor:
-    """Grey pictures of `resolution` x `resolution` pixels around zero, differentiable in the images.
+    """Grey pictures [B, 1, resolution, resolution] in [-1, 1], differentiable in the images.
 
     Args:
         images: [B, 3, H, W] float in [0, 1]; any H and W.
         resolution: Height and width of the result.
-
-    Returns:
-        [B, 1, resolution, resolution] in [-1, 1].
 
     Raises:
         ValueError: The images are no floating-point tensor of shape [B, 3, H, W].
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
-            f"images has shape {tuple(images.shape)} and dtype {images.dtype}, but a digit classifier needs a "
-            "floating-point tensor [B, 3, H, W] in [0, 1]; ask the pipeline for output_type='pt', or permute and "
-            "divide 8-bit pictures by 255."
+            f"images has shape {tuple(images.shape)} and dtype {images.dtype}: must be a floating-point tensor [B, 3, H, W] in "
+            "[0, 1]; ask the pipeline for output_type='pt', or permute and divide 8-bit pictures by 255"
         )
     grey = images.mean(dim=1, keepdim=True)
     if grey.shape[-2:] != (resolution, resolution):

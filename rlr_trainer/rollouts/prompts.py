@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,9 @@ logger = logging.getLogger(__name__)
 PROMPT_COLUMN = "prompt"
 NEGATIVE_COLUMN = "negative_prompt"
 SCALES_COLUMN = "scale_prompts"
-USUAL_COLUMNS = ("text", "caption", "prompts", "Prompt", "question")  # where other datasets keep their prompts
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_SAVED_TO_DISK = ("state.json", "dataset_dict.json")  # marks of `save_to_disk`
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_CHECKED_AT_ONCE = 10_000  # rows of a datasets.Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +45,9 @@ class PromptRow:
     negative_prompt: str | None = None
     scale_prompts: tuple[str, ...] | None = None
 
-    def __post_init__(self) -> None:
-        """numpy's strings (`np.random.choice(prompts)`) become Python's: a checkpoint that holds them could not be read back."""
-        object.__setattr__(self, "prompt", str(self.prompt))
-        if self.negative_prompt is not None:
-            object.__setattr__(self, "negative_prompt", str(self.negative_prompt))
-        if self.scale_prompts is not None:
-            object.__setattr__(self, "scale_prompts", tuple(map(str, self.scale_prompts)))
-
 
 class FunctionPrompts:
-    """Prompts from a function `() -> (prompt, metadata)`; the prompt is a string, or one string per scale, coarse to fine.
-
-    The reward sees the last of several.
+    """Prompts from a function `() -> (prompt, metadata)`; the prompt is a string, or several, one per scale, coarse to fine.
 
     Every process calls it for the whole batch of all processes and keeps its share: with the same state of the random number
     generators all processes agree on the prompts, and the run does not depend on how many there are.
@@ -78,7 +68,7 @@ class FunctionPrompts:
     def peek(self, count: int) -> list[PromptRow]:
         """The next `count` prompts, which `take` will return again."""
         while len(self._ahead) < count:
-            self._ahead.append(self._call())
+            self._ahead.append(_function_row(self.function()))
         return self._ahead[:count]
 
     @contextlib.contextmanager
@@ -88,27 +78,25 @@ class FunctionPrompts:
         The global random number generators (torch's of the CPU, numpy's, Python's) end where they were, so a function that draws
         from them will draw the same again. Any other moves on when it is called: what it gave here waits for the training.
         """
-        lent = _LentPrompts(self)
+        drawn: list[PromptRow] = []
+        drew_globally = False
+
+        def function() -> Any:
+            nonlocal drew_globally
+            before = _global_generators()
+            returned = self.function()
+            drew_globally |= before != _global_generators()
+            drawn.append(_function_row(returned))
+            return returned
+
+        lent = FunctionPrompts(function)
+        lent._ahead = list(self._ahead)
         with _global_generators_kept():
             try:
                 yield lent
             finally:
-                if not lent.drew_globally:
-                    self._ahead += lent.drawn
-
-    def _call(self) -> PromptRow:
-        returned = self.function()
-        pair = isinstance(returned, tuple | list) and len(returned) == 2
-        if isinstance(returned, list) and pair and isinstance(returned[1], str):  # prompts without metadata rather than a pair
-            pair = False
-        if pair and isinstance(returned[0], list | tuple) and returned[0] and all(isinstance(p, str) for p in returned[0]):
-            return PromptRow(returned[0][-1], returned[1], scale_prompts=tuple(returned[0]))
-        if not pair or not isinstance(returned[0], str):
-            raise TypeError(
-                f"prompt_function returned {returned!r:.120}: must return a pair (prompt, metadata) with a string and, for instance, "
-                "an empty dict"
-            )
-        return PromptRow(*returned)
+                if not drew_globally:
+                    self._ahead += drawn
 
     def state_dict(self) -> dict[str, Any]:
         """Prompts that were drawn and not used, and the function's own state if it has `state_dict` and `load_state_dict`.
@@ -118,8 +106,7 @@ class FunctionPrompts:
         state: dict[str, Any] = {}
         if self._ahead:
             state["ahead"] = [(row.prompt, row.metadata, row.negative_prompt, row.scale_prompts) for row in self._ahead]
-        owner = self._stateful()
-        if owner is not None:
+        if (owner := self._stateful()) is not None:
             state["function"] = owner.state_dict()
         return state
 
@@ -133,9 +120,7 @@ class FunctionPrompts:
             owner.load_state_dict(state["function"])
         elif (owner is None) != ("function" not in state):
             has, lacks = ("the checkpoint", "prompt_function") if owner is None else ("prompt_function", "the checkpoint")
-            logger.warning(
-                "%s has a state of its own for the prompts and %s has none: they go on from where the function stands", has, lacks
-            )
+            logger.warning("%s has a state for the prompts and %s has none: they go on from where the function stands", has, lacks)
 
     def _stateful(self) -> Any:
         """The function, or the object whose method it is, if that has both methods of a state."""
@@ -145,45 +130,32 @@ class FunctionPrompts:
         return None
 
 
-class _LentPrompts(FunctionPrompts):
-    """What `borrowed` yields: the owner's prompts from where it stands.
-
-    Attributes:
-        drawn: what the function gave.
-        drew_globally: whether it used the global random number generators.
-    """
-
-    def __init__(self, owner: FunctionPrompts) -> None:
-        super().__init__(owner.function)
-        self._ahead = list(owner._ahead)
-        self.drawn: list[PromptRow] = []
-        self.drew_globally = False
-
-    def _call(self) -> PromptRow:
-        before = _global_generators()
-        row = super()._call()
-        self.drew_globally |= before != _global_generators()
-        self.drawn.append(row)
-        return row
+def _function_row(returned: Any) -> PromptRow:
+    """What a prompt function returned; numpy's strings become Python's, or a checkpoint that holds them could not be read back."""
+    match returned:
+        # a list of two strings is two prompts without metadata rather than a pair
+        case [str(prompt), metadata] if not (isinstance(returned, list) and isinstance(metadata, str)):
+            return PromptRow(str(prompt), metadata)
+        case [[*texts], metadata] if texts and all(isinstance(text, str) for text in texts):
+            scales = tuple(map(str, texts))
+            return PromptRow(scales[-1], metadata, scale_prompts=scales)
+    raise TypeError(
+        f"prompt_function returned {returned!r:.120}: must return a pair (prompt, metadata) with a string and, say, {{}}"
+    )
 
 
 def _global_generators() -> tuple[Any, ...]:
     """States of the global random number generators, comparable."""
-    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002  # users' prompt functions draw from it
-    words = state["state"]
-    numpy_state = words["key"].tobytes(), words["pos"], state["has_gauss"], state["gauss"]
-    return random.getstate(), numpy_state, torch.get_rng_state().numpy().tobytes()
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002  # users' prompt functions draw from it
+    return random.getstate(), str(numpy_state), numpy_state[1].tobytes(), torch.get_rng_state().tolist()
 
 
 @contextlib.contextmanager
 def _global_generators_kept() -> Iterator[None]:
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002
+        yield
 
 
 class DatasetPrompts:
@@ -201,15 +173,18 @@ class DatasetPrompts:
 
     def __init__(self, dataset: Any, seed: int, shuffle: bool = True, name: str = "train_dataset") -> None:
         dataset = open_dataset(dataset, name)
-        _check_kind(dataset, name)
+        is_rows = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not is_rows or isinstance(dataset, Mapping) or hasattr(dataset, "iloc"):
+            raise TypeError(
+                f"{name} is a {type(dataset).__name__}: must be a datasets.Dataset or a list of dicts or strings; take one split of a "
+                "DatasetDict, and make other data a dataset with datasets.Dataset.from_dict, from_pandas or from_list"
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"{name} has no rows: give at least one prompt")
         if isinstance(dataset, list | tuple) and all(isinstance(row, str) for row in dataset):
             dataset = [{PROMPT_COLUMN: text} for text in dataset]
-        first = dict(dataset[0])  # a transform of the dataset's may have made other columns than column_names says
-        if PROMPT_COLUMN not in first:
-            raise ValueError(f"{name} {_missing_column(dataset, list(first))}")
         self.dataset, self.seed, self.shuffle, self.name = dataset, seed, shuffle, name
         self.taken = 0
-        self._order: tuple[int, list[int]] | None = None
         self._check_rows()
 
     def __len__(self) -> int:
@@ -223,51 +198,72 @@ class DatasetPrompts:
 
     def peek(self, count: int) -> list[PromptRow]:
         """The next `count` prompts, which `take` will return again."""
-        return [self._row(position) for position in range(self.taken, self.taken + count)]
+        rows, count_of_all = [], len(self.dataset)
+        for position in range(self.taken, self.taken + count):
+            epoch, offset = divmod(position, count_of_all)
+            rows.append(self._row(_order(self.seed, epoch, count_of_all)[offset] if self.shuffle else offset))
+        return rows
 
     @contextlib.contextmanager
     def borrowed(self) -> Iterator[DatasetPrompts]:
-        """Prompts as the training would get them next, without moving its position; the global generators as in `FunctionPrompts`."""
+        """Prompts as the training would get them next, without moving its position; the global generators are kept."""
         with _global_generators_kept():
             yield copy.copy(self)
 
-    def _row(self, position: int) -> PromptRow:
-        epoch, offset = divmod(position, len(self.dataset))
-        number = self._epoch_order(epoch)[offset]
-        return _prompt_row(self.dataset[number], self.name, number)
+    def _row(self, number: int) -> PromptRow:
+        return _dataset_row(self.dataset[number], f"{self.name}: row {number}")
 
     def _check_rows(self) -> None:
-        """All rows where they can be read fast; others when it is their turn."""
-        features = getattr(self.dataset, "features", None)
-        if features is None or self.dataset.format["type"] == "custom":
-            rows = range(len(self.dataset)) if isinstance(self.dataset, list | tuple) else range(1)
-            for number in rows:
-                _prompt_row(self.dataset[number], self.name, number)
-            return
-        _prompt_row(self.dataset[0], self.name, 0)
-        first = 0
-        for part in self.dataset.select_columns([PROMPT_COLUMN]).with_format("arrow").iter(_CHECKED_AT_ONCE):
-            column = part[PROMPT_COLUMN]
-            if column.null_count:
-                number = first + column.is_null().to_pylist().index(True)
-                raise TypeError(
-                    f"{self.name}: column {PROMPT_COLUMN!r} is empty in row {number} and maybe others: "
-                    f"dataset.filter(lambda row: row[{PROMPT_COLUMN!r}] is not None) drops them"
-                )
-            first += len(column)
-
-    def _epoch_order(self, epoch: int) -> Sequence[int]:
-        if not self.shuffle:
-            return range(len(self.dataset))
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, torch.randperm(len(self.dataset), generator=seeded_generator(self.seed, epoch)).tolist())
-        return self._order[1]
+        """All rows of a list, the prompt column of a dataset, else the first row; others are checked when it is their turn."""
+        for number in range(len(self.dataset)) if isinstance(self.dataset, list | tuple) else range(1):
+            self._row(number)
+        if getattr(self.dataset, "features", None) is None or self.dataset.format["type"] == "custom":
+            return  # a transform makes the rows
+        empty = self.dataset.select_columns([PROMPT_COLUMN]).with_format("arrow")[:][PROMPT_COLUMN].is_null()
+        if (number := empty.index(True).as_py()) >= 0:
+            raise TypeError(
+                f"{self.name}: row {number} has no text in the column {PROMPT_COLUMN!r}, and others may not have: "
+                f"dataset.filter(lambda row: row[{PROMPT_COLUMN!r}] is not None) drops them"
+            )
 
     def state_dict(self) -> dict[str, int]:
         return {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.taken = state["taken"]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    return torch.randperm(count, generator=seeded_generator(seed, epoch)).tolist()
+
+
+def _dataset_row(row: Any, where: str) -> PromptRow:
+    """A row of a dataset as a prompt.
+
+    Raises:
+        TypeError, ValueError: no dict, no prompt, or a column with a meaning that holds something else; starts with `where`.
+    """
+    if not isinstance(row, Mapping):
+        raise TypeError(
+            f"{where} is a {type(row).__name__}: all rows must be dicts with a {PROMPT_COLUMN!r}, or all strings in a list"
+        )
+    if PROMPT_COLUMN not in row:
+        raise ValueError(
+            f"{where} has the columns {', '.join(map(str, row))}, but needs {PROMPT_COLUMN!r}: rename one, as with "
+            f"dataset.rename_column('text', {PROMPT_COLUMN!r}), or name it as column in a run's file"
+        )
+    prompt, negative, scales = row[PROMPT_COLUMN], row.get(NEGATIVE_COLUMN), row.get(SCALES_COLUMN)
+    for column, text in ((PROMPT_COLUMN, prompt), (NEGATIVE_COLUMN, "" if negative is None else negative)):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"{where} holds {text!r:.80} ({type(text).__name__}) in the column {column!r}: must be one string; dataset.map makes one, "
+                f"such as row[{column!r}][-1]['content'] of a conversation or str(row[{column!r}]) of a number"
+            )
+    if scales is not None and not (isinstance(scales, list | tuple) and all(isinstance(text, str) for text in scales)):
+        raise TypeError(f"{where} holds {scales!r:.80} in the column {SCALES_COLUMN!r}: must be a list of strings, coarse to fine")
+    metadata = {column: value for column, value in row.items() if column != PROMPT_COLUMN}
+    return PromptRow(prompt, metadata, negative, None if scales is None else tuple(scales))
 
 
 def open_dataset(
@@ -288,152 +284,58 @@ def open_dataset(
     """
     if not isinstance(source, str | Path):
         return source
-    path = Path(source).expanduser()
-    if path.is_file():
-        given = {"split": split != "train", "name": name is not None, "column": path.suffix == ".txt" and column is not None}
-        if none := next((option for option, is_given in given.items() if is_given), None):
-            raise ValueError(f"{field}={str(source)!r}: {none} is given, but such a file has none; leave it out")
-    if path.suffix == ".txt" and path.is_file():
-        return _text_prompts(path, field)
-    is_hub_id = not path.exists() and _HUB_ID.fullmatch(str(source)) is not None and path.suffix not in (".txt", *FILE_LOADERS)
-    if not (path.is_dir() or (path.is_file() and path.suffix in FILE_LOADERS) or is_hub_id):
+    path, called = Path(source).expanduser(), f"{field}={str(source)!r}"
+    is_text, is_readable = path.suffix == ".txt", path.suffix in (".txt", *FILE_LOADERS)
+    is_hub_id = not path.exists() and not is_readable and _HUB_ID.fullmatch(str(source)) is not None
+    if not (path.is_dir() or (path.is_file() and is_readable) or is_hub_id):
         kinds = ", ".join([".txt", *FILE_LOADERS])
-        found = "is no file of a kind that can be read" if path.exists() else "does not exist"
-        raise ValueError(f"{field}={str(source)!r}: {found}; must be a file ({kinds}), a dataset's folder, or a hub id owner/name")
-    dataset = _load(path, str(source), field, split, name, is_hub_id)
-    if column is not None and column != PROMPT_COLUMN:
-        if column not in dataset.column_names:
-            raise ValueError(f"{field}={str(source)!r}: has no column {column!r}, but {', '.join(dataset.column_names)}")
-        if PROMPT_COLUMN in dataset.column_names:
-            dataset = dataset.remove_columns(PROMPT_COLUMN)
-        dataset = dataset.rename_column(column, PROMPT_COLUMN)
-    elif PROMPT_COLUMN not in dataset.column_names:
-        raise ValueError(f"{field}={str(source)!r} {_missing_column(dataset, dataset.column_names)}")
-    return dataset
-
-
-def _text_prompts(path: Path, field: str) -> list[dict[str, str]]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]  # other separators may be in a prompt
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{field}={str(path)!r}: is not UTF-8 text ({error})") from error
-    prompts = [{PROMPT_COLUMN: line} for line in lines if line]
-    if not prompts:
-        raise ValueError(f"{field}={str(path)!r}: the file has no line with a prompt")
-    return prompts
-
-
-def _load(path: Path, source: str, field: str, split: str, name: str | None, is_hub_id: bool) -> Any:
+        raise ValueError(f"{called}: must be a file that exists ({kinds}), a dataset's folder, or a hub id owner/name")
+    if path.is_file() and (split != "train" or name is not None or (is_text and column is not None)):
+        given = f"split={split!r}, name={name!r}, column={column!r}"
+        raise ValueError(f"{called}, {given}: a file has no splits and configurations, and a .txt file no columns; leave them out")
     import datasets
 
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-            splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-            if name is not None or split not in splits:
-                wrong = f"configuration {name!r}" if name is not None else f"split {split!r}"
-                raise ValueError(f"it has no {wrong}" + (f", but {', '.join(splits)}" if name is None else ""))
-            return splits[split]
-        if path.suffix == ".csv" and path.is_file():
-            return _read_csv(path)
-        if path.is_file() and not path.read_bytes().strip():
-            raise ValueError("the file is empty")
-        if path.is_file():
-            return datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), split="train")
-        return datasets.load_dataset(source if is_hub_id else str(path), name, split=split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+        dataset: Any = _text_prompts(path) if is_text and path.is_file() else _load(str(source) if is_hub_id else path, split, name)
+    except (OSError, ValueError, KeyError, StopIteration, Warning, datasets.exceptions.DatasetsError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())[:300] or f"no rows ({type(error).__name__})"
+        way_out = "; put texts that contain a comma in double quotes" if path.suffix == ".csv" else ""
         if is_hub_id:
-            way_out = "needs a network and an id that exists (`huggingface-cli download` beforehand serves offline runs), or give a local file"
-            raise ValueError(
-                f"{field}={source!r}: no such file, and as a hub id it cannot be loaded: {cause}; {way_out}"
-            ) from error
-        raise ValueError(f"{field}={source!r}: cannot be read: {cause}") from error
+            way_out = "; no such file exists, and a hub id needs a network or an earlier `hf download`"
+        raise ValueError(f"{called}: cannot be read: {cause}{way_out}") from error
+    if column in (None, PROMPT_COLUMN):
+        return dataset
+    if column not in dataset.column_names:
+        raise ValueError(f"{called}: has no column {column!r}, but {', '.join(dataset.column_names)}")
+    others = [other for other in dataset.column_names if other != PROMPT_COLUMN]
+    return dataset.select_columns(others).rename_column(column, PROMPT_COLUMN)
 
 
-def _read_csv(path: Path) -> Any:
-    """With pandas, as `datasets` reads them, too, but closing the file, and without a guess at lines that are longer than the header:
-    pandas takes `a cat, sitting` below `prompt` for an index and the prompt ` sitting`, or cuts the rest off."""
+def _text_prompts(path: Path) -> list[dict[str, str]]:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]  # other separators may be in a prompt
+    if not any(lines):
+        raise ValueError("the file has no line with a prompt")
+    return [{PROMPT_COLUMN: line} for line in lines if line]
+
+
+def _load(source: Path | str, split: str, name: str | None) -> Any:
+    """A file or folder (a path), or a dataset on the hub (a string)."""
     import datasets
     import pandas
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", pandas.errors.ParserWarning)
-        try:
-            table = pandas.read_csv(path, index_col=False)
-        except pandas.errors.ParserWarning:
-            raise ValueError("lines have more fields than the header; put texts that contain a comma in double quotes") from None
-    return datasets.Dataset.from_pandas(table, preserve_index=False)
-
-
-def _check_kind(dataset: Any, name: str) -> None:
-    kind = type(dataset).__name__
-    if isinstance(dataset, Mapping):
-        is_splits = all(hasattr(value, "column_names") for value in dataset.values())
-        way_out = (
-            f'take one of its splits, such as {name}["{next(iter(dataset), "train")}"]'
-            if is_splits
-            else "datasets.Dataset.from_dict(...)"
-        )
-        raise TypeError(f"{name} is a {kind}: must be a sequence of rows; {way_out}")
-    if hasattr(dataset, "iloc"):
-        raise TypeError(f"{name} is a pandas {kind}: must be a sequence of rows; datasets.Dataset.from_pandas(...) makes one")
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(
-            f"{name} is a {kind}: must have a length and rows, such as datasets.Dataset or a list of dicts; load a "
-            "streaming dataset into memory (datasets.Dataset.from_list(list(...))), or use prompt_function"
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"{name} has no rows: give at least one prompt")
-    if not isinstance(dataset[0], (str | Mapping) if isinstance(dataset, list | tuple) else Mapping):
-        raise TypeError(
-            f"{name} has rows of the type {type(dataset[0]).__name__}: must be dicts with a {PROMPT_COLUMN!r}, or strings"
-        )
-
-
-def _missing_column(dataset: Any, columns: Sequence[str]) -> str:
-    other = next((column for column in USUAL_COLUMNS if column in columns), columns[0] if columns else "text")
-    renamed = f'dataset.rename_column("{other}", "{PROMPT_COLUMN}")'
-    way_out = (
-        f"rename one: {renamed}, or column: {other} in a run's file" if hasattr(dataset, "rename_column") else "rename the key"
-    )
-    return f'has the columns {", ".join(map(str, columns)) or "(none)"}, but needs "{PROMPT_COLUMN}"; {way_out}'
-
-
-def _prompt_row(row: Any, name: str, number: int) -> PromptRow:
-    """Row `number` of the dataset as a prompt.
-
-    Raises:
-        TypeError, ValueError: a column that is missing or holds something else.
-    """
-    if not isinstance(row, Mapping):
-        raise TypeError(
-            f"{name}: row {number} is a {type(row).__name__}: must be a dict with a {PROMPT_COLUMN!r}, as the first row is"
-        )
-    metadata = dict(row)
-    if PROMPT_COLUMN not in metadata:
-        raise ValueError(f"{name}: row {number} has no {PROMPT_COLUMN!r}, but {', '.join(map(str, metadata)) or 'nothing'}")
-    prompt = metadata.pop(PROMPT_COLUMN)
-    negative = metadata.get(NEGATIVE_COLUMN)
-    for column, text in ((PROMPT_COLUMN, prompt), (NEGATIVE_COLUMN, negative)):
-        if not isinstance(text, str) and (column == PROMPT_COLUMN or text is not None):
-            raise TypeError(
-                f"{name}: column {column!r} holds {text!r:.80} ({type(text).__name__}) in row {number}: must be a string{_to_text(column, text)}"
+    if isinstance(source, str) or (source.is_dir() and not any((source / file).is_file() for file in _SAVED_TO_DISK)):
+        return datasets.load_dataset(str(source), name, split=split)
+    if source.is_dir():
+        loaded = datasets.load_from_disk(str(source))
+        splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+        if name is not None or split not in splits:
+            raise ValueError(
+                f"has no split={split!r} of a configuration name={name!r}, but the splits {', '.join(splits)} without one"
             )
-    scales = metadata.get(SCALES_COLUMN)
-    if scales is not None and not (isinstance(scales, list | tuple) and all(isinstance(text, str) for text in scales)):
-        raise TypeError(
-            f"{name}: column {SCALES_COLUMN!r} holds {scales!r:.80} in row {number}: must be a list of strings, coarse to fine"
-        )
-    return PromptRow(prompt, metadata, negative, None if scales is None else tuple(scales))
-
-
-def _to_text(column: str, value: Any) -> str:
-    """How to make text of a conversation, a number or a list."""
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping) and "content" in value[0]:
-        return f"; of a conversation take the last message: dataset.map(lambda row: {{{column!r}: row[{column!r}][-1]['content']}})"
-    if isinstance(value, int | float):
-        return f"; dataset.cast_column({column!r}, datasets.Value('string')) makes it one"
-    if isinstance(value, list | tuple):
-        return "; one row per prompt, or the several prompts of a row, coarse to fine, in a column 'scale_prompts'"
-    return ""
+        return splits[split]
+    if source.suffix != ".csv":
+        return datasets.load_dataset(FILE_LOADERS[source.suffix], data_files=str(source), split="train")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)  # it has cut a line that is longer than the header
+        # without index_col, `a cat, sitting` below `prompt` is an index and the prompt ` sitting`; datasets may leave the file open
+        return datasets.Dataset.from_pandas(pandas.read_csv(source, index_col=False), preserve_index=False)

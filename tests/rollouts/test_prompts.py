@@ -56,28 +56,18 @@ def test_negative_prompts_of_rows():
     ("dataset", "error", "message"),
     [
         ([], ValueError, "has no rows"),
-        ([{"text": "a"}], ValueError, 'the columns text, but needs "prompt"; rename the key'),
-        (iter([{"prompt": "a"}]), TypeError, "must have a length"),
-        (Dataset.from_list([{"n": 1, "caption": "a"}]), ValueError, r'dataset.rename_column\("caption", "prompt"\)'),
-        (Dataset.from_list([{"prompt": "a"}]).to_iterable_dataset(), TypeError, "streaming dataset into memory"),
-        (
-            DatasetDict({"test": Dataset.from_list([{"prompt": "a"}])}),
-            TypeError,
-            r'one of its splits, such as train_dataset\["test"\]',
-        ),
-        ({"prompt": ["a", "b"]}, TypeError, r"Dataset.from_dict"),
-        (Dataset.from_list([{"prompt": "a"}]).to_pandas(), TypeError, "Dataset.from_pandas"),
-        ([["a"]], TypeError, "rows of the type list"),
-        ([{"prompt": "a"}, {"text": "b"}], ValueError, "row 1 has no 'prompt', but text"),
+        ([{"text": "a"}], ValueError, r"row 0 has the columns text, but needs 'prompt': rename one"),
+        (Dataset.from_list([{"prompt": "a"}]).to_iterable_dataset(), TypeError, "IterableDataset: must be a datasets.Dataset"),
+        (DatasetDict({"test": Dataset.from_list([{"prompt": "a"}])}), TypeError, "DatasetDict: must be .*take one split"),
+        (Dataset.from_list([{"prompt": "a"}]).to_pandas(), TypeError, "is a DataFrame: must be a datasets.Dataset"),
+        ([["a"]], TypeError, "row 0 is a list: all rows must be dicts"),
+        ([{"prompt": "a"}, {"text": "b"}], ValueError, "row 1 has the columns text"),
         ([{"prompt": "a"}, "b"], TypeError, "row 1 is a str"),
-        (Dataset.from_list([{"prompt": 3}]), TypeError, r"cast_column\('prompt', datasets.Value\('string'\)\)"),
-        (Dataset.from_list([{"prompt": "a"}, {"prompt": None}]), TypeError, "empty in row 1"),
-        (Dataset.from_list([{"prompt": ["a", "b"]}]), TypeError, "one row per prompt"),
-        (
-            Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}]),
-            TypeError,
-            r"conversation.*dataset.map\(lambda row: \{'prompt': row\['prompt'\]\[-1\]\['content'\]\}\)",
-        ),
+        ([{"prompt": 3}], TypeError, r"row 0 holds 3 \(int\) in the column 'prompt': must be one string"),
+        ([{"prompt": "a", "negative_prompt": 3}], TypeError, "holds 3 .*'negative_prompt'"),
+        ([{"prompt": "a", "scale_prompts": "a"}], TypeError, "holds 'a' in the column 'scale_prompts': must be a list of strings"),
+        (Dataset.from_list([{"prompt": "a"}, {"prompt": None}]), TypeError, "row 1 has no text in the column 'prompt'"),
+        (Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}]), TypeError, "of a conversation"),
     ],
 )
 def test_datasets_that_cannot_be(dataset, error, message):
@@ -85,28 +75,10 @@ def test_datasets_that_cannot_be(dataset, error, message):
         DatasetPrompts(dataset, 0)
 
 
-def test_rows_that_cannot_be():
-    with pytest.raises(TypeError, match=r"column 'prompt' holds 3 \(int\) in row 0: must be a string"):
-        DatasetPrompts([{"prompt": 3}], 0).take(1)
-    with pytest.raises(TypeError, match="column 'negative_prompt' holds 3"):
-        DatasetPrompts([{"prompt": "a", "negative_prompt": 3}], 0).take(1)
-
-
 @pytest.mark.parametrize("returned", ["words", ("words",), (1, {}), None])
 def test_functions_that_return_something_else(returned):
     with pytest.raises(TypeError, match=r"must return a pair \(prompt, metadata\)"):
         FunctionPrompts(lambda: returned).take(1)
-
-
-def test_the_remedies_of_the_messages_work():
-    conversations = Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}]}])
-    mended = conversations.map(lambda row: {"prompt": row["prompt"][-1]["content"]})
-    assert DatasetPrompts(mended, 0).take(1)[0].prompt == "a"
-    from datasets import Value
-
-    assert DatasetPrompts(Dataset.from_list([{"prompt": 3}]).cast_column("prompt", Value("string")), 0).take(1)[0].prompt == "3"
-    with_gaps = Dataset.from_list([{"prompt": "a"}, {"prompt": None}])
-    assert len(DatasetPrompts(with_gaps.filter(lambda row: row["prompt"] is not None), 0)) == 1
 
 
 def test_a_dataset_with_an_order_of_its_own_and_a_transform():
@@ -123,7 +95,9 @@ def test_commas_in_a_csv_file_shift_and_lose_nothing(tmp_path):
     assert list(open_dataset(path)) == [{"prompt": "a cat, sitting", "level": 1}]
     for content in ("prompt\na cat, sitting\na dog, running\n", "prompt,level\na cat, sitting,1\n"):
         path.write_text(content)
-        with pytest.raises(ValueError, match="more fields than the header; put texts that contain a comma in double quotes"):
+        with pytest.raises(
+            ValueError, match="cannot be read: Length of header .*; put texts that contain a comma in double quotes"
+        ):
             open_dataset(path)
 
 
@@ -133,7 +107,7 @@ def test_only_the_ends_of_lines_separate_prompts(tmp_path):
     assert open_dataset(path) == [{"prompt": "ein B\u00e4r"}, {"prompt": "a\u2028b\x0bc"}]
 
 
-@pytest.mark.parametrize("name", ["prompts.json", "prompts.jsonl", "prompts.csv", "prompts.parquet"])
+@pytest.mark.parametrize("name", ["prompts.json", "prompts.csv", "prompts.parquet"])
 def test_empty_files(tmp_path, name):
     (tmp_path / name).write_text("")
     with pytest.raises(ValueError, match=rf"{name}'.* cannot be read: "):
@@ -143,12 +117,11 @@ def test_empty_files(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("prompts.txt", {"split": "test"}, "split is given, but such a file has none"),
-        ("prompts.txt", {"column": "caption"}, "column is given, but such a file has none"),
-        ("prompts.csv", {"name": "large"}, "name is given, but such a file has none"),
-        ("one", {"split": "test"}, "it has no split 'test', but train"),
-        ("several", {"split": "tset"}, "it has no split 'tset', but test, dev"),
-        ("several", {"split": "test", "name": "large"}, "it has no configuration 'large'"),
+        ("prompts.txt", {"split": "test"}, "split='test'.*: a file has no splits"),
+        ("prompts.txt", {"column": "caption"}, "column='caption': a file has .* no columns"),
+        ("prompts.csv", {"name": "large"}, "name='large'.*: a file has no .*configurations"),
+        ("one", {"split": "test"}, "has no split='test' .*, but the splits train"),
+        ("several", {"split": "test", "name": "large"}, "name='large', but the splits test, dev without one"),
     ],
 )
 def test_nothing_that_is_asked_of_a_source_is_ignored(tmp_path, name, options, message):
@@ -248,14 +221,12 @@ def test_text_files_splits_and_columns(files):
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("nothing.txt", {}, "does not exist"),
-        ("rows.tsv", {}, "is no file of a kind that can be read"),
+        ("nothing.txt", {}, "must be a file that exists"),
+        ("rows.tsv", {}, "must be a file that exists"),
         ("empty.txt", {}, "no line with a prompt"),
-        ("latin.txt", {}, "not UTF-8"),
+        ("latin.txt", {}, "cannot be read: 'utf-8' codec"),
         ("broken.json", {}, "cannot be read"),
-        ("words.csv", {}, r"needs .prompt.; rename one: .*column: caption"),
         ("words.csv", {"column": "text"}, "no column 'text', but caption, n"),
-        ("splits", {"split": "validation"}, "cannot be read: .*validation"),
     ],
 )
 def test_files_that_cannot_be_read(files, name, options, says):
@@ -278,7 +249,9 @@ def test_a_hub_id_without_a_network(monkeypatch):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match=r"'owner/words': no such file, and as a hub id .*reach the Hub.*give a local file"):
+    with pytest.raises(
+        ValueError, match=r"'owner/words': cannot be read: .*reach the Hub; no such file exists, and a hub id needs"
+    ):
         open_dataset("owner/words", split="test", name="small")
     assert asked == [("owner/words", "small", "test")]
 
@@ -335,15 +308,15 @@ def test_prompts_that_were_drawn_ahead_are_kept():
 
 def test_a_state_that_only_one_side_has_is_warned_of(caplog):
     FunctionPrompts(Counter()).load_state_dict({})
-    assert "prompt_function has a state of its own for the prompts and the checkpoint has none" in caplog.text
+    assert "prompt_function has a state for the prompts and the checkpoint has none" in caplog.text
     FunctionPrompts(lambda: ("a", {})).load_state_dict({"function": {"count": 1}})
-    assert "the checkpoint has a state of its own for the prompts and prompt_function has none" in caplog.text
+    assert "the checkpoint has a state for the prompts and prompt_function has none" in caplog.text
 
 
 def test_negative_prompts_without_guidance_are_said_to_be_unused(make_trainer, caplog):
-    from rlr_trainer.rollouts import batches as experience
+    from rlr_trainer.rollouts import sampler
 
-    experience._warn_of_unused_negative_prompts.cache_clear()
+    sampler._warn_of_unused_negative_prompts.cache_clear()
     make_trainer(max_steps=1).train()
     assert "negative prompts" not in caplog.text
     make_trainer(max_steps=1, overwrite=True, negative_prompt="blurry").train()

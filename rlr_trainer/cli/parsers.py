@@ -1,0 +1,137 @@
+"""The arguments of every subcommand; needs neither torch nor transformers, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rlr_trainer import __version__
+from rlr_trainer.cli import serve_reward
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="rlr-trainer",
+        description="Fine-tune diffusion models on a reward.",
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted, 143 ended by SIGTERM after a checkpoint.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"rlr-trainer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for add in (_add_train, _add_demo, _add_sample, _add_diagnose, serve_reward.add_parser, _add_report):
+        add(commands, common)
+    return parser
+
+
+def _command(commands: Any, common: argparse.ArgumentParser, name: str, short: str, description: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        parents=[common],
+        help=short,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    return made
+
+
+def _add_train(commands: Any, common: argparse.ArgumentParser) -> None:
+    train = commands.add_parser(
+        "train",
+        parents=[common],
+        help="train as a YAML file says",
+        description="Trains as a YAML file says. Every key of the file can be given, or overridden, on the command line: "
+        "--learning_rate 1e-4 --fo_steps 3. The keys are model, reward, prompts, eval_prompts and every option of RLRConfig; an unknown "
+        "key is an error. A value means the same in both places. A list is written [1, 2] in the file and 1 2 on the command line.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    train.add_argument("-h", "--help", action="store_true", help="show this message with every option, and exit")
+    train.add_argument("--config", help="YAML file of keys and values")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint's folder, or without a value from the last one in output_dir",
+    )
+    train.set_defaults(usage=train.format_help, takes_overrides=True)
+
+
+def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
+    short = "fine-tune the bundled digits model"
+    description = "Fine-tunes the bundled digits model on a reward, in about a minute, and judges the result."
+    add = _command(commands, common, "demo", short, description).add_argument
+    add("--target", type=int, default=7, choices=range(10), help="digit that the digit reward asks for")
+    add(
+        "--reward",
+        default="digit",
+        choices=("digit", "ink", "compressibility"),
+        help="a classifier's probability of the target, mean brightness, or the size as a JPEG file, which is a black box",
+    )
+    add("--estimator", help="preset plan; otherwise rlr, or ddpo for the black box")
+    add("--max_steps", type=int, default=40, help="updates, of 32 samples each")
+    add("--output_dir", default="runs/demo", help="folder for the run's files")
+    add("--seed", type=int, default=0, help="seed of the run; those of the evaluation are fixed")
+    add("--overwrite", action="store_true", help="allow an output_dir that holds another run")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_sample(commands: Any, common: argparse.ArgumentParser) -> None:
+    sample = _command(
+        commands,
+        common,
+        "sample",
+        "pictures of a base or fine-tuned model",
+        "Samples pictures as training does and writes 000.png, 001.png, ... and grid.png; with --reward also rewards.json. "
+        "Picture i is that of RLRTrainer.generate for the same weights, prompts and seed.",
+    )
+    add = sample.add_argument
+    add("--model", required=True, help="digits, a pipeline's folder, or a hub id")
+    add("--lora", help="LoRA weights: a run's folder, one of its checkpoints, or a hub id")
+    add("--prompts", required=True, nargs="+", help="prompts, or a file of them (.txt, .json, .jsonl, .csv, .parquet)")
+    add("--num_images", type=int, default=1, help="pictures of each prompt")
+    add("--seed", type=int, default=0, help="seed of the noise")
+    add("--output_dir", default="samples", help="folder for the pictures")
+    add("--overwrite", action="store_true", help="allow a folder that holds such pictures")
+    add("--reward", nargs="+", help="score the pictures: as the key reward of train")
+    add("--batch_size", type=int, default=8, help="pictures at a time")
+    add("--use_cpu", action="store_true", help="no GPU, even if there is one")
+    add = sample.add_argument_group(
+        "sampling; by default as the weights were trained (their rlr_config.json), else as train does",
+        argument_default=argparse.SUPPRESS,
+    ).add_argument
+    add("--num_steps", dest="sample_num_steps", type=int, metavar="T", help="denoising steps")
+    add("--guidance_scale", dest="sample_guidance_scale", type=float, metavar="W", help="guidance weight; 1 or less: none")
+    add("--eta", dest="sample_eta", type=float, metavar="ETA", help="noise of DDIM, 0 to 1")
+    add("--negative_prompt", help="negative prompt")
+    add("--height", type=int, help="in pixels")
+    add("--width", type=int, help="in pixels")
+
+
+def _add_diagnose(commands: Any, common: argparse.ArgumentParser) -> None:
+    short = "measure bias, noise, time and memory of gradient estimators on a run's model and reward"
+    description = (
+        "Measures what each estimator would do in the run that a YAML file and overrides describe (as for train), prints a table with "
+        "a recommendation, and writes diagnosis.json and diagnosis.png to output_dir. Nothing is trained."
+    )
+    diagnose = _command(commands, common, "diagnose", short, description)
+    diagnose.set_defaults(takes_overrides=True)
+    add = diagnose.add_argument
+    add("--config", help="YAML file of keys and values")
+    add("--time_limit", type=float, default=300.0, help="seconds to measure for")
+    add("--num_batches", type=int, help="at most so many updates per plan; otherwise what the time allows")
+
+
+def _add_report(commands: Any, common: argparse.ArgumentParser) -> None:
+    short = "write one HTML page about one or several runs"
+    description = (
+        "Reads the folders of runs and writes one self-contained HTML page: rewards, pictures, diagnostics, settings. With several "
+        "folders the runs are compared. The page opens in any browser without a network."
+    )
+    add = _command(commands, common, "report", short, description).add_argument
+    add("folders", nargs="+", metavar="RUN_DIR", help="output_dir of a run")
+    add("--output", default="report.html", help="file to write")
