@@ -19,8 +19,7 @@ from tqdm.auto import tqdm
 from rlr_trainer.estimators import Feedback, Sweep
 from rlr_trainer.estimators.chain import sample_chain
 from rlr_trainer.estimators.plan import EstimatorPlan
-from rlr_trainer.pipelines import Conditioning, PipelineChain, Policy
-from rlr_trainer.pipelines.base import PipelineAdapter
+from rlr_trainer.pipelines import Conditioning, Layout, PipelineAdapter, PipelineChain, Policy
 from rlr_trainer.schedules.ddim import DDIMSchedule
 
 STEPS = 12
@@ -35,7 +34,7 @@ class UNetOnly(PipelineAdapter):
         self.unet = unet
 
     denoiser = frozen_modules = decoder = None
-    latent_shape = encode_prompts = decode = save_lora = load_lora = None
+    layout = encode_prompts = decode = save_lora = load_lora = None
 
 
 def make_chain(size: str, device: torch.device, batch: int):
@@ -59,7 +58,8 @@ def make_chain(size: str, device: torch.device, batch: int):
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
     schedule = DDIMSchedule.from_scheduler(scheduler, STEPS, 1.0)
-    return PipelineChain(UNetOnly(unet), policy, policy, schedule, conditioning, (4, edge, edge), device)
+    layout, live = Layout((4, edge, edge), 8 * edge, 8 * edge), policy.trainable_parameters()
+    return PipelineChain(UNetOnly(unet), policy, policy, schedule, conditioning, layout, device, live)
 
 
 def peak_bytes(run, device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Run by torchrun in tests/test_distributed.py: does the jobs of FOLDER/jobs.json one after the other, one file per job and rank.
+"""Run by torchrun in tests/training/test_distributed.py: does the jobs of FOLDER/jobs.json one after the other, one file per job and rank.
 
 Starting two interpreters takes longer than any job, so many jobs share a start. Usage: distributed_worker.py FOLDER
 """
@@ -50,8 +50,6 @@ class Recorder(TrainerCallback):
         self.prompts.append(rollout.prompts)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.fault == "callback" and RANK == 1 and state.global_step == 1:
-            raise ZeroDivisionError("a callback of process 1, broken on purpose")
         if self.fault == "signal":
             Path(args.output_dir, f"process-{RANK}").write_text(str(os.getpid()))
 
@@ -119,13 +117,13 @@ def train(folder, job, pipeline):
     recorder, hooked = Recorder(job.get("fault")), []
     trainer = make(folder, job, pipeline, recorder, lambda batches, step, tracker: hooked.append((step, len(batches))))
     if job.get("fault") == "disk" and RANK == 0:
-        trainer.adapter.save_lora = lambda directory: Path("/dev/full").write_text("x" * 10_000)
+        trainer.parts.adapter.save_lora = lambda directory: Path("/dev/full").write_text("x" * 10_000)
     trainer.train(resume_from_checkpoint=job.get("resume"))
     sharded = any(hasattr(p, "full_tensor") for p in trainer.policy.parameters())
     assert sharded == bool(job.get("fsdp")), "not trained as the job says"
     if job.get("save"):
         trainer.save_pretrained(str(folder / "saved"))
-    with trainer.averaged_weights():
+    with trainer.parts.weights.averaged():
         averaged = {name: whole(p) for name, p in trainer.policy.trainable_parameters().items()}
     return {
         "gradients": recorder.gradients,
@@ -135,7 +133,7 @@ def train(folder, job, pipeline):
         "hooked": hooked,
         "history": [row for row in trainer.state.log_history if "loss" in row],
         "evaluation": trainer.evaluate() if job.get("evaluate") else None,
-        "pictures": [row.prompt for row, _ in trainer._fixed()] if trainer.args.num_log_images else None,
+        "pictures": [row.prompt for row, _ in trainer.parts.pictures.rows(False)] if trainer.args.num_log_images else None,
         "updates": trainer.state.global_step,
     }
 

@@ -1,4 +1,4 @@
-"""Program for tests/test_resume.py: trains in forked children that it kills. Usage: kill_worker.py dataset|function|full-disk
+"""Program for tests/persistence/test_resume.py: trains in forked children that it kills. Usage: kill_worker.py
 
 Forked, because a fresh interpreter needs seconds to import its libraries. Works in the current folder.
 """
@@ -6,7 +6,6 @@ Forked, because a fresh interpreter needs seconds to import its libraries. Works
 import json
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -19,9 +18,9 @@ torch.set_num_threads(1)
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits  # noqa: E402
 from rlr_trainer.digits.rewards import digit_reward  # noqa: E402
-from rlr_trainer.persistence.checkpoints import list_checkpoints  # noqa: E402
+from rlr_trainer.persistence.checkpoints import CheckpointStore  # noqa: E402
 
-UPDATES, KILLS = 160, 24  # no life makes more than 6 updates or so, and the last one has some left
+UPDATES, KILLS = 120, 12  # no life makes more than 9 updates or so, and the last one has some left
 PIPELINE = digits.load_pipeline()
 REWARD = digit_reward(7)
 
@@ -30,26 +29,25 @@ def prompt():
     return digits.class_prompt((random.randrange(10) + np.random.randint(10) + int(torch.randint(10, ()))) % 10), {}
 
 
-def make(folder, kind, **options):
+def make(folder):
     settings = {
         "estimator": "rlr", "num_inner_epochs": 2, "sample_num_steps": 4, "sample_guidance_scale": 1.0, "per_device_train_batch_size": 4,
         "max_steps": UPDATES, "lora_r": 2, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2,
         "ema_decay": 0.9, "use_cpu": True, "disable_tqdm": True, "output_dir": folder,
-    } | options  # fmt: skip
-    rows = [{"prompt": digits.class_prompt(d)} for d in range(6)] if kind == "dataset" else None
-    return RLRTrainer(RLRConfig(**settings), REWARD, None if rows else prompt, PIPELINE, train_dataset=rows)
+    }  # fmt: skip
+    return RLRTrainer(RLRConfig(**settings), REWARD, prompt, PIPELINE)
 
 
-def train(folder, kind):
-    trainer = make(folder, kind)
-    trainer.train(resume_from_checkpoint=bool(list_checkpoints(Path(folder))) or None)
+def train(folder):
+    trainer = make(folder)
+    trainer.train(resume_from_checkpoint=bool(CheckpointStore(folder).checkpoints()) or None)
     final = Path(folder, "final")
     final.mkdir()
     torch.save({name: p.detach() for name, p in trainer.policy.trainable_parameters().items()}, final / "weights.pt")
     torch.save(trainer.optimizer.state_dict(), final / "optimizer.pt")
 
 
-def in_child(folder, kind, log):
+def in_child(folder, log):
     """The process number of a child that trains."""
     child = os.fork()
     if child:
@@ -58,7 +56,7 @@ def in_child(folder, kind, log):
     os.dup2(log.fileno(), 2)
     code = 1
     try:
-        train(folder, kind)
+        train(folder)
         code = 0
     except BaseException:
         import traceback
@@ -70,7 +68,7 @@ def in_child(folder, kind, log):
 
 
 def newest(folder):
-    return max((int(path.name.rpartition("-")[2]) for path in list_checkpoints(folder)), default=0)
+    return max((int(path.name.rpartition("-")[2]) for path in CheckpointStore(folder).checkpoints()), default=0)
 
 
 def check_alive(child):
@@ -90,19 +88,19 @@ def wait_for_writing(child, folder):
         check_alive(child)
 
 
-def kill_and_resume(kind):
+def kill_and_resume():
     with open("whole.log", "w") as log:
-        _, status = os.waitpid(in_child("whole", kind, log), 0)
+        _, status = os.waitpid(in_child("whole", log), 0)
     assert status == 0, Path("whole.log").read_text()[-3000:]
     delays, kills, half_written = random.Random(), 0, 0
     # a kill may find a run that has overwritten nothing yet: `overwrite` is not set, so a folder without a checkpoint is cleaned
     while True:
         folder = Path("killed")
-        if folder.is_dir() and not list_checkpoints(folder):
+        if folder.is_dir() and not CheckpointStore(folder).checkpoints():
             for path in sorted(folder.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
         with open("killed.log", "w") as log:
-            child = in_child("killed", kind, log)
+            child = in_child("killed", log)
             if kills < KILLS:
                 wait_for(child, newest(folder) + delays.randrange(3), folder)
                 time.sleep(delays.uniform(0, 0.2))
@@ -118,28 +116,5 @@ def kill_and_resume(kind):
     print(json.dumps({"kills": kills, "with_a_half_written_checkpoint": half_written}))
 
 
-def fill_the_disk():
-    trainer = make("run", "dataset", max_steps=2)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    def limit(state):
-        if state.global_step == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-
-    from transformers import TrainerCallback
-
-    class Limit(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            limit(state)
-
-    trainer.add_callback(Limit())
-    try:
-        trainer.train()
-    except OSError as error:
-        print(error)
-    else:
-        raise SystemExit("it was written")
-
-
 if __name__ == "__main__":
-    fill_the_disk() if sys.argv[1] == "full-disk" else kill_and_resume(sys.argv[1])
+    kill_and_resume()

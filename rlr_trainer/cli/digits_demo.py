@@ -16,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback
 from rlr_trainer import digits
 from rlr_trainer.cli.demo import DemoOptions
 from rlr_trainer.digits.rewards import digit_reward, ink
-from rlr_trainer.observing.callbacks import RewardProgress
+from rlr_trainer.observing.progress import RewardProgress
 from rlr_trainer.rewards import jpeg_compressibility
 from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.trainer import RLRTrainer

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ def check(folder: Path) -> None:
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of what was written; take an earlier checkpoint")
-        if path.suffix in (".pt", ".pth"):
+        if path.parent == folder and path.suffix in (".pt", ".pth"):  # DeepSpeed's own files, in a folder below, hold objects
             _check_readable(path)
 
 
@@ -229,24 +229,31 @@ def _read_list(folder: Path) -> dict[str, tuple[int, str]]:
     """
     path = folder / FILES_LIST
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        text = path.read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is not a complete checkpoint: {FILES_LIST}, which is written last, is missing; take an earlier one"
         ) from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); take an earlier checkpoint") from error
     wrong = [name for name in listed if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts]
-    if wrong or not listed:
-        what = f"it names {wrong[0]!r}" if wrong else "it lists no files"
-        raise CheckpointError(f"{path} is damaged: {what}; take an earlier checkpoint")
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: it names {wrong[0]!r}; take an earlier checkpoint")
+    entries = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in listed.items()}
+    if not listed or text != _list_text(entries):  # a name that stands there twice would leave a file unchecked
+        raise CheckpointError(f"{path} is damaged: it is no list as it is written; take an earlier checkpoint")
     return listed
+
+
+def _list_text(files: Mapping[str, Mapping[str, Any]]) -> str:
+    return json.dumps({"format": 1, "files": files}, indent=1)
 
 
 def _seal(folder: Path) -> None:
     """Writes the list of files, and makes everything in the folder durable."""
-    files = {}
+    files: dict[str, dict[str, int | str]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != FILES_LIST:
             with open(path, "rb") as file:
@@ -254,7 +261,7 @@ def _seal(folder: Path) -> None:
                 os.fsync(file.fileno())
             files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     with open(folder / FILES_LIST, "w", encoding="utf-8") as file:
-        json.dump({"format": 1, "files": files}, file, indent=1)
+        file.write(_list_text(files))
         file.flush()
         os.fsync(file.fileno())
 

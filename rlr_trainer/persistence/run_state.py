@@ -86,6 +86,10 @@ class RunState:
             CheckpointError: the state is missing, damaged, or does not fit this run.
         """
         state = load_safely(folder / STATE_FILE)
+        if not isinstance(state, dict) or not {"settings", "parts", "lost"} <= state.keys():
+            raise CheckpointError(
+                f"{folder / STATE_FILE} is not of this version of rlr_trainer; start a new run from the trained weights"
+            )
         check_changes(folder, compare(state["settings"], self.settings()), given_optimizer)
         if state["lost"]:
             raise CheckpointError(

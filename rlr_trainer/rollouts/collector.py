@@ -25,7 +25,7 @@ from rlr_trainer.rollouts.batches import CHOICES, NOISE, PERTURBATIONS, RolloutS
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts, PromptRow
 from rlr_trainer.rollouts.sampler import Sampler
-from rlr_trainer.rollouts.scorer import RolloutScoring, Scored, Scorer, check_some_reward, reward_metrics
+from rlr_trainer.rollouts.scorer import RolloutScoring, Scored, Scorer, check_rollout, reward_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Collector:
         order, rewards = self.processes.gather_in_order(index, [result.total for result in results])
         _, parts = self.processes.gather_in_order(index, [result.values.T for result in results])
         errors = self.processes.sum(sum(result.errors for result in results))
-        check_some_reward(rewards, self.scorer.rewards, errors, f"rollout {number}")
+        check_rollout(rewards, self.scorer.rewards, errors, f"rollout {number}")
         prompts = tuple(row.prompt for row in rows)
         advantages, factors = self.advantages.of_rollout(rewards, parts, prompts, self.paired)
         batches = [_complete(b, s, order, advantages, factors) for b, s in zip(sampled, scored, strict=True)]

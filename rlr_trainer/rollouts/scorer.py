@@ -201,7 +201,7 @@ class RolloutScoring:
         self.failure = error
 
 
-def check_some_reward(values: Tensor, rewards: Rewards, errors: int, where: str) -> None:
+def check_rollout(values: Tensor, rewards: Rewards, errors: int, where: str) -> None:
     """Refuses a rollout with nothing to learn from.
 
     Args:
@@ -209,13 +209,19 @@ def check_some_reward(values: Tensor, rewards: Rewards, errors: int, where: str)
         errors: calls that failed and were skipped, of all processes.
 
     Raises:
-        RewardError: all are NaN.
+        RewardError: all are NaN, or so large that their variance overflows.
     """
     if torch.isnan(values).all():
         failed = f" ({errors} calls failed; the last error of this process: {rewards.last_failure})" if errors else ""
         raise RewardError(
             f"{where}: all {len(values)} rewards are NaN or None, so there is nothing to learn from; check the reward "
             f"function{'s' if len(rewards.names) > 1 else ''} {', '.join(rewards.names)}{failed}"
+        )
+    there = values[~torch.isnan(values)]
+    if not torch.isfinite(there.square().sum()):
+        raise RewardError(
+            f"{where}: rewards from {float(there.min()):.3g} to {float(there.max()):.3g} are so large that their variance is no "
+            f"{str(there.dtype).removeprefix('torch.')} number; bring reward {', '.join(rewards.names)} to a size near 1"
         )
 
 

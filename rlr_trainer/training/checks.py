@@ -69,6 +69,16 @@ def _check_deepspeed(config: RLRConfig, plan: EstimatorPlan, plugin: Any) -> Non
         )
 
 
+def check_precision(config: RLRConfig, accelerator: Any) -> None:
+    """Refuses fp16 where there is no loss scale: on a CPU the networks would meet inputs of another precision.
+
+    Raises:
+        ValueError: names the way out.
+    """
+    if config.fp16 and accelerator.scaler is None and accelerator.device.type == "cpu":
+        raise ValueError("fp16=True on a CPU: needs an accelerator; leave fp16 unset, or set bf16=True")
+
+
 def check_rewards(rewards: Rewards, config: RLRConfig, plan: EstimatorPlan, processes: int, evaluates: bool) -> None:
     """Refuses group-wise and async rewards where they cannot work.
 

@@ -50,6 +50,7 @@ def _option(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+@replaced.explains_options
 @dataclass
 class RLRConfig(TrainingArguments):
     """Options of `RLRTrainer`, beside those of `transformers.TrainingArguments`.
@@ -64,6 +65,8 @@ class RLRConfig(TrainingArguments):
     Raises:
         ValueError: an option outside its range, or a combination that cannot be; names field, value, rule and way out.
     """
+
+    _from_trl = False  # whether output_dir was made of a TRL config; no field: it is no option
 
     # Of a union of three types and more, transformers.HfArgumentParser and trl.TrlParser take the second: it must be str.
 
@@ -240,7 +243,7 @@ class RLRConfig(TrainingArguments):
     @property
     def output_dir_is_default(self) -> bool:
         """Whether nobody chose `output_dir` by name: then another run in it is no reason to refuse."""
-        return "output_dir" not in self._changed or getattr(self, "_from_trl", False)
+        return "output_dir" not in self._changed or self._from_trl
 
     @property
     def device(self) -> Any:

@@ -77,7 +77,8 @@ class StopOnTermination(TrainerCallback):
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(received), device=self.accelerator.device)
             received = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-        if received and not self.inside_rollout():
+        ends = state.global_step >= state.max_steps  # a run whose last rollout is not used up gets no further
+        if received and (ends or not self.inside_rollout()):
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True

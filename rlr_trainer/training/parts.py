@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.divergence import check_noise
 from rlr_trainer.estimators.plan_state import PlanState
-from rlr_trainer.observing.callbacks import BetweenRollouts, RunFiles
+from rlr_trainer.observing.callbacks import BetweenRollouts
 from rlr_trainer.observing.pictures import SAMPLES_FOLDER, FixedSamples, SampleLog
+from rlr_trainer.observing.run_files import RunFiles
 from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared_settings
 from rlr_trainer.persistence.weights import Weights
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
@@ -32,7 +33,14 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
-from rlr_trainer.training.checks import check_batches, check_best_metric, check_optimizer, check_rewards, check_sharding
+from rlr_trainer.training.checks import (
+    check_batches,
+    check_best_metric,
+    check_optimizer,
+    check_precision,
+    check_rewards,
+    check_sharding,
+)
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
 from rlr_trainer.training.interruption import StopOnTermination
@@ -105,6 +113,7 @@ class Parts:
         """
         config = self.config
         check_sharding(config, self.plan_state.plan, accelerator)
+        check_precision(config, accelerator)
         check_batches(config, self.plan_state.plan, accelerator.num_processes)
         check_optimizer(optimizer, self.policy.trainable_parameters())
         self.has_own_optimizer = optimizer is not None

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
-from rlr_trainer.observing.callbacks import RolloutBar
 from rlr_trainer.observing.pictures import thumbnails, vector_diversity
+from rlr_trainer.observing.progress import RolloutBar
 from rlr_trainer.observing.trackers import connect_accelerator
 from rlr_trainer.persistence.checkpoints import CheckpointStore, check
 from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder
@@ -88,7 +88,8 @@ def start_rollout(trainer: Any, model: nn.Module) -> None:
     parts.updater.begin(batches, summary.valid_fraction)
     parts.metrics.add(summary.metrics | diversity(summary, parts.processes))
     if trainer.image_samples_hook is not None and trainer.is_world_process_zero():
-        trainer.image_samples_hook(summary.pictures, trainer.state.global_step, trainer.trackers())
+        hook = trainer.adapt_hook(trainer.image_samples_hook)
+        hook(summary.pictures, trainer.state.global_step, trainer.trackers())
     trainer.control = trainer.callback_handler.on_rollout_end(
         args, trainer.state, trainer.control, rollout=summary, plan=trainer.plan
     )

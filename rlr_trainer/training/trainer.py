@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,7 +82,8 @@ class RLRTrainer(TRLBaseTrainer):
         eval_reward_function: RewardFunction | Sequence[RewardFunction] | None = None,
     ) -> None:
         names.check_overrides(type(self), RLRTrainer)
-        self.image_samples_hook = configs.adapt_hook(config, image_samples_hook)
+        self.image_samples_hook = image_samples_hook
+        self.adapt_hook = functools.partial(configs.adapt_hook, config)  # the hook may be another one by the time it is called
         train_dataset, eval_dataset = open_dataset(train_dataset), open_dataset(eval_dataset, "eval_dataset")
         self.parts = Parts(
             own_config(config), reward_function, prompt_function, sd_pipeline,
@@ -157,9 +159,12 @@ class RLRTrainer(TRLBaseTrainer):
             model, batch, backward, factor=backward.factor, on_policy=on_policy, ends_update=ends_update
         )
         if ends_update:
-            metrics |= parts.updater.finish(batch, backward.set_up())
+            metrics |= parts.updater.finish(batch, backward.set_up(), f"update {self.state.global_step + 1}")
         parts.metrics.add(metrics | {"time/backward": time.perf_counter() - started})
         return torch.tensor(metrics["loss"], device=self.accelerator.device) / args.gradient_accumulation_steps
+
+    def _send_telemetry(self) -> None:
+        """TRL reports the use of trainers on its base; this library reports nothing."""
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.parts.between_rollouts.hold(self.control, inside=bool(self.parts.queue))

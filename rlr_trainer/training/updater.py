@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.divergence import Penalty
@@ -126,7 +128,8 @@ class Updater:
         """
         chain = self.sampler.chain(model, batch.conditioning)
         clip_range = None if on_policy else self.options.clip_range
-        is_first_order, ends = batch.draw.first_order, ends_update
+        is_first_order = batch.draw.first_order
+        ends = ends_update  # whether the present backward pass ends the update
 
         @contextlib.contextmanager
         def scope(steps: list[int], is_last: bool) -> Iterator[None]:
@@ -157,11 +160,19 @@ class Updater:
         self._fit_control_variate(batch, result)
         return self._metrics(batch, result, clip_range)
 
-    def finish(self, batch: ScoredBatch, factor: float = 1.0) -> dict[str, float]:
+    def finish(self, batch: ScoredBatch, factor: float = 1.0, where: str = "the update") -> dict[str, float]:
         """Completes the update after its last micro-batch, `batch`: adds the zeroth-order part to `.grad`.
+
+        Args:
+            batch: the micro-batch.
+            factor: what gradients are multiplied by.
+            where: for messages.
 
         Returns:
             Gradient norms of the parts and, if asked for, of the steps; the start of the sub-chain.
+
+        Raises:
+            FloatingPointError: the norm of the whole gradient is not finite.
         """
         norms = self._meter.part_norms()
         if self._zeroth:
@@ -170,6 +181,8 @@ class Updater:
                 self._params[name].grad = factor * term if gradient is None else gradient.add_(term, alpha=factor)
             norms["zo"] = sum(float(term.square().sum()) for term in self._zeroth.values()) ** 0.5
             self._zeroth = {}
+        if abs(factor) == 1:  # with a loss scale an overflow is usual: the scaler skips the update and lowers the scale
+            check_norm(self._params, where)
         metrics = {f"estimator/{part}_grad_norm": norm for part, norm in norms.items()}
         if self.options.measure_steps:
             metrics |= {f"estimator/step_grad_norm/{step}": norm for step, norm in self._meter.step_norms().items()}
@@ -226,3 +239,19 @@ class Updater:
             metrics["ratio/max_abs_dev"] = float(deviation.max())
             metrics["clip_ratio"] = float((deviation > clip_range).float().mean()) if clip_range else 0.0
         return metrics
+
+
+def check_norm(params: Mapping[str, nn.Parameter], where: str) -> None:
+    """Refuses a gradient whose norm is not finite: clipped by it every entry would be 0 or NaN, and Adam's squares would stay infinite.
+
+    Raises:
+        FloatingPointError: names the norm and what to do.
+    """
+    gradients = [parameter.grad for parameter in params.values() if parameter.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)  # a shard's with FSDP
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"{where}: the norm of the gradient is {norm}, so nothing can be learnt from it; bring the reward and its gradient to a size "
+            "near 1, or use a wider precision"
+        )

@@ -118,31 +118,32 @@ def run_ours(config, pipeline, reward, folder, prompts=10) -> Run:
     draw_weights(parameters)
     order, ratios, losses = [], [], []
 
-    fill, record, step = trainer._queue.fill, trainer._record_sweep, trainer.training_step
+    queue, updater, step = trainer.parts.queue, trainer.parts.updater, trainer.training_step
+    fill, fit = queue.fill, updater._fit_control_variate
 
-    def keep_rollout(parts, rows, sizes):
+    def keep_rollout(parts, rows):
         if parts:
             whole = type(parts[0]).concatenate(parts)
             run.latents.append(whole.rollout.latents)
             run.noises.append(whole.rollout.noises)
             run.rewards.append(whole.rewards)
             run.drawn_steps.append(whole.draw.score != 0)
-        fill(parts, rows, sizes)
+        fill(parts, rows)
 
-    def keep_sweep(experience, result, *rest):
-        values = torch.full((len(experience), config.sample_num_steps), torch.nan)
+    def keep_sweep(batch, result):
+        values = torch.full((len(batch), config.sample_num_steps), torch.nan)
         for number, log_ratio in result.log_ratios.items():
             values[:, number] = log_ratio.exp()
-        order.append(experience.index)
-        ratios.append((values, experience.advantage.clone()))
-        return record(experience, result, *rest)
+        order.append(batch.index)
+        ratios.append((values, batch.advantage.clone()))
+        fit(batch, result)
 
     def keep_loss(*arguments, **keywords):
         loss = step(*arguments, **keywords)
         losses.append(float(loss))
         return loss
 
-    trainer._queue.fill, trainer._record_sweep, trainer.training_step = keep_rollout, keep_sweep, keep_loss
+    queue.fill, updater._fit_control_variate, trainer.training_step = keep_rollout, keep_sweep, keep_loss
     trainer.train()
     batches = config.gradient_accumulation_steps
     run.losses = [sum(losses[i : i + batches]) for i in range(0, len(losses), batches)]

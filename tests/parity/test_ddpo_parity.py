@@ -80,9 +80,7 @@ def starting_weights(run):
         },  # four updates from one rollout, the later ones off-policy
         {"train_adv_clip_max": 0.7},
         {"train_timestep_fraction": 0.5},
-        {"sample_eta": 0.3},
-        {"negative_prompts": "blurred"},
-        {"sample_guidance_scale": 1.5, "seed": 3},
+        {"sample_eta": 0.3, "negative_prompts": "blurred", "sample_guidance_scale": 1.5, "seed": 3},
     ],
     ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()) or "defaults",
 )

@@ -1,11 +1,10 @@
 """The average of the trained weights: its formula, and where it is used."""
 
+import contextlib
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from rlr_trainer import digits
 from rlr_trainer.pipelines import LORA_FILE
@@ -18,16 +17,6 @@ def weights_of(trainer):
     return {name: p.detach().clone() for name, p in trainer.policy.trainable_parameters().items()}
 
 
-class History(TrainerCallback):
-    """The weights after every update."""
-
-    def __init__(self):
-        self.weights = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-
-
 def averaged_by_hand(start, history, decay):
     """decay_n = min(decay, (1 + n) / (10 + n)) after n updates, and 0 at the first, as diffusers' EMAModel has it."""
     average = {name: value.clone() for name, value in start.items()}
@@ -37,51 +26,50 @@ def averaged_by_hand(start, history, decay):
     return average
 
 
-def test_follows_the_weights_and_gives_them_back(make_trainer):
-    history = History()
-    trainer = make_trainer(ema_decay=0.15, max_steps=4, learning_rate=1e-2, callbacks=[history])
-    start = weights_of(trainer)
-    trainer.train()
-    expected = averaged_by_hand(start, history.weights, 0.15)
-    trained = weights_of(trainer)
-    with trainer.averaged_weights():
-        with trainer.averaged_weights():  # nested: nothing more happens
-            inside = weights_of(trainer)
-        assert all(torch.equal(inside[name], tensor) for name, tensor in weights_of(trainer).items())
-    for name, tensor in inside.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
-    assert any(not torch.equal(inside[name], trained[name]) for name in trained)
-    assert all(torch.equal(trained[name], tensor) for name, tensor in weights_of(trainer).items())
-
-
-def test_weights_come_back_after_an_error():
+@pytest.fixture
+def followed():
+    """A parameter, its average, and a function that takes an update."""
     parameter = torch.nn.Parameter(torch.ones(2))
-    average = WeightAverage({"w": parameter}, 0.9)
-    with torch.no_grad():
-        parameter += 1
-    seen = []
+    average = WeightAverage({"w": parameter}, 0.15)
 
-    def fail():
-        with average.applied():
-            seen.append(parameter.detach().clone())
-            raise RuntimeError("on purpose")
+    def update(value):
+        with torch.no_grad():
+            parameter.fill_(value)
+        average.on_step_end(None, None, None)
 
-    with pytest.raises(RuntimeError, match="on purpose"):
-        fail()
-    assert torch.equal(seen[0], torch.ones(2))
-    assert torch.equal(parameter, torch.full((2,), 2.0))
+    return parameter, average, update
 
 
-def test_the_training_itself_does_not_change(make_trainer, pipeline):
-    weights = []
-    for options in ({}, {"ema_decay": 0.5}):
-        trainer = make_trainer(
-            sd_pipeline=copy.deepcopy(pipeline), overwrite=True, max_steps=3, eval_strategy="steps", eval_steps=1,
-            eval_dataset=[{"prompt": digits.PROMPT}] * 2, **options,
-        )  # fmt: skip
-        trainer.train()
-        weights.append(weights_of(trainer))
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+def test_follows_the_weights_and_gives_them_back(followed):
+    parameter, average, update = followed
+    values = [2.0, -1.0, 0.5, 7.0]
+    for value in values:
+        update(value)
+    expected = averaged_by_hand({"w": torch.ones(2)}, [{"w": torch.full((2,), value)} for value in values], 0.15)["w"]
+    with average.applied():
+        with average.applied():  # nested: nothing more happens
+            torch.testing.assert_close(parameter.detach(), expected)
+        torch.testing.assert_close(parameter.detach(), expected)
+    assert parameter.tolist() == [7, 7]
+    assert abs(float(expected[0]) - 7) > 0.1
+
+
+def test_weights_come_back_after_an_error(followed):
+    parameter, average, update = followed
+    update(2.0)
+    with pytest.raises(RuntimeError, match="on purpose"), average.applied():
+        raise RuntimeError("on purpose")
+    assert parameter.tolist() == [2, 2]
+
+
+def test_a_checkpoint_has_the_count_and_the_weights_are_the_average(followed):
+    parameter, average, update = followed
+    update(2.0)
+    again = WeightAverage({"w": parameter}, 0.15)
+    again.load_state_dict(average.state_dict())
+    assert again.updates == average.updates == 1
+    with again.applied():
+        assert parameter.tolist() == [2, 2]
 
 
 def test_pictures_evaluation_and_the_saved_weights_are_the_average_s(make_trainer, pipeline):
@@ -90,7 +78,7 @@ def test_pictures_evaluation_and_the_saved_weights_are_the_average_s(make_traine
     trainer.train()
     pictures, reward = trainer.generate([digits.PROMPT] * 2), trainer.evaluate()["eval_reward"]
     trainer.save_model("saved")
-    with trainer.averaged_weights():
+    with trainer.parts.weights.averaged():
         average = weights_of(trainer)
     base = copy.deepcopy(pipeline)
     base.load_lora_weights("saved", weight_name=LORA_FILE)
@@ -99,18 +87,8 @@ def test_pictures_evaluation_and_the_saved_weights_are_the_average_s(make_traine
         assert torch.equal(tensor, expected), name
     torch.testing.assert_close(reloaded.generate([digits.PROMPT] * 2), pictures, rtol=0, atol=1e-5)
     assert reloaded.evaluate()["eval_reward"] == pytest.approx(reward, abs=1e-6)
-    trainer.average = None
+    trainer.parts.evaluator.averaged = contextlib.nullcontext
     assert not torch.allclose(trainer.generate([digits.PROMPT] * 2), pictures, atol=1e-4)
-
-
-def test_a_checkpoint_holds_both(make_trainer):
-    trainer = make_trainer(ema_decay=0.15, max_steps=3, save_strategy="steps", save_steps=3, learning_rate=1e-2, output_dir="run")
-    trainer.train()
-    from safetensors.torch import load_file
-
-    raw, average = (load_file(Path("run/checkpoint-3") / folder / LORA_FILE) for folder in (".", "average"))
-    assert raw.keys() == average.keys()
-    assert any(not torch.equal(raw[name], average[name]) for name in raw)
 
 
 def test_the_best_checkpoint_brings_its_average(make_trainer):
@@ -123,27 +101,7 @@ def test_the_best_checkpoint_brings_its_average(make_trainer):
     assert trainer.evaluate()["eval_reward"] == pytest.approx(best, abs=1e-6)
 
 
-def test_resuming_a_run_without_an_average_starts_one(make_trainer, pipeline, caplog):
-    options = {"save_strategy": "steps", "save_steps": 1, "output_dir": "run"}
-    make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=1, **options).train()
-    resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=2, ema_decay=0.5, **options)
-    resumed.train(resume_from_checkpoint=True)
-    assert "ema_decay=None -> 0.5" in caplog.text
-    assert resumed.average.updates == 1
-
-
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, float("nan")])
 def test_decay_outside_its_range_is_refused(make_trainer, value):
     with pytest.raises(ValueError, match="ema_decay=.*must lie between 0 and 1"):
         make_trainer(ema_decay=value)
-
-
-def test_everything_large_in_an_experience_moves(make_trainer):
-    """Rollouts kept on the CPU: shown with the device that holds no data, as there may be no accelerator."""
-    trainer = make_trainer(estimator="rlr", kl_coef=0.1)
-    experience = trainer._collector(trainer.model).collect(0)[0][0]
-    moved = experience.to("meta")
-    tensors = [t for part in (moved.rollout.latents, moved.rollout.noises, moved.rollout.means) for t in part]
-    tensors += [*moved.conditioning.positive.values(), moved.reward_gradient, moved.advantage, moved.scale, moved.divergence_to_go]
-    assert all(tensor.device.type == "meta" for tensor in tensors)
-    assert all(tensor.device.type == "cpu" for tensor in experience.rollout.latents)

@@ -4,64 +4,79 @@ import copy
 
 import pytest
 import torch
+from tiny_adapter import tiny_run
 
-from rlr_trainer import digits
 from rlr_trainer.estimators.divergence import gaussian_divergence
-from rlr_trainer.estimators.plan import PlanError
+from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
+from rlr_trainer.pipelines import Policy
+from rlr_trainer.rollouts.advantage_rule import AdvantageRule
 
 
-def perturb(trainer, scale=0.02):
+def perturb(policy, scale=0.02):
     """Moves the trained weights away from the start, so that there is a divergence."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in trainer.policy.trainable_parameters().values():
+        for parameter in policy.trainable_parameters().values():
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def replay(trainer, untouched, experience, rewards_of):
-    """E[R] - w KL of a batch by plain autograd through the whole chain, the reference being an untouched pipeline."""
-    from rlr_trainer.pipelines import PipelineChain, Policy, adapt
-
-    chain = trainer._make_chain(trainer.model, experience.conditioning)
-    adapter = adapt(untouched)
-    policy = Policy(adapter.denoiser)
-    reference = PipelineChain(
-        adapter, policy, policy, trainer.schedule, experience.conditioning, trainer.latent_shape, torch.device("cpu")
-    )
-    x, kl = experience.rollout.latents[0], 0.0
+def replay(chain, reference, rollout, score):
+    """Rewards and divergences of a batch by plain autograd through the whole chain."""
+    x, kl = rollout.latents[0], 0.0
     for step in range(chain.num_steps):
         mean, std = chain.transition(step, x, chain.parameters())
         kl = kl + gaussian_divergence(mean, std, *reference.transition(step, x, reference.parameters()))
-        x = mean + std * experience.rollout.noises[step]
-    return rewards_of(trainer.adapter.decode(x)), kl
+        x = mean + std * rollout.noises[step]
+    return score(x), kl
 
 
-@pytest.mark.parametrize("use_lora", [True, False], ids=["lora", "whole-network"])
-@pytest.mark.parametrize("recompute", ["recursive", "graph"])
-def test_gradient_is_that_of_reward_minus_divergence(make_trainer, pipeline, seven, use_lora, recompute):
-    untouched = copy.deepcopy(pipeline)
-    coefficient = 0.05
-    trainer = make_trainer(
-        estimator="full_bp", kl_coef=coefficient, advantage="none", max_steps=1, use_lora=use_lora, recompute=recompute, max_grad_norm=0.0,
-        log_estimator_norms=False,
-    )  # fmt: skip
-    perturb(trainer, 0.02 if use_lora else 0.002)
-    batches, summary = trainer._collector(trainer.model).collect(0)
-    reward, kl = replay(trainer, untouched, batches[0], lambda images: seven(images, (digits.PROMPT,) * 4, ({},) * 4))
+def check_gradient(found, summary, reward, kl, coefficient, params):
+    """Of E[R] - coefficient * KL, where the divergence counts."""
     assert summary.metrics["kl"] == pytest.approx(float(kl.detach().mean()), rel=1e-4)
     assert float(kl.detach().min()) > 0.01
-    parameters = trainer.policy.trainable_parameters()
-    expected = torch.autograd.grad((reward - coefficient * kl).mean(), list(parameters.values()))
-    plain = torch.autograd.grad(replay(trainer, untouched, batches[0], seven_of(seven))[0].mean(), list(parameters.values()))
-    trainer.training_step(trainer.model, {})
+    objective = (reward - coefficient * kl).mean()
+    expected = torch.autograd.grad(objective, list(params.values()), retain_graph=True)
+    plain = torch.autograd.grad(reward.mean(), list(params.values()))
     size = max(float(g.abs().max()) for g in expected)
     assert max(float((e - p).abs().max()) for e, p in zip(expected, plain, strict=True)) > 0.05 * size
-    for parameter, gradient in zip(parameters.values(), expected, strict=True):
-        torch.testing.assert_close(-parameter.grad, gradient, rtol=0, atol=2e-4 * size)
+    for name, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(-found[name], gradient, rtol=0, atol=2e-4 * size)
 
 
-def seven_of(seven):
-    return lambda images: seven(images, (digits.PROMPT,) * len(images), ({},) * len(images))
+@pytest.mark.parametrize("recompute", ["recursive", "graph"])
+def test_gradient_is_that_of_reward_minus_divergence(recompute):
+    run = tiny_run(
+        EstimatorPlan.from_preset("full_bp", 4),
+        advantages=AdvantageRule("none"),
+        with_reference=True,
+        kl_coef=0.05,
+        recompute=recompute,
+    )
+    reference = Policy(copy.deepcopy(run.policy.denoiser))
+    perturb(run.policy, 0.2)
+    (batch,), summary = run.collect()
+    chain = run.sampler.chain(run.policy, batch.conditioning)
+    reward, kl = replay(chain, chain.under(reference), batch.rollout, run.scorer.differentiable(batch.prompts, batch.metadata))
+    found, (metrics, _) = run.gradient([batch])
+    check_gradient(found, summary, reward, kl, 0.05, run.policy.trainable_parameters())
+    assert metrics["loss"] == pytest.approx(-float((reward - 0.05 * kl).detach().mean()), rel=1e-5)
+    parts, _ = run.gradient([batch.select(torch.tensor(rows)) for rows in ([2], [3, 0, 1])])
+    assert all(torch.allclose(parts[name], tensor, atol=1e-6) for name, tensor in found.items())
+
+
+def test_lora_weights_are_off_in_the_reference(make_trainer, pipeline):
+    untouched = Policy(copy.deepcopy(pipeline).unet)
+    trainer = make_trainer(
+        estimator="full_bp", kl_coef=0.05, advantage="none", max_steps=1, max_grad_norm=0.0, log_estimator_norms=False
+    )
+    parts = trainer.parts
+    perturb(trainer.policy)
+    (batch,), summary = parts.collector.collect(trainer.model, 0)
+    chain = parts.sampler.chain(trainer.model, batch.conditioning)
+    reward, kl = replay(chain, chain.under(untouched), batch.rollout, parts.scorer.differentiable(batch.prompts, batch.metadata))
+    trainer.training_step(trainer.model, {})
+    params = trainer.policy.trainable_parameters()
+    check_gradient({name: p.grad for name, p in params.items()}, summary, reward, kl, 0.05, params)
 
 
 def test_metric_starts_at_zero_and_grows_with_training(make_trainer):
@@ -72,14 +87,14 @@ def test_metric_starts_at_zero_and_grows_with_training(make_trainer):
     assert all(value > 0 for value in lines[1:])
 
 
-@pytest.mark.parametrize("estimator", ["full_bp", "rlr", "ddpo"])
-def test_the_penalty_alone_leads_back_to_the_reference(make_trainer, estimator):
-
+def test_the_penalty_alone_leads_back_to_the_reference(make_trainer):
     def nothing(images, prompts, metadata):
         return 0 * images.mean((1, 2, 3))
 
-    trainer = make_trainer(estimator=estimator, kl_coef=1.0, max_steps=12, learning_rate=3e-3, reward_function=nothing)
-    perturb(trainer)
+    trainer = make_trainer(
+        estimator="rlr", kl_coef=1.0, max_steps=12, learning_rate=3e-3, reward_function=nothing, sample_num_steps=3
+    )
+    perturb(trainer.policy)
     trainer.train()
     lines = [row["kl"] for row in trainer.state.log_history if "loss" in row]
     assert lines[-1] < 0.5 * lines[0]
@@ -93,30 +108,6 @@ def test_without_it_there_is_no_metric_and_the_run_is_the_same(make_trainer, pip
         assert ("kl" in trainer.state.log_history[0]) == bool(options)
         weights.append([p.detach().clone() for p in trainer.policy.trainable_parameters().values()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-
-
-def test_inner_epochs_and_other_batch_sizes(make_trainer, pipeline):
-    """The divergence of a sample does not depend on the batch that it was sampled in."""
-    found = []
-    for options in (
-        {"per_device_train_batch_size": 4},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    ):
-        trainer = make_trainer(
-            sd_pipeline=copy.deepcopy(pipeline),
-            estimator="ddpo",
-            advantage="leave_one_out",
-            optim="sgd",  # Adam's first step would blow up the rounding of gradients near 0
-            kl_coef=1.0,
-            max_steps=1,
-            overwrite=True,
-            **options,
-        )
-        perturb(trainer)
-        trainer.train()
-        found.append({name: p.detach().clone() for name, p in trainer.policy.trainable_parameters().items()})
-    for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from rlr_trainer import digits
-from rlr_trainer.estimators.chain import sample_chain, seeded_generator
-from rlr_trainer.pipelines import Conditioning, PipelineChain, Policy, ScaledConditioning, adapt
-from rlr_trainer.pipelines import base as pipelines_base
+from rlr_trainer.estimators.chain import sample_chain
+from rlr_trainer.pipelines import Layout, PipelineChain, Policy, PromptCache, adapt, load_pipeline
 
 PROMPTS = [digits.class_prompt(3), digits.class_prompt(8)]
 
@@ -17,10 +16,10 @@ PROMPTS = [digits.class_prompt(3), digits.class_prompt(8)]
 def make_chain(pipeline, prompts=PROMPTS, negatives=("", ""), guidance=1.0, steps=5, eta=1.0):
     adapter = adapt(pipeline)
     policy = Policy(adapter.denoiser)
-    conditioning = adapter.condition(prompts, list(negatives), guidance)
-    shape = adapter.latent_shape(None, None)
-    chain = PipelineChain(adapter, policy, policy, adapter.schedule(steps, eta), conditioning, shape, torch.device("cpu"))
-    return adapter, chain
+    layout = adapter.layout(None, None)
+    conditioning = adapter.encode(prompts, list(negatives), guidance, layout, PromptCache())
+    schedule, live = adapter.schedule(layout, steps, eta), policy.trainable_parameters()
+    return adapter, PipelineChain(adapter, policy, policy, schedule, conditioning, layout, torch.device("cpu"), live)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -41,7 +40,7 @@ def test_sampling_equals_the_pipelines_own(pipeline, monkeypatch, guidance, pred
         PROMPTS, negative_prompt=negatives, num_inference_steps=5, guidance_scale=guidance, eta=1.0, latents=rollout.latents[0],
         output_type="pt",
     ).images  # fmt: skip
-    torch.testing.assert_close(adapter.decode(rollout.sample).detach(), images, rtol=0, atol=2e-4)
+    torch.testing.assert_close(adapter.decode(rollout.sample, chain.layout).detach(), images, rtol=0, atol=2e-4)
 
 
 def test_pictures_are_decoded_in_the_decoders_precision_within_autocast_too(pipeline):
@@ -49,44 +48,24 @@ def test_pictures_are_decoded_in_the_decoders_precision_within_autocast_too(pipe
     adapter = adapt(pipeline)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = adapter.decode(latents)
+        expected = adapter.decode(latents, adapter.layout(None, None))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(adapter.decode(latents), expected)
+            assert torch.equal(adapter.decode(latents, adapter.layout(None, None)), expected)
 
 
 def test_any_height_and_width(pipeline):
     adapter = adapt(pipeline)
-    assert adapter.latent_shape(None, None) == (4, 8, 8)
-    assert adapter.latent_shape(48, 64) == (4, 12, 16)
-
-
-def test_each_prompt_is_encoded_once(pipeline, monkeypatch):
-    adapter = adapt(pipeline)
-    calls = []
-    encode = adapter.encode_prompts
-    monkeypatch.setattr(adapter, "encode_prompts", lambda prompts: calls.extend(prompts) or encode(prompts))
-    first = adapter.condition(["a", "b", "a"], ["", "", ""], 5.0)
-    adapter.condition(["b", "a"], ["", ""], 5.0)
-    assert sorted(calls) == ["", "a", "b"]
-    rows = first.positive["encoder_hidden_states"]
-    assert torch.equal(rows[0], rows[2])
-    own = pipeline.encode_prompt(["b"], "cpu", 1, False)[0][0]
-    torch.testing.assert_close(rows[1], own, rtol=0, atol=1e-6)
-
-
-def test_the_prompt_cache_is_bounded(pipeline, monkeypatch):
-    monkeypatch.setattr(pipelines_base, "PROMPT_CACHE_SIZE", 3)
-    adapter = adapt(pipeline)
-    for text in "abcdef":
-        adapter.condition([text], [""], 1.0)
-    assert len(adapter._encoded) == 3
+    assert adapter.layout(None, None) == Layout((4, 8, 8), 32, 32)
+    assert adapter.layout(48, 64) == Layout((4, 12, 16), 48, 64)
+    with pytest.raises(ValueError, match="height=33: must be a positive multiple of 4"):
+        adapter.layout(33, None)
 
 
 def test_no_guidance_means_no_negative_branch(pipeline):
     adapter = adapt(pipeline)
-    assert adapter.condition(["a"], [""], 1.0).negative is None
-    assert adapter.condition(["a"], [""], 0.0).negative is None
-    assert adapter.condition(["a"], [""], 1.5).negative is not None
+    for scale, guided in ((1.0, False), (0.0, False), (1.5, True)):
+        conditioning = adapter.encode(["a"], [""], scale, adapter.layout(None, None), PromptCache())
+        assert (conditioning.negative is not None) == guided
 
 
 def test_other_parameters_run_the_same_network(pipeline):
@@ -123,46 +102,6 @@ def test_one_step_prediction_at_the_last_step_is_the_schedulers(pipeline):
     torch.testing.assert_close(chain.predict_clean(3, x, chain.parameters()), expected, rtol=0, atol=1e-5)
 
 
-def test_scaled_conditioning_changes_at_its_steps(pipeline):
-    adapter = adapt(pipeline)
-    coarse, mid, fine = (adapter.condition([digits.class_prompt(d)], [""], 1.0) for d in (1, 2, 3))
-    scaled = ScaledConditioning((coarse, mid, fine), (2, 4))
-    assert [scaled.at(step) for step in range(6)] == [coarse, coarse, mid, mid, fine, fine]
-    joined = ScaledConditioning.concatenate([scaled, scaled]).select(torch.tensor([1]))
-    assert isinstance(joined.at(0), Conditioning)
-    assert torch.equal(joined.at(5).positive["encoder_hidden_states"], fine.positive["encoder_hidden_states"])
-
-
-def test_scale_prompts_reach_their_steps(make_trainer):
-    seen = []
-
-    def reward(images, prompts, metadata):
-        seen.extend(prompts)
-        return images.mean((1, 2, 3))
-
-    texts = (digits.class_prompt(3), digits.class_prompt(8))
-    trainer = make_trainer(
-        prompt_scales=[1], prompt_function=lambda: (texts, {}), reward_function=reward, sample_guidance_scale=3.0
-    )
-    trainer.train()
-    assert set(seen) == {texts[1]}  # the reward sees the finest
-    generated = trainer.generate([texts] * 2, seed=4)
-    parts = [adapt(trainer.adapter).condition([text] * 2, [""] * 2, 3.0) for text in texts]
-    generators = [seeded_generator(4, 3, i) for i in range(2)]
-    rollout = sample_chain(trainer._make_chain(trainer.model, ScaledConditioning(tuple(parts), (1,))), 2, generators)
-    torch.testing.assert_close(generated, trainer.adapter.decode(rollout.sample).detach(), rtol=0, atol=1e-5)
-
-
-def test_wrong_numbers_of_scales(make_trainer):
-    with pytest.raises(ValueError, match=r"prompt_scales=\[3, 2\]: must be increasing"):
-        make_trainer(prompt_scales=[3, 2])
-    with pytest.raises(ValueError, match=r"prompt_scales=\[4\]"):
-        make_trainer(prompt_scales=[4])
-    trainer = make_trainer(prompt_scales=[2], prompt_function=lambda: (("a", "b", "c"), {}))
-    with pytest.raises(ValueError, match="brings 3 prompts, one per scale, but prompt_scales=\\[2\\] makes 2 scales"):
-        trainer.train()
-
-
 def test_models_that_the_adapter_cannot_feed(pipeline):
     other = copy.deepcopy(pipeline)
     other.unet.register_to_config(time_cond_proj_dim=8)
@@ -179,3 +118,25 @@ def test_a_wrapped_pipeline_is_unwrapped(pipeline):
         sd_pipeline = pipeline
 
     assert adapt(Wrapper()).pipeline is pipeline
+
+
+def test_a_pipeline_without_an_adapter():
+    class OtherPipeline:
+        config = {}
+
+    with pytest.raises(TypeError, match="OtherPipeline, which has no adapter; supported are StableDiffusionPipeline"):
+        adapt(OtherPipeline())
+
+
+def test_a_folder_that_is_missing_or_damaged(pipeline, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no model_index.json"):
+        load_pipeline(tmp_path / "empty")
+    pipeline.save_pretrained(tmp_path / "broken")
+    weights = tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_pipeline(str(tmp_path / "broken"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_pipeline(tmp_path / "broken")

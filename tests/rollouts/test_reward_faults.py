@@ -178,7 +178,7 @@ def test_a_rollout_that_fails_altogether_ends_the_run(make_trainer):
 
 def test_the_check_before_the_first_rollout_skips_nothing(make_trainer):
     trainer = make_trainer(reward_function=FailsOnCall(1), on_reward_error="skip", **SCORED | {"check_reward": True})
-    trainer._start_rollout = lambda model: pytest.fail("sampled before the reward was tried")
+    trainer.parts.collector.collect = lambda *arguments: pytest.fail("sampled before the reward was tried")
     with pytest.raises(RewardError, match="the server went away .*the check of the reward before the first rollout"):
         trainer.train()
 
@@ -206,18 +206,20 @@ def test_an_interrupt_in_the_reward_passes_through(make_trainer, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("when", "updates", "calls"), [("check", 0, (1, 1)), ("first batch", 0, (3, 2)), ("second rollout", 1, (5, 4))]
-)
-def test_a_failure_in_one_process_ends_all(tmp_path, when, updates, calls):
-    command = torchrun(2, WORKER, tmp_path, when)
+def test_a_failure_in_one_process_ends_all(tmp_path):
+    command = torchrun(2, WORKER, tmp_path)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment(), check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
-    where = "the check of the reward before the first rollout" if when == "check" else f"rollout {updates}"
-    assert first.startswith(f"{updates} updates, {calls[0]} calls: scoring failed on process 1 in {where}")
-    assert second.startswith(f"{updates} updates, {calls[1]} calls: reward 'failing' raised OSError: the disk is full")
-    assert second.endswith("| OSError")
+    check = "the check of the reward before the first rollout"
+    for when, where, updates, calls in (
+        ("check", check, 0, (1, 1)),
+        ("first batch", "rollout 0", 0, (3, 2)),
+        ("second rollout", "rollout 1", 1, (5, 4)),
+    ):
+        first, second = ((tmp_path / f"{when} {rank}.txt").read_text() for rank in (0, 1))
+        assert first.startswith(f"{updates} updates, {calls[0]} calls: scoring failed on process 1 in {where}")
+        assert second.startswith(f"{updates} updates, {calls[1]} calls: reward 'failing' raised OSError: the disk is full")
+        assert second.endswith("| OSError")
 
 
 # ---- pieces, threads, groups ----
@@ -453,7 +455,7 @@ def test_rewards_that_do_not_fit_the_run_are_refused_at_once(make_trainer, optio
 
 def test_a_group_spread_over_processes_is_refused():
     from rlr_trainer.rewards import Rewards
-    from rlr_trainer.rollouts.scorer import check_rewards
+    from rlr_trainer.training.checks import check_rewards
 
     config = RLRConfig(
         output_dir="x",

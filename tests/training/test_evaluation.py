@@ -1,8 +1,7 @@
-"""Evaluation: prompts, seeds, rewards of its own, several processes, best checkpoints; and the command that samples."""
+"""Evaluation in a run: rewards and datasets of its own, when it runs, best checkpoints; and the command that samples."""
 
 import copy
 import json
-import math
 import subprocess
 from pathlib import Path
 
@@ -10,12 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from programs import environment, torchrun
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 
-from rlr_trainer import RewardError, digits
+from rlr_trainer import digits
 from rlr_trainer.cli import main
 from rlr_trainer.digits.rewards import ink
-from rlr_trainer.rewards.calling import groupwise
 
 WORKER = Path(__file__).parents[1] / "evaluation_worker.py"
 PROMPTS = [{"prompt": digits.class_prompt(d), "digit": d} for d in range(5)]
@@ -29,67 +27,22 @@ def make_trainer(make_trainer):
     return lambda **options: make_trainer(**({"sample_num_steps": 2} | options))
 
 
-def dark(images, prompts, metadata):
-    return 1 - images.mean((1, 2, 3))
+def test_rewards_and_datasets_of_its_own(make_trainer):
+    """A black box too, in a run that needs gradients."""
 
+    def number(images, prompts, metadata):
+        return [row["digit"] for row in metadata]
 
-def test_evaluation_scores_the_pictures_that_generate_makes(make_trainer):
-    trainer = make_trainer(eval_dataset=PROMPTS)
+    trainer = make_trainer(
+        eval_dataset={"low": PROMPTS[:2], "high": PROMPTS[3:]},
+        eval_reward_function=[ink, number],
+    )
     metrics = trainer.evaluate()
-    images = trainer.generate([row["prompt"] for row in PROMPTS], seed=trainer.args.seed)
-    rewards = trainer.rewards(images, tuple(row["prompt"] for row in PROMPTS), ({},) * 5, differentiable=False).total
-    assert metrics["eval_reward"] == pytest.approx(float(rewards.mean()), abs=1e-6)
-    assert metrics["eval_reward_std"] == pytest.approx(float(rewards.std(correction=0)), abs=1e-6)
-    assert metrics["eval_samples_dropped"] == 0
+    assert [round(metrics[f"eval_{name}_rewards/number/mean"], 6) for name in ("low", "high")] == [0.5, 3.5]
+    assert trainer.evaluate(PROMPTS[2:3], metric_key_prefix="test")["test_rewards/number/mean"] == 2.0
     assert trainer.evaluate() == metrics
-
-
-def test_several_pictures_per_prompt_keep_the_first_and_add_others(make_trainer):
-    seen = []
-
-    def keep(images, prompts, metadata):
-        seen.extend(zip(prompts, images, metadata, strict=True))
-        return images.mean((1, 2, 3))
-
-    trainer = make_trainer(eval_dataset=PROMPTS, eval_reward_function=keep)
-    trainer.evaluate()
-    single = list(seen)
-    seen.clear()
-    trainer.args.eval_images_per_prompt = 3
-    trainer.evaluate()
-    assert [prompt for prompt, _, _ in seen] == [row["prompt"] for row in PROMPTS for _ in range(3)]
-    assert [metadata["digit"] for _, _, metadata in seen] == [d for d in range(5) for _ in range(3)]
-    for one, three in zip(single, seen[::3], strict=True):
-        torch.testing.assert_close(three[1], one[1], rtol=0, atol=1e-4)
-    assert len({round(float(image.sum()), 2) for _, image, _ in seen}) == 15  # no picture twice
-
-
-def test_rewards_of_its_own(make_trainer):
-    trainer = make_trainer(reward_function=ink, eval_reward_function=[ink, dark], eval_dataset=PROMPTS)
-    metrics = trainer.evaluate()
-    assert metrics["eval_reward"] == pytest.approx(1, abs=1e-5)
-    assert metrics["eval_rewards/ink/mean"] + metrics["eval_rewards/dark/mean"] == pytest.approx(1, abs=1e-5)
-    assert metrics["eval_rewards/dark/std"] > 0
-    trainer.train()
-    assert "rewards/dark/mean" not in trainer.state.log_history[0]
-
-
-def test_a_black_box_may_evaluate_a_run_that_needs_gradients(make_trainer):
-    trainer = make_trainer(eval_reward_function=lambda i, p, m: [float(n) for n in range(len(p))], eval_dataset=PROMPTS)
-    trainer.train()
-    assert trainer.evaluate()["eval_reward"] == pytest.approx((0 + 1 + 2 + 3 + 0) / 5)
-
-
-def test_pictures_without_a_reward_are_dropped_and_counted(make_trainer):
-    def odd(images, prompts, metadata):
-        return [None if row["digit"] % 2 else 1.0 for row in metadata]
-
-    trainer = make_trainer(eval_reward_function=odd, eval_dataset=PROMPTS)
-    metrics = trainer.evaluate()
-    assert (metrics["eval_reward"], metrics["eval_samples_dropped"]) == (1.0, 2.0)
-    trainer = make_trainer(eval_reward_function=lambda i, p, m: [math.nan] * len(p), eval_dataset=PROMPTS, output_dir="b")
-    with pytest.raises(RewardError, match="evaluation: all 5 rewards are NaN or None"):
-        trainer.evaluate()
+    with pytest.raises(NotImplementedError, match=r"generate\(prompts, seed=...\) gives pictures"):
+        trainer.predict(PROMPTS)
 
 
 def test_queries_are_counted_apart(make_trainer):
@@ -101,17 +54,6 @@ def test_queries_are_counted_apart(make_trainer):
     assert all(row["eval_runtime"] > 0 for row in rows)
     pictures = json.loads(Path(trainer.args.output_dir, "samples/step_000000.json").read_text())
     assert pictures["prompts"] == [row["prompt"] for row in PROMPTS[:3]]
-
-
-def test_datasets_by_name(make_trainer):
-    trainer = make_trainer(
-        eval_dataset={"low": PROMPTS[:2], "high": PROMPTS[3:]}, eval_reward_function=lambda i, p, m: [r["digit"] for r in m]
-    )
-    metrics = trainer.evaluate()
-    assert (metrics["eval_low_reward"], metrics["eval_high_reward"]) == (0.5, 3.5)
-    assert trainer.evaluate(PROMPTS[2:3], metric_key_prefix="test")["test_reward"] == 2.0
-    with pytest.raises(ValueError, match="names no dataset"):
-        make_trainer(eval_dataset={})
 
 
 def test_when_evaluation_runs(make_trainer, pipeline):
@@ -163,17 +105,6 @@ def test_the_best_checkpoint_is_kept_and_loaded(make_trainer):
     assert any(not torch.equal(now[name], weights[3][name]) for name in now)
 
 
-def test_early_stopping(make_trainer):
-    values = iter([0.1, 0.5, 0.4, 0.3, 0.9])
-    trainer = make_trainer(
-        eval_dataset=PROMPTS[:1], eval_reward_function=lambda i, p, m: [next(values)], eval_strategy="steps", eval_steps=1, max_steps=8,
-        save_strategy="steps", save_steps=1, load_best_model_at_end=True, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
-    )  # fmt: skip
-    trainer.train()
-    assert trainer.state.global_step == 4
-    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.5, 2)
-
-
 def test_the_metric_of_the_best_checkpoint_exists(make_trainer):
     """Trainer's default, a loss, does not; Trainer would say so at the first evaluation."""
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -186,36 +117,6 @@ def test_the_metric_of_the_best_checkpoint_exists(make_trainer):
     for dataset, wrong in ((named, "reward"), (PROMPTS, "loss"), (PROMPTS, "eval_accuracy")):
         with pytest.raises(ValueError, match=f"metric_for_best_model='{wrong}' is none of the metrics.*eval_.*reward_std"):
             make_trainer(eval_dataset=dataset, metric_for_best_model=wrong, **options)
-
-
-def test_predict_says_what_to_use(make_trainer):
-    with pytest.raises(NotImplementedError, match=r"use generate\(prompts"):
-        make_trainer().predict(PROMPTS)
-
-
-def test_group_wise_rewards_do_not_evaluate(make_trainer):
-    @groupwise
-    def rank(images, prompts, metadata):
-        return list(range(len(prompts)))
-
-    options = {"estimator": "ddpo", "num_images_per_prompt": 2, "eval_dataset": PROMPTS}
-    trainer = make_trainer(reward_function=rank, eval_reward_function=ink, num_log_images=2, max_steps=1, **options)
-    trainer.train()
-    assert trainer.evaluate()["eval_reward"] > 0
-    with pytest.raises(ValueError, match="pass another eval_reward_function"):
-        make_trainer(reward_function=ink, eval_reward_function=rank, output_dir="b", **options).evaluate()
-
-
-def test_a_run_with_a_group_wise_reward_shows_pictures_without_rewards(make_trainer):
-    @groupwise
-    def rank(images, prompts, metadata):
-        return list(range(len(prompts)))
-
-    trainer = make_trainer(reward_function=rank, estimator="ddpo", num_images_per_prompt=2, num_log_images=2, max_steps=1)
-    trainer.train()
-    record = json.loads(Path(trainer.args.output_dir, "samples/step_000001.json").read_text())
-    assert record["rewards"] == [None, None]
-    assert trainer.eval_queries == 0
 
 
 # ---- several processes ----
@@ -254,46 +155,6 @@ def test_two_processes_evaluate_and_show_what_one_does(tmp_path):
         json.loads((tmp_path / name / "run/rewards.jsonl").read_text().splitlines()[0])["rewards"] for name in ("one", "two")
     ]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
-
-
-class TwoProcesses:
-    """Stands for a second process in the arithmetic of sharding: both shares are computed one after the other."""
-
-    def __init__(self, accelerator, rank, store):
-        self._accelerator, self.process_index, self.num_processes, self._store = accelerator, rank, 2, store
-
-    def __getattr__(self, name):
-        return getattr(self._accelerator, name)
-
-    def gather(self, tensor):
-        calls = self._store.setdefault(self.process_index, [])
-        calls.append(tensor)
-        other = self._store.get(1 - self.process_index, [])
-        mate = other[len(calls) - 1] if len(other) >= len(calls) else torch.zeros_like(tensor)
-        return torch.cat([mate, tensor] if self.process_index else [tensor, mate])
-
-
-@pytest.mark.parametrize("count", [1, 3, 5])
-def test_shares_of_two_processes_make_the_whole(make_trainer, count):
-    """Also where the second has nothing to do: it samples a picture that does not count."""
-    trainer = make_trainer(eval_dataset=PROMPTS[:count], per_device_train_batch_size=2)
-    prompts = [row["prompt"] for row in PROMPTS[:count]]
-    whole, expected = trainer.generate(prompts), trainer.evaluate()
-    own, store, calls = trainer.accelerator, {}, []
-    forward = trainer.adapter.denoiser.forward
-    trainer.adapter.denoiser.forward = lambda *a, **k: (calls.append(trainer.accelerator.process_index), forward(*a, **k))[1]
-    for rank in (0, 1):
-        trainer.accelerator = TwoProcesses(own, rank, store)
-        shared = trainer.generate(prompts)
-    torch.testing.assert_close(shared, whole, rtol=0, atol=1e-4)
-    store.clear()
-    for rank in (0, 1):
-        trainer.accelerator = TwoProcesses(own, rank, store)
-        metrics = trainer.evaluate()
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, abs=1e-5), name
-    assert calls.count(0) == calls.count(1)  # sharded models need every process in every call
-    trainer.accelerator = own
 
 
 # ---- rlr-trainer sample ----

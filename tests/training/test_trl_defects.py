@@ -4,23 +4,23 @@
 |---------------------------------------------------------------------------|---------------------------------------------------|
 | T1  gradients are never averaged over processes                           | test_distributed.py::test_two_processes_equal_one |
 | T2  checkpointing hangs with two processes                                | test_T02                                          |
-| T3  resuming LoRA trains a dead adapter                                   | test_T03                                          |
-| T4  the epoch is taken from the number of the checkpoint                  | test_T04                                          |
-| T5  saving after resuming: "already exists"                               | test_T05                                          |
+| T3  resuming LoRA trains a dead adapter                                   | test_T03_T04_T05_T18                              |
+| T4  the epoch is taken from the number of the checkpoint                  | test_T03_T04_T05_T18                              |
+| T5  saving after resuming: "already exists"                               | test_T03_T04_T05_T18                              |
 | T6  the default config crashes in the second epoch                        | test_T06                                          |
 | T7  construction fails before accelerate is set up                        | test_T07, parity/test_scripts.py                  |
 | T8  an image hook needs a tracker                                         | test_T08                                          |
 | T9  async rewards need futures                                            | test_T09                                          |
-| T10 save_pretrained and push_to_hub raise                                 | test_T10                                          |
+| T10 save_pretrained and push_to_hub raise                                 | test_T10, persistence/                           |
 | T11 a saved LoRA pipeline cannot be loaded                                | test_T11                                          |
 | T12 std 0 gives NaN                                                       | test_T12                                          |
-| T13 the old log-density is not that of the stored latent                  | test_T13                                          |
-| T14 training and sampling with different guidance                         | test_T14                                          |
+| T13 the old log-density is not that of the stored latent                  | test_T13_T14                                      |
+| T14 training and sampling with different guidance                         | test_T13_T14                                      |
 | T15 integer rewards make integer advantages                               | test_T15                                          |
-| T16 one negative prompt for all                                           | test_T16                                          |
-| T17 prompts that differ after 77 tokens, or in case, share statistics     | test_T17                                          |
-| T18 resuming resets the step, the prompts and the statistics              | test_T18                                          |
-| T19 whole trajectories on the GPU, twice                                  | test_T19                                          |
+| T16 one negative prompt for all                                           | rollouts/test_sampler.py                          |
+| T17 prompts that differ after 77 tokens, or in case, share statistics     | rollouts/test_collector.py                        |
+| T18 resuming resets the step, the prompts and the statistics              | test_T03_T04_T05_T18                              |
+| T19 whole trajectories on the GPU, twice                                  | rollouts/test_collector.py                        |
 | T20 LoRA weights in the folder are ignored                                | test_T20                                          |
 | T21 LoRA rank, targets, scheduler, resolution are hard-coded              | test_T21                                          |
 | T22 AlignProp's truncation is drawn anew at every step                    | test_T22                                          |
@@ -48,6 +48,7 @@ from trl_configs import alignprop_config, ddpo_config
 from rlr_trainer import PlanError, RLRConfig, RLRTrainer, digits
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.pipelines import LORA_FILE
+from rlr_trainer.training import running
 
 SMALL = {"sample_num_steps": 3, "sample_guidance_scale": 1.0}
 
@@ -116,50 +117,6 @@ def test_T02_two_processes_save_and_resume(tmp_path):
     assert {"rng_state_0.pth", "rng_state_1.pth", LORA_FILE} <= saved  # every process's random numbers, not the first one's alone
 
 
-def test_T03_resuming_trains_the_adapter_that_was_saved(from_trl):
-    options = SMALL | {
-        "train_batch_size": 2,
-        "sample_batch_size": 2,
-        "sample_num_batches_per_epoch": 1,
-        "train_learning_rate": 0.01,
-    }
-    from_trl(ddpo_config(num_epochs=2, **options)).train()
-    resumed = from_trl(ddpo_config(num_epochs=4, resume_from="logs/checkpoint-2", **options))
-    assert list(resumed.adapter.denoiser.peft_config) == ["default"]  # TRL adds a second adapter and trains neither
-    resumed.train()
-    loaded = load_file("logs/checkpoint-2/" + LORA_FILE)
-    last = load_file("logs/checkpoint-4/" + LORA_FILE)
-    assert loaded.keys() == last.keys()
-    assert all(not torch.equal(loaded[name], last[name]) for name in loaded)
-    assert max(float((loaded[name] - last[name]).abs().max()) for name in loaded) < 2.5 * 0.01  # two updates on from there
-
-
-def test_T04_the_epoch_after_resuming_is_the_next_one(from_trl):
-    options = SMALL | {"save_freq": 3, "sample_num_batches_per_epoch": 1}
-    from_trl(ddpo_config(num_epochs=6, **options)).train()
-    assert sorted(path.name for path in Path("logs").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
-    shutil.rmtree("logs/checkpoint-6")
-    resumed = from_trl(ddpo_config(num_epochs=7, resume_from="logs", **options))
-    started = []
-
-    class Started(transformers.TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            started.append((state.global_step, round(state.epoch)))
-
-    resumed.add_callback(Started)
-    resumed.train()
-    assert started == [(3, 3), (4, 4), (5, 5), (6, 6)]
-
-
-def test_T05_saving_goes_on_after_resuming_from_a_named_checkpoint(from_trl):
-    options = SMALL | {"sample_num_batches_per_epoch": 1}
-    from_trl(ddpo_config(num_epochs=3, **options)).train()
-    before = load_file("logs/checkpoint-3/" + LORA_FILE)
-    from_trl(ddpo_config(num_epochs=4, resume_from="logs/checkpoint-2", **options)).train()  # writes checkpoint-3 anew
-    assert same_tensors(load_file("logs/checkpoint-3/" + LORA_FILE), before)
-    assert Path("logs/checkpoint-4").is_dir()
-
-
 def test_T06_the_default_config_trains_and_saves(from_trl):
     config = ddpo_config(
         mixed_precision="fp16", num_epochs=3, **SMALL
@@ -182,15 +139,13 @@ def test_T07_construction_needs_no_accelerate_state(from_trl):
 @pytest.mark.parametrize("log_with", [None, "tensorboard"])
 def test_T08_image_hooks_work_with_and_without_a_tracker(from_trl, log_with):
     def hook(image_data, global_step, tracker):  # the hook of TRL's example
-        result = {}
         images, prompts, _, rewards, _ = image_data[-1]
-        for i, image in enumerate(images):
-            result[f"{prompts[i]:.25} | {rewards[i].item():.2f}"] = image.unsqueeze(0).float()
-        tracker.log_images(result, step=global_step)
+        named = zip(prompts, rewards, images, strict=True)
+        tracker.log_images({f"{p:.25} | {r.item():.2f}": image.unsqueeze(0).float() for p, r, image in named}, step=global_step)
 
-    from_trl(ddpo_config(num_epochs=1, log_with=log_with, **SMALL), hook).train()
-    files = list(Path("logs").rglob("*.png" if log_with is None else "events.out.tfevents*"))
-    assert files
+    config = ddpo_config(num_epochs=1, log_with=log_with, sample_num_batches_per_epoch=1, **SMALL)
+    from_trl(config, hook).train()
+    assert list(Path("logs").rglob("*.png" if log_with is None else "events.out.tfevents*"))
 
 
 def test_T09_async_rewards_take_plain_functions(from_trl, seven):
@@ -231,33 +186,6 @@ def test_T10_weights_and_card_are_saved_and_pushed(from_trl, hub):
     assert len(hub.uploads) == 3
 
 
-def test_T10_the_repository_is_named_as_in_trl(from_trl, hub):
-    """PyTorchModelHubMixin's `push_to_hub(repo_id, ...)`, as TRL's documentation has it; Trainer's first argument is the commit message."""
-    trainer = from_trl(ddpo_config(num_epochs=1, logdir="logs", **SMALL))
-    trainer.push_to_hub("me/sevens", token="secret", private=True)
-    assert [name for name, _ in hub.uploads] == ["me/sevens"]
-    assert hub.private == {"me/sevens": True}
-    assert 'load_lora_weights("me/sevens")' in hub.uploads[0][1]["README.md"].decode()
-    trainer.push_to_hub("A better model")  # Trainer's
-    trainer.push_to_hub(commit_message="v2")
-    assert [name for name, _ in hub.uploads] == ["me/sevens"] * 3
-    with pytest.raises(
-        ValueError, match=r"push_to_hub\('sevens'\): is that the repository, as in DDPOTrainer, or the commit message"
-    ):
-        trainer.push_to_hub("sevens")
-    assert len(hub.uploads) == 3
-
-
-def test_T10_every_push_has_the_weights_of_its_checkpoint(make_trainer, hub):
-    trainer = make_trainer(push_to_hub=True, save_strategy="steps", save_steps=1, learning_rate=0.01, output_dir="digits")
-    trainer.train()
-    assert len(hub.uploads) >= 2
-    pushed = [load(files[LORA_FILE]) for _, files in hub.uploads]
-    assert same_tensors(pushed[0], load_file("digits/checkpoint-1/" + LORA_FILE))
-    assert same_tensors(pushed[-1], load_file("digits/checkpoint-2/" + LORA_FILE))
-    assert not same_tensors(pushed[0], pushed[-1])
-
-
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_T11_what_is_saved_can_be_loaded(make_trainer, pipeline, use_lora):
     from diffusers import StableDiffusionPipeline
@@ -288,62 +216,26 @@ def test_T12_a_step_without_noise_is_an_error_that_names_it(from_trl, pipeline, 
         RLRTrainer(ddpo_config(**SMALL), seven, lambda: (digits.PROMPT, {}), pipeline)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_T13_the_ratio_is_one_before_the_first_update(from_trl, precision):
-    config = ddpo_config(num_epochs=1, mixed_precision=precision, sample_num_batches_per_epoch=1, sample_num_steps=3)
-    config.accelerator_kwargs = {"cpu": True}
-    config.sample_eta = 0.05  # the published value, where rounding of the stored latents decides everything in TRL
-    from_trl(config).train()
-    (line,) = log_lines("logs")
-    assert (line["ratio/mean"], line["ratio/max_abs_dev"], line["clip_ratio"]) == (1, 0, 0)
-
-
-def test_T14_training_and_sampling_share_their_guidance(from_trl):
+def test_T13_T14_the_ratio_is_one_before_the_first_update(from_trl):
+    """In bf16, at the published eta, where rounding of the stored latents decides everything in TRL; and without guidance (T14)."""
     with pytest.raises(ValueError, match="train_cfg=False with sample_guidance_scale=3"):
         from_trl(ddpo_config(train_cfg=False, sample_guidance_scale=3.0))
-    for number, options in enumerate(({"train_cfg": False}, {})):  # without guidance TRL's sampler crashes
-        config = ddpo_config(sample_guidance_scale=1.0, sample_num_steps=3, num_epochs=1, logdir=f"run{number}", **options)
+    for number, options in enumerate(({"mixed_precision": "bf16"}, {"sample_guidance_scale": 1.0, "train_cfg": False})):
+        config = ddpo_config(
+            num_epochs=1, sample_num_batches_per_epoch=1, sample_num_steps=3, sample_eta=0.05, logdir=f"run{number}", **options
+        )
+        config.accelerator_kwargs = {"cpu": True}
         from_trl(config).train()
-        assert log_lines(f"run{number}")[0]["ratio/max_abs_dev"] == 0
+        (line,) = log_lines(f"run{number}")
+        assert (line["ratio/mean"], line["ratio/max_abs_dev"], line["clip_ratio"]) == (1, 0, 0)
 
 
-def test_T15_integer_rewards_make_real_advantages(from_trl):
-    expected = torch.tensor([-1.1832, -0.5071, 0.1690, 1.5213])
+def test_T15_integer_rewards_make_real_advantages():
     values = PerPromptStatistics(16, 4).update(["a"] * 4, torch.tensor([1, 2, 3, 5])).values
-    torch.testing.assert_close(values, expected, rtol=0, atol=1e-4)
-    seen = []
-    options = SMALL | {"sample_batch_size": 4, "train_batch_size": 4, "sample_num_batches_per_epoch": 1}
-    config = ddpo_config(num_epochs=1, per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=4, **options)
-    trainer = from_trl(config, reward=lambda images, prompts, metadata: (torch.tensor([1, 2, 3, 5])[: len(images)], {}))
-    record = trainer._record_sweep
-    trainer._record_sweep = lambda experience, *rest: seen.append(experience.advantage) or record(experience, *rest)
-    trainer.train()
-    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(values, torch.tensor([-1.1832, -0.5071, 0.1690, 1.5213]), rtol=0, atol=1e-4)
 
 
-def test_T16_every_prompt_may_have_its_own_negative_prompt(make_trainer):
-    rows = [{"prompt": digits.PROMPT, "negative_prompt": text} for text in ("one", "two", None, "one")]
-    trainer = make_trainer(train_dataset=rows, sample_guidance_scale=2.0, negative_prompt="run", shuffle_prompts=False, max_steps=1)
-    asked, encode = [], trainer.adapter.encode_prompts
-    trainer.adapter.encode_prompts = lambda prompts: asked.extend(prompts) or encode(prompts)
-    conditions, condition = [], trainer.adapter.condition
-    trainer.adapter.condition = lambda *arguments: conditions.append(arguments) or condition(*arguments)
-    trainer.train()
-    assert conditions[-1][1] == ["one", "two", "run", "one"]
-    assert sorted(asked) == sorted({digits.PROMPT, "one", "two", "run"})
-
-
-def test_T17_statistics_are_kept_by_the_prompt_itself(from_trl):
-    long = "a handwritten digit " * 60
-    texts = [f"{long}one", f"{long}two", "A Digit", "a digit"]
-    asked = iter(texts * 100)
-    options = SMALL | {"sample_batch_size": 4, "train_batch_size": 4, "sample_num_batches_per_epoch": 1}
-    trainer = from_trl(ddpo_config(num_epochs=1, per_prompt_stat_tracking=True, **options), prompt=lambda: (next(asked), {}))
-    trainer.train()
-    assert set(trainer.statistics.buffers) == set(texts)
-
-
-def test_T18_a_resumed_run_goes_on_where_it_was(from_trl):
+def test_T03_T04_T05_T18_a_resumed_run_goes_on_where_it_was(from_trl):
     def make(epochs, seen, **options):
         def prompt():
             return digits.class_prompt(int(torch.randint(10, ()))), {}
@@ -353,7 +245,7 @@ def test_T18_a_resumed_run_goes_on_where_it_was(from_trl):
 
         config = ddpo_config(
             num_epochs=epochs, per_prompt_stat_tracking=True, sample_num_batches_per_epoch=1, sample_batch_size=2, train_batch_size=2,
-            **SMALL, **options,
+            train_learning_rate=0.01, **SMALL, **options,
         )  # fmt: skip
         return from_trl(config, hook, prompt=prompt)
 
@@ -361,51 +253,26 @@ def test_T18_a_resumed_run_goes_on_where_it_was(from_trl):
     whole.train()
     shutil.copytree("whole/checkpoint-2", "resumed/checkpoint-2")
     shutil.copy("whole/metrics.jsonl", "resumed/metrics.jsonl")
+    shutil.copytree("whole/checkpoint-3", "resumed/checkpoint-3")  # T05: it is written anew
     resumed = make(4, again := [], logdir="resumed", resume_from="resumed/checkpoint-2")
+    assert list(resumed.adapter.denoiser.peft_config) == ["default"]  # T03: TRL adds a second adapter and trains neither
+    started = []
+
+    class Started(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            started.append((state.global_step, round(state.epoch)))
+
+    resumed.add_callback(Started)
     resumed.train()
+    assert started == [(2, 2), (3, 3)]  # T04
     assert len(prompts) == 4
     assert again == prompts[-2:]
     assert [line["step"] for line in log_lines("resumed")] == [1, 2, 3, 4]
     assert log_lines("resumed")[-1]["reward_queries"] == log_lines("whole")[-1]["reward_queries"]
     assert resumed.statistics.state_dict() == whole.statistics.state_dict()
     assert not moved(weights_of(whole), resumed)
-
-
-def test_T19_a_rollout_is_held_once_and_may_wait_outside_the_gpu(from_trl, monkeypatch):
-    from rlr_trainer.rollouts.batches import Experience
-
-    moves, move = [], Experience.to
-    monkeypatch.setattr(Experience, "to", lambda self, device: moves.append(str(device)) or move(self, device))
-
-    def run(folder, **options):
-        config = ddpo_config(
-            num_epochs=1, sample_batch_size=2, sample_num_batches_per_epoch=2, logdir=folder, train_num_inner_epochs=2, **SMALL
-        )
-        trainer = from_trl(RLRConfig.from_ddpo(config, use_cpu=True, **options))
-        start, held = trainer._start_rollout, []
-
-        def count(model):
-            start(model)
-            tensors = [
-                t
-                for batch in trainer._queue.state()["parts"]
-                for t in (*batch.rollout.latents, *batch.rollout.noises, *batch.rollout.means)
-            ]
-            held.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
-
-        trainer._start_rollout = count
-        trainer.train()
-        return weights_of(trainer), held
-
-    weights, held = run("here")
-    assert moves == []
-    steps, latent = SMALL["sample_num_steps"], 4 * 8 * 8 * 4  # bytes
-    assert held == [4 * latent * (steps + 1 + steps + steps)]  # latents once, noises, means: nothing permuted, no pairs of latents
-    offloaded, _ = run("offloaded", offload_rollouts=True)
-    assert (
-        moves == ["cpu"] * 2 + ["cpu"] * 8
-    )  # sampled batches leave the device, and every micro-batch comes back to it, here the CPU
-    assert all(torch.equal(weights[name], offloaded[name]) for name in weights)
+    loaded, last = (load_file(f"resumed/checkpoint-{number}/{LORA_FILE}") for number in (2, 4))
+    assert all(not torch.equal(loaded[name], last[name]) for name in loaded)
 
 
 def test_T20_weights_found_in_the_folder_are_trained_on(from_trl, make_trainer, pipeline, seven):
@@ -452,13 +319,13 @@ def test_T21_rank_targets_scheduler_and_resolution_are_options(pipeline, seven):
     assert trainer.adapter.pipeline.scheduler is own
 
 
-def test_T22_truncation_is_drawn_once_per_trajectory(from_trl):
-    trainer = from_trl(alignprop_config(sample_num_steps=50))
+def test_T22_truncation_is_drawn_once_per_trajectory():
+    plan = RLRConfig.from_trl(alignprop_config(sample_num_steps=50), use_cpu=True).plan
     counts = torch.zeros(51)
     generator = torch.Generator().manual_seed(0)
     draws = 5000
     for _ in range(draws):
-        steps = trainer.plan.draw(1, generator, shared=True).first_order[0]
+        steps = plan.draw(1, generator, shared=True).first_order[0]
         counts[int(steps.sum())] += 1
         assert bool(steps.int().diff().ge(0).all())  # a suffix of the chain: no step within it is cut off on its own
     assert counts[0] == 0
@@ -468,14 +335,10 @@ def test_T22_truncation_is_drawn_once_per_trajectory(from_trl):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_T23_alignprop_defaults_train_with_any_number_of_steps(from_trl, steps):
-    trainer = from_trl(alignprop_config(num_epochs=4, sample_num_steps=steps, sample_guidance_scale=2.0, save_freq=100))
-    for _ in range(4):
-        assert trainer.plan.draw(1, shared=True).first_order.any()
-    start = weights_of(trainer)
-    trainer.train()
-    assert moved(start, trainer)
-    assert all(line["grad_norm"] > 0 for line in log_lines("logs"))
+def test_T23_alignprop_defaults_train_with_any_number_of_steps(steps):
+    plan = RLRConfig.from_trl(alignprop_config(sample_num_steps=steps), use_cpu=True).plan
+    for seed in range(20):
+        assert plan.draw(1, torch.Generator().manual_seed(seed), shared=True).first_order.any()
 
 
 def test_T24_alignprop_saves_and_has_no_policy_gradient(from_trl):
@@ -486,40 +349,34 @@ def test_T24_alignprop_saves_and_has_no_policy_gradient(from_trl):
     assert [step for _, step, _ in seen] == [1, 2, 3]
     assert trainer.plan.scored_steps() == []
     assert not [name for line in log_lines("logs") for name in line if name.startswith("ratio")]
-    with pytest.raises(AttributeError, match="has no 'loss'"):
-        _ = trainer.loss
+    assert all(line["grad_norm"] > 0 for line in log_lines("logs"))
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_T25_the_trained_weights_are_float32_in_any_precision(pipeline, seven, precision):
+def test_T25_the_trained_weights_are_float32_in_any_precision(pipeline, seven):
     wrapped = SimpleNamespace(sd_pipeline=pipeline.to(torch.bfloat16), use_lora=False)
-    config = ddpo_config(num_epochs=1, mixed_precision=precision, train_learning_rate=1e-5, **SMALL)
+    config = ddpo_config(num_epochs=1, mixed_precision="bf16", train_learning_rate=1e-5, **SMALL)
     config.accelerator_kwargs = {"cpu": True}  # transformers has bf16 on a CPU only if it is asked for
     trainer = RLRTrainer(config, seven, lambda: (digits.PROMPT, {}), wrapped)
     assert {p.dtype for p in trainer.adapter.denoiser.parameters()} == {torch.float32}
-    assert {p.dtype for p in trainer.adapter.pipeline.text_encoder.parameters()} == {
-        torch.bfloat16 if precision == "bf16" else torch.float32
-    }
+    assert {p.dtype for p in trainer.adapter.pipeline.text_encoder.parameters()} == {torch.bfloat16}
     start = weights_of(trainer)
     trainer.train()
     assert len(moved(start, trainer)) > 0.9 * len(start)
     assert {p.dtype for p in trainer.adapter.denoiser.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("lowered", [True, False])
-def test_T25_the_first_loss_scale_of_fp16_does_not_skip_updates(from_trl, monkeypatch, lowered):
+def test_T25_the_first_loss_scale_of_fp16_does_not_skip_updates(from_trl, monkeypatch):
     """fp16 as on a GPU, with the CPU's autocast and scaler. The gradient of the summed log-density overflows at the usual scale of 65536."""
     config = ddpo_config(num_epochs=1, sample_batch_size=2, train_batch_size=2, sample_num_batches_per_epoch=1, **SMALL)
     trainer = from_trl(config, reward=lambda images, *rest: images.mean((1, 2, 3)))
-    assert trainer.accelerator.scaler is None
-    trainer._start_loss_scale()  # nothing to do in float32
+    running.lower_loss_scale(trainer.accelerator.scaler, 4 * 8 * 8)  # nothing to do in float32
     scaler = torch.amp.GradScaler("cpu")
     monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
     trainer.accelerator.native_amp, trainer.accelerator.scaler = True, scaler
-    if lowered:
-        trainer._start_loss_scale()
-        assert scaler.get_scale() == 65536 / (4 * 8 * 8)
+    assert running.Backward(trainer).set_up() == -65536  # where no backward pass sets it up (es)
+    running.lower_loss_scale(scaler, 4 * 8 * 8)
+    assert scaler.get_scale() == 65536 / (4 * 8 * 8)
     start = weights_of(trainer)
     trainer.train()
-    assert trainer.optimizer.step_was_skipped == (not lowered)
-    assert bool(moved(start, trainer)) == lowered
+    assert not trainer.optimizer.step_was_skipped
+    assert moved(start, trainer)

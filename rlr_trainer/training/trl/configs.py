@@ -92,20 +92,31 @@ SAME_MEANING = {
     "async_reward_computation": "async_rewards",
     "push_to_hub": "push_to_hub",
 }
-_CONVERTED = {
-    *(
-        "log_with",
-        "tracker_project_name",
-        "tracker_kwargs",
-        "accelerator_kwargs",
-        "logdir",
-        "project_kwargs",
-        "exp_name",
-        "run_name",
-    ),
-    *("save_freq", "num_checkpoint_limit", "resume_from", "mixed_precision", "allow_tf32", "max_workers", "log_image_freq"),
-    *("negative_prompts", "train_use_8bit_adam", "train_cfg", "train_timestep_fraction", "per_prompt_stat_tracking"),
-    *("truncated_backprop_rand", "truncated_backprop_timestep", "truncated_rand_backprop_minmax"),
+# Fields that are converted in another way -> where that leads.
+CONVERTED = {
+    "exp_name": "run_name",
+    "run_name": "run_name and output_dir",
+    "log_with": "report_to",
+    "log_image_freq": "num_log_images and log_images_steps, or an image_samples_hook",
+    "tracker_project_name": "project",
+    "tracker_kwargs": "the tracker's own environment variables",
+    "accelerator_kwargs": "use_cpu and accelerator_config",
+    "project_kwargs": "output_dir and save_total_limit",
+    "logdir": "output_dir",
+    "save_freq": "save_steps, in updates",
+    "num_checkpoint_limit": "save_total_limit",
+    "resume_from": "resume_from_checkpoint",
+    "mixed_precision": "bf16=True or fp16=True",
+    "allow_tf32": "tf32",
+    "max_workers": "reward_workers",
+    "negative_prompts": "negative_prompt",
+    "train_use_8bit_adam": "optim='adamw_bnb_8bit'",
+    "train_cfg": "sample_guidance_scale, which training uses too",
+    "train_timestep_fraction": "rest_num_steps",
+    "per_prompt_stat_tracking": "advantage='per_prompt'",
+    "truncated_backprop_rand": "fo_steps, two numbers",
+    "truncated_backprop_timestep": "fo_steps = sample_num_steps minus it",
+    "truncated_rand_backprop_minmax": "fo_steps, two numbers",
 }
 
 
@@ -136,7 +147,7 @@ def options_of_trl_config(config: Any) -> dict[str, Any]:
     own = sorted(given.keys() - fields.keys())
     if own:  # a script reads them; TRL's trainer never did
         logger.info("%s has fields of its own, which the trainer does not read: %s", type(config).__name__, ", ".join(own))
-    unknown = sorted(fields.keys() - SAME_MEANING.keys() - _CONVERTED)
+    unknown = sorted(fields.keys() - SAME_MEANING.keys() - CONVERTED.keys())
     if kind is None or unknown:
         raise ValueError(f"{type(config).__name__} has fields that are not known here ({', '.join(unknown)}): write an RLRConfig")
     options: dict[str, Any] = {SAME_MEANING[name]: value for name, value in fields.items() if name in SAME_MEANING}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
+
+from rlr_trainer.training.trl.configs import CONVERTED, SAME_MEANING
 
 P = ParamSpec("P")
+C = TypeVar("C", bound=type)
 
 # Members of DDPOTrainer and AlignPropTrainer, beside the arguments of their constructor, -> what takes its place.
 MEMBERS = {
@@ -107,10 +110,23 @@ def refuses(name: str, way_out: str) -> Any:
 # Members that are found among the trainer's `parts`.
 OF_PARTS = ("adapter", "policy", "schedule", "rewards", "eval_rewards", "prompts", "eval_prompts", "statistics", "use_lora")
 # DDPOTrainer's names of what was given to the constructor -> how it is changed.
+_ANOTHER_REWARD = "another trainer with that reward_function; a reward that changes keeps its own state"
 GIVEN = {
-    "sd_pipeline": "make another trainer with that pipeline",
-    "prompt_fn": "make another trainer with that prompt_function",
-    "reward_fn": "make another trainer with that reward_function; a reward that changes keeps its own state",
+    "sd_pipeline": "another trainer with that pipeline",
+    "prompt_fn": "another trainer with that prompt_function",
+    "reward_fn": _ANOTHER_REWARD,
+}
+# Arguments of the constructor, and attributes of Trainer's, that are read once -> how they are changed.
+READ_ONCE = {
+    "prompt_function": "another trainer with that prompt_function",
+    "reward_function": _ANOTHER_REWARD,
+    "reward_funcs": _ANOTHER_REWARD,
+    "eval_reward_function": "another trainer with that eval_reward_function",
+    "train_dataset": "another trainer with that train_dataset",
+    "eval_dataset": "evaluate(eval_dataset), or another trainer with that eval_dataset",
+    "compute_metrics": "eval_reward_function (one, or a list of them)",
+    "data_collator": "a dataset with other rows: they reach the reward as they are",
+    "peft_config": "another trainer with that peft_config",
 }
 SAME_AS = {"image_samples_callback": "image_samples_hook"}
 
@@ -121,22 +137,23 @@ def read(trainer: Any, name: str) -> Any:
     Raises:
         AttributeError: there is none; says what takes its place.
     """
-    parts = vars(trainer).get("parts")
-    if parts is None and not name.startswith("__") and (name in OF_PARTS or name in GIVEN or name in ("parts", "plan")):
-        raise AttributeError(
-            f"{type(trainer).__name__} has no {name!r} yet: its constructor has not run; call super().__init__(...) first in a subclass"
-        )
-    if name in OF_PARTS:
-        return getattr(parts, name)
-    if name == "plan":
-        return parts.plan_state.plan
-    if name in GIVEN:
-        return parts.given[name]
+    parts, class_name = vars(trainer).get("parts"), type(trainer).__name__
     if name in SAME_AS:
         return getattr(trainer, SAME_AS[name])
-    way_out = MEMBERS.get(name)
-    hint = f": TRL's trainers had it; here it is {way_out}" if way_out else ""
-    raise AttributeError(f"{type(trainer).__name__} has no {name!r}{hint}")
+    if parts is not None:
+        if name in OF_PARTS:
+            return getattr(parts, name)
+        if name == "plan":
+            return parts.plan_state.plan
+        if name in GIVEN:
+            return parts.given[name]
+    if name in MEMBERS:
+        raise AttributeError(f"{class_name} has no {name!r}: TRL's trainers had it; here it is {MEMBERS[name]}")
+    if parts is None:
+        raise AttributeError(
+            f"{class_name} has no {name!r} yet: RLRTrainer's constructor has not run; a subclass must call super().__init__(...) first"
+        )
+    raise AttributeError(f"{class_name} has no {name!r}")
 
 
 def check_assignment(trainer: Any, name: str) -> str:
@@ -147,7 +164,11 @@ def check_assignment(trainer: Any, name: str) -> str:
     """
     way_out = MEMBERS.get(name) or GIVEN.get(name)
     if name in OF_PARTS or name == "plan":
-        way_out = f"give it to the constructor, or change trainer.parts.{name}"
+        way_out = "the argument or option of the constructor that makes it"
+    elif name in READ_ONCE and "callback_handler" in vars(
+        trainer
+    ):  # Trainer's own constructor assigns some of them, before that one
+        way_out = READ_ONCE[name]
     if way_out is not None:
         raise AttributeError(f"{type(trainer).__name__}.{name} = ... would have no effect: use {way_out}")
     return SAME_AS.get(name, name)
@@ -170,6 +191,31 @@ def explains_arguments(init: Callable[P, None]) -> Callable[P, None]:
         init(*args, **kwargs)
 
     return checked
+
+
+def explains_options(config_class: C) -> C:
+    """A config that says, of a field of TRL's DDPOConfig and AlignPropConfig, what the option is called here.
+
+    Raises:
+        TypeError: when one is made with such a field; names the options.
+    """
+    init = vars(config_class)["__init__"]
+    renamed = {
+        name: option for name, option in (SAME_MEANING | CONVERTED).items() if name not in inspect.signature(init).parameters
+    }
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        fields = [f"{name} -> {renamed[name]}" for name in kwargs if name in renamed]
+        if fields:
+            raise TypeError(
+                f"{config_class.__name__} has other options than TRL's DDPOConfig and AlignPropConfig: {'; '.join(fields)}. A whole config of "
+                "TRL's is converted by RLRConfig.from_trl(config)"
+            )
+        init(self, *args, **kwargs)
+
+    setattr(config_class, "__init__", checked)  # noqa: B010  # a type checker forbids the plain assignment
+    return config_class
 
 
 def check_options(changed: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""TRL's configs, converted field by field, and what a script for TRL's trainers overrides or calls beside them."""
+"""TRL's configs, converted field by field, and what functions in scripts for TRL's trainers take and return."""
 
 import copy
 import dataclasses
@@ -14,8 +14,7 @@ from trl_configs import FIELDS, alignprop_config, ddpo_config, make, trl_class
 from rlr_trainer import RLRConfig, RLRTrainer, digits
 from rlr_trainer.rewards.interface import RewardError, Rewards
 from rlr_trainer.rollouts.prompts import FunctionPrompts
-from rlr_trainer.training.trl import compat
-from rlr_trainer.training.trl import names as replaced
+from rlr_trainer.training.trl import configs
 
 PAGE = Path(__file__).parents[2] / "docs/migrating.md"
 # A value for every field that is not its default.
@@ -37,7 +36,7 @@ OTHER = {
 @pytest.fixture(autouse=True)
 def _on_a_gpu_or_not(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compat.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(configs.torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -52,11 +51,11 @@ def test_the_stand_ins_are_what_trl_has(name):
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in FIELDS.items() for field in fields])
 def test_every_field_does_something_or_is_refused(name, field, caplog, monkeypatch):
     """A value other than the default changes an option, or is answered by name."""
-    monkeypatch.setattr(compat.torch.cuda, "is_available", lambda: field == "allow_tf32")
-    monkeypatch.setattr(compat, "is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr(configs.torch.cuda, "is_available", lambda: field == "allow_tf32")
+    monkeypatch.setattr(configs, "is_torch_tf32_available", lambda: True)
     needs = {"max_workers": {"async_reward_computation": True}, "truncated_backprop_timestep": {"truncated_backprop_rand": False}}
     base = {"resume_from": ""} | needs.get(field, {})
-    before = compat.options_of_trl_config(make(name, **base))
+    before = configs.options_of_trl_config(make(name, **base))
     try:
         changed = make(name, **(base | {field: OTHER[field]}))
     except ImportError:  # TRL's own, for bitsandbytes
@@ -64,13 +63,13 @@ def test_every_field_does_something_or_is_refused(name, field, caplog, monkeypat
         changed.train_use_8bit_adam = True
     if field == "train_cfg":
         with pytest.raises(ValueError, match="train_cfg=False with sample_guidance_scale=5.0"):
-            compat.options_of_trl_config(changed)
+            configs.options_of_trl_config(changed)
         return
     caplog.clear()
-    after = compat.options_of_trl_config(changed)
+    after = configs.options_of_trl_config(changed)
     if field == "log_image_freq":
         steps = []
-        hook = compat.adapt_hook(changed, lambda data, step, tracker: steps.append(step))
+        hook = configs.adapt_hook(changed, lambda data, step, tracker: steps.append(step))
         for step in range(7):
             hook([[0] * 5], step, None)
         assert steps == [3, 6]
@@ -105,24 +104,24 @@ def test_what_the_fields_become():
 
 def test_project_kwargs_come_before_the_fields_that_trl_never_read():
     kwargs = {"project_dir": "save", "total_limit": 3, "automatic_checkpoint_naming": True, "logging_dir": "logs"}
-    options = compat.options_of_trl_config(ddpo_config(project_kwargs=kwargs, num_checkpoint_limit=9, logdir="elsewhere"))
+    options = configs.options_of_trl_config(ddpo_config(project_kwargs=kwargs, num_checkpoint_limit=9, logdir="elsewhere"))
     assert (options["output_dir"], options["save_total_limit"]) == ("save", 3)
     with pytest.raises(ValueError, match=r"project_kwargs has keys that are not known here \(project_dri\)"):
-        compat.options_of_trl_config(ddpo_config(project_kwargs={"project_dri": "save"}))
+        configs.options_of_trl_config(ddpo_config(project_kwargs={"project_dri": "save"}))
     with pytest.raises(ValueError, match="mixed_precision='fp8': must be one of no, fp16, bf16"):
-        compat.options_of_trl_config(ddpo_config(mixed_precision="fp8"))
+        configs.options_of_trl_config(ddpo_config(mixed_precision="fp8"))
 
 
 def test_precision_follows_the_machine(monkeypatch, caplog):
-    assert not compat.options_of_trl_config(ddpo_config(mixed_precision="fp16"))["fp16"]
+    assert not configs.options_of_trl_config(ddpo_config(mixed_precision="fp16"))["fp16"]
     assert "mixed_precision='fp16' needs a GPU: training in float32" in caplog.text
-    monkeypatch.setattr(compat.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(configs.torch.cuda, "is_available", lambda: True)
     for tf32 in (True, False):
-        monkeypatch.setattr(compat, "is_torch_tf32_available", lambda answer=tf32: answer)
-        options = compat.options_of_trl_config(ddpo_config(mixed_precision="fp16"))
+        monkeypatch.setattr(configs, "is_torch_tf32_available", lambda answer=tf32: answer)
+        options = configs.options_of_trl_config(ddpo_config(mixed_precision="fp16"))
         assert options["fp16"]
         assert options["tf32"] is (True if tf32 else None)  # on a GPU without it, transformers refuses the option
-    options = compat.options_of_trl_config(ddpo_config(mixed_precision="fp16", accelerator_kwargs={"cpu": True}))
+    options = configs.options_of_trl_config(ddpo_config(mixed_precision="fp16", accelerator_kwargs={"cpu": True}))
     assert (options["use_cpu"], options["fp16"], options["tf32"]) == (True, False, None)
 
 
@@ -130,23 +129,23 @@ def test_bf16_without_a_gpu_runs_on_the_cpu_as_in_trl(monkeypatch):
     config = ddpo_config(mixed_precision="bf16", sample_num_steps=3)
     for gpu in (False, True):
         with monkeypatch.context() as patches:
-            patches.setattr(compat.torch.cuda, "is_available", lambda answer=gpu: answer)
-            patches.setattr(compat, "is_torch_bf16_gpu_available", lambda answer=gpu: answer)
-            options = compat.options_of_trl_config(config)
+            patches.setattr(configs.torch.cuda, "is_available", lambda answer=gpu: answer)
+            patches.setattr(configs, "is_torch_bf16_gpu_available", lambda answer=gpu: answer)
+            options = configs.options_of_trl_config(config)
         assert (options["bf16"], options["use_cpu"]) == (True, not gpu)
     assert RLRConfig.from_ddpo(config).bf16
 
 
 def test_trackers_take_the_project(monkeypatch):
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    options = compat.options_of_trl_config(ddpo_config(log_with="wandb", tracker_project_name="ours"))
+    options = configs.options_of_trl_config(ddpo_config(log_with="wandb", tracker_project_name="ours"))
     assert (options["report_to"], options["project"]) == ("wandb", "ours")
-    assert compat.os.environ["WANDB_PROJECT"] == "ours"
-    compat.options_of_trl_config(ddpo_config(log_with="wandb", tracker_project_name="another"))
-    assert compat.os.environ["WANDB_PROJECT"] == "ours"  # what the user set stays
+    assert configs.os.environ["WANDB_PROJECT"] == "ours"
+    configs.options_of_trl_config(ddpo_config(log_with="wandb", tracker_project_name="another"))
+    assert configs.os.environ["WANDB_PROJECT"] == "ours"  # what the user set stays
     monkeypatch.delenv("WANDB_PROJECT")
-    compat.options_of_trl_config(ddpo_config(log_with=["tensorboard", "wandb"], tracker_project_name="several"))
-    assert compat.os.environ["WANDB_PROJECT"] == "several"
+    configs.options_of_trl_config(ddpo_config(log_with=["tensorboard", "wandb"], tracker_project_name="several"))
+    assert configs.os.environ["WANDB_PROJECT"] == "several"
     monkeypatch.delenv("WANDB_PROJECT")
 
 
@@ -155,14 +154,14 @@ def test_resuming_takes_the_newest_of_a_folder(tmp_path):
         (tmp_path / f"run/checkpoint-{number}").mkdir(parents=True)
     (tmp_path / "trl/checkpoint_3").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
-    options = compat.options_of_trl_config(ddpo_config(resume_from="run"))
+    options = configs.options_of_trl_config(ddpo_config(resume_from="run"))
     assert options["resume_from_checkpoint"] == str(Path("run/checkpoint-10"))
-    assert compat.options_of_trl_config(ddpo_config(resume_from="run/checkpoint-2"))["resume_from_checkpoint"].endswith("-2")
+    assert configs.options_of_trl_config(ddpo_config(resume_from="run/checkpoint-2"))["resume_from_checkpoint"].endswith("-2")
     for folder in ("trl", "trl/checkpoint_3"):
         with pytest.raises(ValueError, match="is a checkpoint of TRL's trainer, whose optimizer and counters cannot be taken over"):
-            compat.options_of_trl_config(ddpo_config(resume_from=folder))
+            configs.options_of_trl_config(ddpo_config(resume_from=folder))
     with pytest.raises(ValueError, match="neither a checkpoint nor a folder of checkpoints"):
-        compat.options_of_trl_config(ddpo_config(resume_from="empty"))
+        configs.options_of_trl_config(ddpo_config(resume_from="empty"))
 
 
 def test_an_unknown_field_is_refused():
@@ -175,6 +174,8 @@ def test_an_unknown_field_is_refused():
 
 
 def test_fields_that_a_script_adds_are_its_own(caplog):
+    """The class is known by its name: a copy of TRL's DDPOConfig in a project of one's own will do."""
+
     @dataclasses.dataclass
     class Mine(type(ddpo_config())):
         prompt_file: str = "prompts.txt"
@@ -184,6 +185,16 @@ def test_fields_that_a_script_adds_are_its_own(caplog):
         converted = RLRConfig.from_ddpo(Mine(mixed_precision="no"), use_cpu=True)
     assert (converted.estimator, converted.num_train_epochs) == ("ddpo", 7)
     assert "Mine has fields of its own, which the trainer does not read: prompt_file" in caplog.text
+
+
+@pytest.mark.parametrize("field", sorted(set().union(*FIELDS.values()) - {field.name for field in dataclasses.fields(RLRConfig)}))
+def test_a_field_in_an_rlr_config_is_answered_with_the_option(field):
+    with pytest.raises(TypeError, match=rf"RLRConfig has other options than .*: {field} -> (\w+)") as error:
+        RLRConfig(use_cpu=True, **{field: OTHER[field]})
+    option = re.search(r"-> (\w+)", str(error.value))[1]
+    assert option in {field.name for field in dataclasses.fields(RLRConfig)} | {"the"}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'fo_step'"):
+        RLRConfig(fo_step=3)
 
 
 def test_several_negative_prompts_become_one():
@@ -231,85 +242,18 @@ def test_only_a_ddpo_config_scales_the_clipping_of_the_gradient(make_trainer, pi
 # ---- a script's calls ----
 
 
-class DefaultDDPOStableDiffusionPipeline:
-    """What TRL's class looks like from outside."""
-
-    def __init__(self, pipeline):
-        self.use_lora, self.sd_pipeline = True, pipeline
-
-    def __call__(self):
-        raise AssertionError
-
-    get_trainable_layers = scheduler_step = save_pretrained = __call__
-
-
-def test_a_ddpo_script_runs_with_the_class_name_changed(pipeline, seven, tmp_path):
-    images, prompts = [], lambda: (digits.PROMPT, {})
-    config = ddpo_config(
-        num_epochs=2, sample_num_steps=4, sample_batch_size=2, train_batch_size=2, sample_guidance_scale=2.0, mixed_precision="fp16"
-    )
-
-    def reward(images, prompts, metadata):
-        return seven(images, prompts, metadata), {"note": "kept"}
-
-    wrapped = DefaultDDPOStableDiffusionPipeline(copy.deepcopy(pipeline))
-    trainer = RLRTrainer(config, reward, prompts, wrapped, lambda data, step, tracker: images.append((data, step)))
-    assert (trainer.sd_pipeline, trainer.prompt_fn, trainer.reward_fn) == (wrapped, prompts, reward)
-    assert trainer.sd_pipeline.sd_pipeline.unet is trainer.policy.denoiser
-    trainer.train()
-    assert trainer.state.global_step == 4  # two epochs of two batches
-    assert [step for _, step in images] == [0, 2]
-    pictures, texts, metadata, rewards, notes = images[0][0][0]
-    assert pictures.shape == (2, 3, 32, 32) and 0 <= float(pictures.min()) <= float(pictures.max()) <= 1
-    assert (texts, metadata, notes) == ((digits.PROMPT,) * 2, ({}, {}), {"note": "kept"})
-    assert rewards.shape == (2,)
-    assert (tmp_path / "logs" / "checkpoint-4").is_dir()
-    trainer.save_model(config.output_dir)  # how TRL's scripts end, though its config has no such field
-    assert (tmp_path / "logs/pytorch_lora_weights.safetensors").is_file()
-
-
-@pytest.mark.parametrize("call", [{"epochs": 3}, 3])
-def test_train_takes_a_number_of_epochs(pipeline, seven, call):
+def test_train_takes_a_number_of_epochs(pipeline, seven):
     config = ddpo_config(sample_num_steps=2, sample_guidance_scale=1.0, sample_num_batches_per_epoch=1, save_freq=100)
     trainer = RLRTrainer(config, seven, lambda: (digits.PROMPT, {}), pipeline)
-    _ = trainer.train(**call) if isinstance(call, dict) else trainer.train(call)
-    assert trainer.state.global_step == 3
+    for call in ((3,), {"epochs": 2}):
+        _ = trainer.train(**call) if isinstance(call, dict) else trainer.train(*call)
+        assert trainer.state.global_step == (2 if isinstance(call, dict) else 3)
 
 
-def test_alignprop_hook_gets_the_last_batch_as_a_dict(pipeline, seven):
-    seen = []
-    config = alignprop_config(
-        num_epochs=4,
-        sample_num_steps=2,
-        sample_guidance_scale=1.0,
-        train_batch_size=2,
-        train_gradient_accumulation_steps=2,
-        log_image_freq=2,
-    )
-    RLRTrainer(
-        config, lambda *data: (seven(*data), {}), lambda: (digits.PROMPT, {"n": 1}), pipeline, lambda *data: seen.append(data)
-    ).train()
-    assert [step for _, step, _ in seen] == [2, 4]
-    data = seen[0][0]
-    assert set(data) == {"images", "prompts", "prompt_metadata", "rewards"}
-    assert data["images"].shape == (2, 3, 32, 32) and data["rewards"].shape == (2,)
-    assert (data["prompts"], data["prompt_metadata"]) == ((digits.PROMPT,) * 2, ({"n": 1},) * 2)
-
-
-def test_prompts_drawn_by_numpy_do_not_spoil_checkpoints(pipeline, seven):
+def test_prompts_drawn_by_numpy_do_not_spoil_checkpoints():
     """numpy's strings are strings to Python, but not to torch's safe loader."""
-    config = ddpo_config(num_epochs=2, sample_num_steps=2, sample_guidance_scale=1.0, num_checkpoint_limit=9)
-    options = {"save_steps": 1, "use_cpu": True}  # inside a rollout too
-
-    def draw():
-        return np.random.choice(["seven", "eight"]), {}  # as scripts do
-
-    full = RLRTrainer(RLRConfig.from_ddpo(config, **options), seven, draw, copy.deepcopy(pipeline))
-    full.train()
-    resumed = RLRTrainer(RLRConfig.from_ddpo(config, **options), seven, draw, pipeline)
-    resumed.train(resume_from_checkpoint="logs/checkpoint-1")
-    ends = [trainer.policy.trainable_parameters() for trainer in (full, resumed)]
-    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    prompts = FunctionPrompts(lambda: (np.random.choice(["seven", "eight"]), {}))  # as scripts do
+    assert type(prompts.take(1)[0].prompt) is str
 
 
 def test_a_prompt_function_may_return_a_list(pipeline, seven):
@@ -383,51 +327,24 @@ def test_a_hook_logs_what_accelerate_s_trackers_take(pipeline, seven):
     assert {"by/least", "by/most"} <= found["scalars"]
 
 
-@pytest.mark.parametrize("name", [*replaced.MEMBERS, *replaced.NEVER_CALLED])
-def test_overriding_what_is_never_called_is_refused(make_trainer, pipeline, seven, name):
-    class Parent:
-        pass
-
-    class Mine(Parent, RLRTrainer):
-        pass
-
-    setattr(Parent, name, lambda self, *arguments: None)
-    with pytest.raises(TypeError, match=rf"Mine overrides {name}, which RLRTrainer never calls; use instead: {name} -> "):
-        Mine(RLRConfig(use_cpu=True), seven, lambda: (digits.PROMPT, {}), pipeline)
-
-
-def test_a_subclass_with_names_of_its_own_is_taken(pipeline, seven, tmp_path):
-    class Mine(RLRTrainer):
-        def score(self):
-            return 1
-
-    config = RLRConfig(use_cpu=True, sample_num_steps=2, output_dir=str(tmp_path))
-    assert Mine(config, seven, lambda: (digits.PROMPT, {}), pipeline).score() == 1
-
-
-def test_what_took_the_place_of_a_name_is_said(make_trainer):
-    trainer = make_trainer()
-    for name, way_out in replaced.MEMBERS.items():
-        with pytest.raises(
-            AttributeError, match=rf"RLRTrainer has no '{name}': TRL's trainers had it; here it is {re.escape(way_out)}"
-        ):
-            getattr(trainer, name)
-    with pytest.raises(AttributeError, match=r"RLRTrainer has no 'nothing'$"):
-        _ = trainer.nothing
-    for name in ("prompt_fn", "reward_fn", "sd_pipeline"):
-        with pytest.raises(AttributeError):  # it would have no effect
-            setattr(trainer, name, None)
-
-
-@pytest.mark.parametrize("name", replaced.PIPELINE_REPLACED)
-def test_a_pipeline_subclass_that_changes_what_is_never_called_is_refused(make_trainer, pipeline, name):
-    class Mine(DefaultDDPOStableDiffusionPipeline):
-        pass
-
-    make_trainer(sd_pipeline=Mine(copy.deepcopy(pipeline)))
-    setattr(Mine, name, lambda self, *arguments: None)
-    with pytest.raises(TypeError, match=rf"sd_pipeline is a Mine, which overrides {name}: the trainer never calls them"):
-        make_trainer(sd_pipeline=Mine(pipeline))
+def test_alignprop_hook_gets_the_last_batch_as_a_dict(pipeline, seven):
+    seen = []
+    config = alignprop_config(
+        num_epochs=4,
+        sample_num_steps=2,
+        sample_guidance_scale=1.0,
+        train_batch_size=2,
+        train_gradient_accumulation_steps=2,
+        log_image_freq=2,
+    )
+    RLRTrainer(
+        config, lambda *data: (seven(*data), {}), lambda: (digits.PROMPT, {"n": 1}), pipeline, lambda *data: seen.append(data)
+    ).train()
+    assert [step for _, step, _ in seen] == [2, 4]
+    data = seen[0][0]
+    assert set(data) == {"images", "prompts", "prompt_metadata", "rewards"}
+    assert data["images"].shape == (2, 3, 32, 32) and data["rewards"].shape == (2,)
+    assert (data["prompts"], data["prompt_metadata"]) == ((digits.PROMPT,) * 2, ({"n": 1},) * 2)
 
 
 # ---- the page ----
@@ -448,11 +365,5 @@ def test_the_page_has_a_row_for_every_field():
         assert first, f"{name}: say what it becomes, or why it has none"
         assert first[1] is None or first[1] in options, name
         assert not text.startswith("the same name") or name in options, name
-    for name, option in compat.SAME_MEANING.items():
+    for name, option in configs.SAME_MEANING.items():
         assert f"`{option}`" in rows[name] or (rows[name].startswith("the same name") and option == name), name
-
-
-def test_the_page_says_what_takes_the_place_of_names():
-    text = PAGE.read_text()
-    for name in (*replaced.MEMBERS, *replaced.NEVER_CALLED, *replaced.PIPELINE_REPLACED, *replaced.ARGUMENTS):
-        assert f"`{name}`" in text, name

@@ -1,0 +1,56 @@
+"""Progress bars: the reward behind Trainer's, and one of a rollout."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import ProgressCallback
+from transformers.utils import is_in_notebook
+
+
+class RewardProgress(ProgressCallback):
+    """Trainer's progress bar with the reward behind it, in place of a printed line per log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "reward" in logs:
+            self.training_bar.set_postfix(reward=f"{logs['reward']:.3f}")
+
+
+class RolloutBar:
+    """A bar inside Trainer's own while a rollout is sampled and scored; quiet when disabled, and where it would fill a file.
+
+    That is, when the standard error is no terminal, unless this is a notebook.
+
+    It counts denoising steps, and one more per sampling batch for decoding and reward; its label says which of the two goes on.
+
+    Args:
+        batches: sampling batches of the rollout.
+        num_steps: denoising steps of each.
+        disable: show nothing.
+    """
+
+    def __init__(self, batches: int, num_steps: int, disable: bool) -> None:
+        self.num_steps = num_steps
+        quiet = disable or not (sys.stderr.isatty() or is_in_notebook())
+        self.bar = tqdm(total=batches * (num_steps + 1), desc="sampling", leave=False, disable=quiet, position=1)
+        self._scoring = False
+
+    def __enter__(self) -> RolloutBar:
+        return self
+
+    def __exit__(self, *stopped: object) -> None:
+        if stopped[0] is None and self._scoring:
+            self.bar.update(1)
+        self.bar.close()
+
+    def step(self, step: int) -> None:
+        """A denoising step is done; after the last one of a batch the reward's turn has come."""
+        if self._scoring:
+            self.bar.update(1)
+            self.bar.set_description("sampling")
+        self._scoring = step == self.num_steps - 1
+        if self._scoring:
+            self.bar.set_description("rewards")
+        self.bar.update(1)
