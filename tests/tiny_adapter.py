@@ -65,7 +65,7 @@ class TinyAdapter(PipelineAdapter):
     def decoder(self) -> nn.Module:
         return nn.Identity()
 
-    def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
+    def layout(self, height: int | None, width: int | None) -> Layout:
         return Layout(SHAPE, 2, 2)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:

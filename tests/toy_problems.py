@@ -22,7 +22,7 @@ from torch import Tensor
 from rlr_trainer.estimators import GradientEstimate, estimate_gradient, leave_one_out
 from rlr_trainer.estimators.advantages import ADVANTAGES, Advantages
 from rlr_trainer.estimators.chain import Generators, Parameters, PerSampleChain, draw_noise
-from rlr_trainer.estimators.linear_gaussian import LinearGaussianChain, quadratic_reward
+from rlr_trainer.estimators.linear_gaussian import LinearGaussianChain
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.prediction import leave_one_out_mean
 
@@ -82,7 +82,7 @@ class LinearProblem:
 
     @property
     def reward(self) -> Callable[[Tensor], Tensor]:
-        return quadratic_reward(self.quadratic, self.linear)
+        return lambda x: ((x @ self.quadratic) * x).sum(1) + x @ self.linear
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(A, b) of every step, each use a leaf of its own."""

@@ -99,18 +99,12 @@ def normalize(rewards: Tensor) -> Advantages:
 
 
 class PerPromptStatistics:
-    """Running mean and standard deviation of the rewards of every prompt (DDPO's per-prompt statistics).
-
-    A prompt seen fewer than `min_count` times is normalized with the batch's statistics.
-    """
+    """Running mean and std of each prompt's rewards (DDPO); a prompt seen fewer than `min_count` times takes the batch's."""
 
     def __init__(self, buffer_size: int, min_count: int) -> None:
         if min_count > buffer_size:
-            logger.warning(
-                "per_prompt_min_count=%d is more than per_prompt_buffer_size=%d keeps: no prompt ever gets statistics of its own; raise the "
-                "buffer size",
-                min_count, buffer_size,
-            )  # fmt: skip
+            text = "per_prompt_min_count=%d is more than per_prompt_buffer_size=%d keeps: no prompt ever gets its own statistics; raise the size"
+            logger.warning(text, min_count, buffer_size)
         self.buffer_size = buffer_size
         self.min_count = min_count
         self.buffers: dict[Hashable, deque[float]] = {}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,13 +28,26 @@ Parameters = Mapping[str, Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `function` applied to every tensor in its dataclass fields, tuples and mappings."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(map_tensors(item, function) for item in value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(item, function) for name, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **map_tensors(vars(value), function))
+    return value
+
+
 @runtime_checkable
 class DenoisingChain(Protocol):
     """Any object with these members can be trained: a diffusers pipeline through an adapter, or a chain of one's own.
 
     Two members are optional. `predict_clean(step, x, params)` returns the one-step prediction of the clean sample from
-    `x = latents[step]`, shape [N, ...]; the control variate and the `sqdf` preset need it. `select(rows)` returns the
-    chain of some rows of the batch; a chain needs it when its transitions depend on more than `x` (on a prompt, say).
+    `x = latents[step]`, [N, ...]; the control variate and the `sqdf` preset need it. `select(rows)` returns the chain of some rows
+    of the batch; a chain needs it when its transitions depend on more than `x` (on a prompt, say).
     """
 
     @property
@@ -81,33 +94,26 @@ class Rollout:
 
     def select(self, rows: Tensor) -> Rollout:
         """The rollout of some rows; `rows` is an index tensor [M]."""
-
-        def pick(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(tensor[rows.to(tensor.device)] if _has_rows(tensor, self) else tensor for tensor in tensors)
-
-        return Rollout(*(pick(getattr(self, field.name)) for field in dataclasses.fields(self)))
+        return map_tensors(self, lambda t: t[rows.to(t.device)] if _has_rows(t, self) else t)
 
     def to(self, device: torch.device | str) -> Rollout:
         """The same rollout on another device."""
-        return Rollout(*(tuple(t.to(device) for t in getattr(self, field.name)) for field in dataclasses.fields(self)))
+        return map_tensors(self, lambda t: t.to(device))
 
     @staticmethod
     def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
         """Joins rollouts of the same chain along the batch."""
 
-        def join(name: str) -> tuple[Tensor, ...]:
-            joined = []
-            for column in zip(*(getattr(rollout, name) for rollout in rollouts), strict=True):
-                has_rows = [_has_rows(t, rollout) for t, rollout in zip(column, rollouts, strict=True)]
-                if not any(has_rows):
-                    joined.append(column[0])
-                elif all(has_rows) and len({t.shape[1:] for t in column}) == 1:
-                    joined.append(torch.cat(column))
-                else:  # a step that was perturbed in one rollout alone has a std per entry there and a number in the others
-                    joined.append(torch.cat([t.expand_as(r.latents[0]) for t, r in zip(column, rollouts, strict=True)]))
-            return tuple(joined)
+        def join(column: Sequence[Tensor]) -> Tensor:
+            pairs = list(zip(column, rollouts, strict=True))
+            if not any(_has_rows(t, rollout) for t, rollout in pairs):
+                return column[0]
+            # a step that was perturbed in one rollout alone has a std per entry there and a number in the others
+            return torch.cat([t.expand_as(rollout.latents[0]) for t, rollout in pairs])
 
-        return Rollout(*(join(field.name) for field in dataclasses.fields(Rollout)))
+        names = [field.name for field in dataclasses.fields(Rollout)]
+        columns = {name: zip(*(getattr(rollout, name) for rollout in rollouts), strict=True) for name in names}
+        return Rollout(**{name: tuple(map(join, columns[name])) for name in names})
 
 
 def _has_rows(tensor: Tensor, rollout: Rollout) -> bool:
@@ -116,20 +122,15 @@ def _has_rows(tensor: Tensor, rollout: Rollout) -> bool:
 
 
 def mix_seed(seed: int, *numbers: int) -> int:
-    """One seed (63 bits) from a run's seed and a few counters, by splitmix64's rounds.
-
-    Randomness that is a function of counters needs no state: resuming, or another number of processes, gives the same draws.
-    """
-    value = seed & _MASK
+    """One seed (63 bits) from a run's seed and a few counters, by splitmix64's rounds: randomness without a state to save."""
+    mask = 2**64 - 1
+    value = seed & mask
     for number in numbers:
-        value = (value ^ ((number + 1) * 0x9E3779B97F4A7C15)) & _MASK
-        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+        value = (value ^ ((number + 1) * 0x9E3779B97F4A7C15)) & mask
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB & mask
         value ^= value >> 31
     return value >> 1
-
-
-_MASK = 0xFFFFFFFFFFFFFFFF
 
 
 def seeded_generator(seed: int, *numbers: int) -> torch.Generator:
@@ -186,25 +187,27 @@ def sample_chain(
         raise ValueError(f"num_samples={num_samples}: antithetic perturbations pair the samples, so it must be even")
     repeats = 2 if paired else 1
     x = chain.initial(num_samples // repeats, generator).repeat_interleave(repeats, 0)
-    latents, noises, means, stds = [x], [], [], []
+    latents, steps = [x], []
     for step in range(chain.num_steps):
         mean, std = run_step(step, x)
         for name, tensor in (("mean", mean), ("std", std)):
             if not torch.isfinite(tensor).all():
                 raise FloatingPointError(
-                    f"step {step} of {chain.num_steps}: the {name} of the next latent, shape {tuple(tensor.shape)}, has "
-                    "non-finite values; lower the learning rate or the guidance scale, or use a wider precision (bf16 "
-                    "or float32 instead of fp16)"
+                    f"step {step} of {chain.num_steps}: the {name} of the next latent, shape {tuple(tensor.shape)}, has non-finite values; "
+                    "lower the learning rate or the guidance scale, or use a wider precision (bf16 or float32 instead of fp16)"
                 )
         noise = draw_noise(mean[::repeats], generator).repeat_interleave(repeats, 0)
         x = next_latent(mean, std, noise)
         latents.append(x)
-        noises.append(noise)
-        means.append(mean)
-        stds.append(std)
+        steps.append((noise, mean, std))
         if on_step is not None:
             on_step(step)
-    return Rollout(tuple(latents), tuple(noises), tuple(means), tuple(stds))
+    return Rollout(tuple(latents), *zip(*steps, strict=True))
+
+
+def as_rows(per_sample: Tensor, like: Tensor) -> Tensor:
+    """[N] or [1] reshaped to broadcast against `like` [N, ...], in its dtype."""
+    return per_sample.to(like).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def sum_over_latent(values: Tensor) -> Tensor:
@@ -221,8 +224,8 @@ def gaussian_log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def gaussian_log_ratio(x: Tensor, mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor) -> Tensor:
     """log N(x; mean, std^2) - log N(x; old_mean, old_std^2), shape [N].
 
-    With equal standard deviations the difference is taken in factored form, (new - old)(2x - new - old) / (2 std^2):
-    subtracting two sums of thousands of terms would cost three digits, and the ratio would not be exactly 1 for equal means.
+    With equal standard deviations in factored form, (new - old)(2x - new - old) / (2 std^2): subtracting two sums of thousands of
+    terms would cost three digits, and the ratio would not be exactly 1 for equal means.
     """
     if std.requires_grad or not torch.equal(*torch.broadcast_tensors(std, old_std)):
         return gaussian_log_density(x, mean, std) - gaussian_log_density(x, old_mean, old_std)
@@ -236,10 +239,9 @@ def select_rows(chain: DenoisingChain, rows: Tensor) -> DenoisingChain:
 
 
 class PerSampleChain:
-    """A chain whose parameters carry a leading batch dimension: sample i runs with `params[name][i]`.
+    """A chain in which sample i runs with `params[name][i]`: one backward pass gives per-sample gradients.
 
-    Gradients with respect to such parameters are per-sample gradients, from one backward pass. The transition of the
-    wrapped chain must act on each row alone (it is mapped by `torch.vmap`).
+    The transition of the wrapped chain must act on each row alone (it is mapped by `torch.vmap`).
     """
 
     def __init__(self, chain: DenoisingChain) -> None:
@@ -273,7 +275,7 @@ def predict_clean(chain: DenoisingChain, step: int, x: Tensor, params: Parameter
     method = getattr(chain, "predict_clean", None)
     if method is None:
         raise TypeError(
-            f"{type(chain).__name__} has no predict_clean(step, x, params), which control_variate=True and the sqdf preset "
-            "need; add it, or choose another plan"
+            f"{type(chain).__name__} has no predict_clean(step, x, params), which control_variate=True and the sqdf preset need; add it, "
+            "or choose another plan"
         )
     return method(step, x, params)

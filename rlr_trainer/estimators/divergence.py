@@ -23,20 +23,10 @@ ReferenceStep = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 def check_noise(stds: Sequence[float], option: str, way_out: str) -> None:
-    """Refuses a chain with a step that adds no noise, where the divergence of two policies is infinite.
-
-    Args:
-        stds: T; of a step with several, the smallest.
-        option: what asks for the divergence, and way_out: what to do, for the message.
-
-    Raises:
-        PlanError: names the step.
-    """
-    silent = next((step for step, std in enumerate(stds) if not std > 0), None)
-    if silent is not None:
-        raise PlanError(
-            f"{option}: step {silent} of {len(stds)} adds no noise, where the divergence of two policies is infinite; {way_out}"
-        )
+    """Raises PlanError where one of the T `stds` is not above 0; names the step, `option` that asks for the divergence, and `way_out`."""
+    for step, std in enumerate(stds):
+        if not std > 0:
+            raise PlanError(f"{option}: step {step} of {len(stds)} adds no noise, so the divergence there is infinite; {way_out}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +54,12 @@ def gaussian_divergence(mean: Tensor, std: Tensor, reference_mean: Tensor, refer
 @torch.no_grad()
 def step_divergences(rollout: Rollout, reference: ReferenceStep) -> Tensor:
     """k_t at every stored latent, by the policy that sampled: [N, T], not below 0 but for rounding."""
-    columns = []
-    for step in range(rollout.num_steps):
-        columns.append(gaussian_divergence(rollout.means[step], rollout.stds[step], *reference(step, rollout.latents[step])))
-    return torch.stack(columns, dim=1)
+    steps = enumerate(zip(rollout.means, rollout.stds, rollout.latents[:-1], strict=True))
+    return torch.stack([gaussian_divergence(mean, std, *reference(step, x)) for step, (mean, std, x) in steps], dim=1)
 
 
 def leave_one_out_to_go(divergences: Tensor) -> Tensor:
-    """Sum over the steps after each one, minus the mean of the other samples': [N, T] -> [N, T].
-
-    The difference is no less unbiased, as of any baseline that does not see the sample's own noise, and has less variance.
-    """
+    """Sum over the steps after each one, minus the mean of the other samples' (a baseline, to reduce the variance): [N, T] -> [N, T]."""
     to_go = divergences.flip(1).cumsum(1).flip(1) - divergences
     count = len(to_go)
-    if count == 1:
-        return to_go
-    return (to_go - to_go.mean(0)) * (count / (count - 1))
+    return to_go if count == 1 else (to_go - to_go.mean(0)) * (count / (count - 1))

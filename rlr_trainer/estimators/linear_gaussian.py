@@ -1,4 +1,4 @@
-"""A linear-Gaussian chain whose expected reward has an exact gradient: the reference that estimators are tested against."""
+"""A linear-Gaussian chain: under a quadratic reward its gradient has a closed form, so estimators are tested on it."""
 
 from __future__ import annotations
 
@@ -62,33 +62,3 @@ class LinearGaussianChain:
         for later in range(step, self.num_steps):
             x, _ = self.transition(later, x, params)
         return x
-
-    def moments(self, params: Parameters) -> tuple[Tensor, Tensor]:
-        """Mean [d] and covariance [d, d] of the sample, in closed form and differentiable in `params`."""
-        mean = torch.zeros(self.dim, dtype=self.dtype)
-        covariance = torch.eye(self.dim, dtype=self.dtype)
-        for step in range(self.num_steps):
-            matrix, bias = self._pair(step, params)
-            mean = matrix @ mean + bias
-            covariance = matrix @ covariance @ matrix.mT + self.stds[step] ** 2 * torch.eye(self.dim, dtype=self.dtype)
-        return mean, covariance
-
-    def expected_quadratic(self, quadratic: Tensor, linear: Tensor, params: Parameters) -> Tensor:
-        """E[x_0^T Q x_0 + q^T x_0], a scalar that is differentiable in `params`."""
-        mean, covariance = self.moments(params)
-        return mean @ quadratic @ mean + torch.trace(quadratic @ covariance) + linear @ mean
-
-    def exact_gradient(self, quadratic: Tensor, linear: Tensor) -> dict[str, Tensor]:
-        """Gradient of `expected_quadratic`, name -> tensor."""
-        leaves = {name: p.clone().requires_grad_(True) for name, p in self._parameters.items()}
-        value = self.expected_quadratic(quadratic, linear, leaves)
-        return dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
-
-
-def quadratic_reward(quadratic: Tensor, linear: Tensor):
-    """x^T Q x + q^T x per row, [N, d] -> [N]."""
-
-    def reward(x: Tensor) -> Tensor:
-        return ((x @ quadratic) * x).sum(1) + x @ linear
-
-    return reward

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlr_trainer.estimators.plan_draw import PlanDraw, inverse_inclusion_weights
 
-REST_ESTIMATORS = ("lr", "zo", "prediction", "none")
+REST_ESTIMATORS = {"lr": "likelihood ratio", "zo": "zeroth order", "prediction": "one-step prediction", "none": "no estimate"}
 NAMED_STARTS = ("uniform", "grad_norm")
 
 
@@ -37,16 +37,14 @@ class EstimatorPlan:
         ho_length: h, length of the half-order sub-chain; 0 for none.
         ho_start: where the sub-chain starts: "uniform", "grad_norm" (softmax of running gradient norms, section 3.2 of the
             paper), or `(first, last)` for uniform on a range of step numbers.
-        ho_start_weights: T - K - h + 1 non-negative weights, one per admissible start, that replace `ho_start`; a start is drawn
-            in proportion to its weight. None: as `ho_start` says.
-        rest_estimator: "lr" (likelihood ratio of single steps), "zo" (zeroth-order, as in the paper), "prediction"
-            (pathwise through the one-step prediction, slightly biased) or "none" (biased).
-        rest_num_steps: number of remaining steps that "lr" or "prediction" visits, drawn without replacement and each
-            weighted by 1 / its inclusion probability; None visits all.
-        rest_step_weights: T non-negative weights; the inclusion probability of a step is proportional to its weight (at
-            most 1). None is uniform.
-        control_variate: subtract the reward of the one-step prediction from the reward in every likelihood-ratio term and
-            add its mean back pathwise; unbiased, needs a differentiable reward.
+        ho_start_weights: T - K - h + 1 non-negative weights that replace `ho_start`: each start is drawn in proportion to its own.
+        rest_estimator: "lr" (likelihood ratio of single steps), "zo" (zeroth order, as in the paper), "prediction" (pathwise
+            through the one-step prediction, slightly biased) or "none" (biased).
+        rest_num_steps: number of remaining steps that "lr" or "prediction" visits, drawn without replacement and each weighted by
+            1 / its inclusion probability; None visits all.
+        rest_step_weights: T positive weights; inclusion probabilities are proportional to them (at most 1). None is uniform.
+        control_variate: subtract the reward of the one-step prediction from the reward in every likelihood-ratio term and add its
+            mean back pathwise; unbiased, needs a differentiable reward.
         fo_weight, ho_weight, rest_weight: factors on the parts. The sum is the gradient only when all are 1.
         zo_scale: s, standard deviation of the parameter perturbations.
         zo_num_perturbations: distinct perturbations per batch; each is shared by an equal share of the samples.
@@ -74,10 +72,9 @@ class EstimatorPlan:
             value = getattr(self, name)
             if isinstance(value, list | Tensor):
                 object.__setattr__(self, name, tuple(value.tolist() if isinstance(value, Tensor) else value))
-        _check_lengths(self)
-        _check_start(self)
-        _check_rest(self)
-        _check_numbers(self)
+        for name, holds, rule in _rules(self):
+            if not holds:
+                raise PlanError(f"{name}={getattr(self, name)!r}: {rule}")
 
     @classmethod
     def from_preset(cls, name: str, num_steps: int, **options: Any) -> EstimatorPlan:
@@ -96,10 +93,8 @@ class EstimatorPlan:
         chosen = PRESETS[name](num_steps) | given
         if "ho_length" not in given:
             # A preset must fit any chain and any K: its sub-chain shrinks; only an explicit h that is too long is an error.
-            longest_fo = chosen.get("fo_steps", 0)
-            longest_fo = max(longest_fo) if isinstance(longest_fo, tuple | list) else longest_fo
-            left = num_steps - longest_fo if _is_whole(longest_fo) else 0  # what is no number is refused below
-            chosen["ho_length"] = max(0, min(chosen.get("ho_length", 0), left))
+            left = num_steps - cls(num_steps, chosen.get("fo_steps", 0)).fo_range[1]
+            chosen["ho_length"] = min(chosen.get("ho_length", 0), left)
         plan = cls(num_steps=num_steps, **chosen)
         if plan.fo_range[1] == 0 and not plan.ho_length and plan.rest_estimator == "none":
             raise PlanError(f"estimator={name!r} with these options estimates no step: set fo_steps, ho_length or rest_estimator")
@@ -116,6 +111,11 @@ class EstimatorPlan:
         return self.num_steps - self.fo_range[1] - self.ho_length + 1 if self.ho_length else 0
 
     @property
+    def num_rest_steps(self) -> int:
+        """Number of steps outside first order (at its smallest K) and the sub-chain."""
+        return self.num_steps - self.fo_range[0] - self.ho_length
+
+    @property
     def needs_differentiable_reward(self) -> bool:
         return self.fo_range[1] > 0 or self.rest_estimator == "prediction" or self.uses_control_variate
 
@@ -130,13 +130,16 @@ class EstimatorPlan:
 
     @property
     def uses_zeroth_order(self) -> bool:
-        return self.rest_estimator == "zo" and self.num_steps - self.fo_range[0] - self.ho_length > 0
+        return self.rest_estimator == "zo" and self.num_rest_steps > 0
 
     def scored_steps(self) -> list[int]:
         """Steps that may get a likelihood-ratio term, and so need a standard deviation above 0."""
+        starts = [start for start, probability in enumerate(self.start_probabilities()) if probability > 0]
+        scored = {start + self.ho_length - 1 for start in starts}
         if self.rest_estimator == "lr":
-            return list(range(self.num_steps - self.fo_range[0]))
-        return [start + self.ho_length - 1 for start, probability in enumerate(self.start_probabilities()) if probability > 0]
+            inside = range(starts[-1], starts[0] + self.ho_length) if starts else ()  # every sub-chain: never of the rest
+            scored |= {step for step in range(self.num_steps - self.fo_range[0]) if step not in inside}
+        return sorted(scored)
 
     def check_noise(self, stds: Sequence[float]) -> None:
         """Refuses a plan that would divide by a standard deviation of 0.
@@ -145,14 +148,13 @@ class EstimatorPlan:
             stds: T standard deviations, in latent units.
 
         Raises:
-            PlanError: names the step and the remedy.
+            PlanError: names the step and the way out.
         """
         for step in self.scored_steps():
             if not stds[step] > 0:
                 raise PlanError(
-                    f"step {step} of {self.num_steps} adds no noise (std = {stds[step]}), so it has no likelihood ratio. Set "
-                    "sample_eta above 0; if only the last step adds none (set_alpha_to_one, or a last timestep of 0), cover "
-                    f"it by first order with fo_steps >= {self.num_steps - step}"
+                    f"step {step} of {self.num_steps} adds no noise (std = {stds[step]}), so it has no likelihood ratio. Set sample_eta "
+                    f"above 0, or cover the step by first order: fo_steps >= {self.num_steps - step}"
                 )
 
     def __str__(self) -> str:
@@ -164,38 +166,25 @@ class EstimatorPlan:
         if self.ho_length:
             start = self.ho_start if self.ho_start_weights is None else f"by weights {self.ho_start_weights}"
             parts.append(f"half-order sub-chains of {self.ho_length} (start: {start})")
-        if low + self.ho_length < self.num_steps:
-            names = {
-                "lr": "likelihood ratio",
-                "zo": f"zeroth order ({self.zo_num_perturbations} perturbations of {self.zo_scale:g})",
-                "prediction": "one-step prediction",
-                "none": "no estimate",
-            }
+        if self.num_rest_steps:
+            perturbed = f" ({self.zo_num_perturbations} perturbations of {self.zo_scale:g})" if self.uses_zeroth_order else ""
             count = "" if self.rest_num_steps is None else f"{self.rest_num_steps} of "
-            parts.append(f"{names[self.rest_estimator]} on {count}the rest")
+            parts.append(f"{REST_ESTIMATORS[self.rest_estimator]}{perturbed} on {count}the rest")
         if self.uses_control_variate:
             parts.append("with a control variate")
         return ", ".join(parts)
 
     def biases(self) -> list[str]:
         """Why the expected estimate differs from the gradient of the reward; empty for an unbiased plan."""
-        reasons = []
-        low = self.fo_range[0]
-        uncovered = self.num_steps - low - self.ho_length
-        if self.rest_estimator == "none" and uncovered > 0:
-            reasons.append(f"rest_estimator='none' leaves {uncovered} of {self.num_steps} steps without an estimate")
-        if self.rest_estimator == "prediction" and uncovered > 0:
-            reasons.append("the one-step prediction stands in for the sample on the remaining steps")
-        if self.uses_zeroth_order:
-            reasons.append(f"zeroth order differentiates the objective smoothed by zo_scale={self.zo_scale:g}")
-        for name, used in (
-            ("fo_weight", self.fo_range[1] > 0),
-            ("ho_weight", self.ho_length > 0),
-            ("rest_weight", self.rest_estimator != "none" and uncovered > 0),
-        ):
-            if used and getattr(self, name) != 1:
-                reasons.append(f"{name}={getattr(self, name):g} is not 1")
-        return reasons
+        rest = self.rest_estimator if self.num_rest_steps else None
+        reasons = {
+            "none": f"rest_estimator='none' leaves {self.num_rest_steps} of {self.num_steps} steps without an estimate",
+            "prediction": "the one-step prediction stands in for the sample on the remaining steps",
+            "zo": f"zeroth order differentiates the objective smoothed by zo_scale={self.zo_scale:g}",
+        }
+        found = [reason for name, reason in reasons.items() if name == rest]
+        used = {"fo_weight": self.fo_range[1], "ho_weight": self.ho_length, "rest_weight": rest not in (None, "none")}
+        return found + [f"{name}={getattr(self, name):g} is not 1" for name in used if used[name] and getattr(self, name) != 1]
 
     def start_probabilities(self) -> list[float]:
         """Probability of every admissible start, before "grad_norm" has seen any norm (then uniform). Length `num_starts`."""
@@ -254,14 +243,10 @@ class EstimatorPlan:
         )
 
 
-def _default_fo_steps(num_steps: int) -> int:
-    # 30 % of the steps: the low-noise end, where the likelihood ratio is noisiest (docs/estimators.md has the measurement).
-    return max(1, math.ceil(0.3 * num_steps))
-
-
-# One row per preset: what it sets, as a function of the number of steps.
+# What each preset sets, as a function of the number of steps. In "rlr" first order takes 30 % of them: the low-noise end, where the
+# likelihood ratio is noisiest (docs/estimators.md has the measurement).
 PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "rlr": lambda t: {"fo_steps": _default_fo_steps(t), "ho_length": 1, "rest_estimator": "lr"},
+    "rlr": lambda t: {"fo_steps": max(1, math.ceil(0.3 * t)), "ho_length": 1, "rest_estimator": "lr"},
     "rlr_paper": lambda t: {"fo_steps": 1, "ho_length": 2, "rest_estimator": "zo"},
     "ddpo": lambda t: {"rest_estimator": "lr"},
     "draft": lambda t: {"fo_steps": 1},
@@ -287,83 +272,61 @@ def _are_weights(value: Any, count: int) -> bool:
     return all(isinstance(weight, Real) and 0 <= float(weight) < math.inf for weight in value) and sum(value) > 0
 
 
-def _check_lengths(plan: EstimatorPlan) -> None:
-    for name in ("num_steps", "ho_length", "zo_num_perturbations"):
-        if not _is_whole(getattr(plan, name)):
-            raise PlanError(f"{name}={getattr(plan, name)!r}: must be a whole number")
-    if plan.num_steps < 1:
-        raise PlanError(f"num_steps={plan.num_steps}: a chain has at least one step")
-    if not _is_pair(plan.fo_range):
-        raise PlanError(f"fo_steps={plan.fo_steps!r}: K must be a whole number, or a pair (low, high) of whole numbers")
+def _rules(plan: EstimatorPlan) -> Iterator[tuple[str, bool, str]]:
+    """(option, whether it is as it must be, the rule and the way out). A rule may rely on those before it."""
+    steps, length = plan.num_steps, plan.ho_length
+    yield "num_steps", _is_whole(steps) and steps >= 1, "must be a whole number: a chain has at least one step"
+    yield "fo_steps", _is_pair(plan.fo_range), "K must be a whole number, or a pair (low, high) of whole numbers"
     low, high = plan.fo_range
-    if not 0 <= low <= high <= plan.num_steps:
-        raise PlanError(
-            f"fo_steps={plan.fo_steps}: K must lie between 0 and the number of steps, {plan.num_steps}; a pair (low, high) "
-            "needs low <= high"
-        )
-    if not 0 <= plan.ho_length <= plan.num_steps - high:
-        raise PlanError(
-            f"ho_length={plan.ho_length}: the sub-chain must fit before the first-order steps, so h lies between 0 and "
-            f"num_steps - fo_steps = {plan.num_steps} - {high} = {plan.num_steps - high}; shorten it or lower fo_steps"
-        )
-    if low != high and plan.ho_length:
-        raise PlanError(f"fo_steps={plan.fo_steps} with ho_length={plan.ho_length}: a random K needs ho_length=0")
-
-
-def _check_start(plan: EstimatorPlan) -> None:
-    start, weights, count = plan.ho_start, plan.ho_start_weights, plan.num_starts
-    bounds = None if isinstance(start, str) else start
-    if not (start in NAMED_STARTS if bounds is None else _is_pair(bounds)):
-        raise PlanError(
-            f"ho_start={start!r}: must be one of {NAMED_STARTS}, or [first, last], two whole step numbers; weights of the starts "
-            "go into ho_start_weights"
-        )
-    if weights is not None and start != "uniform":
-        raise PlanError(f"ho_start={start!r} with ho_start_weights: both say where the sub-chain starts; leave one of them unset")
-    for name, value in (("ho_start", bounds), ("ho_start_weights", weights)):
-        if value is not None and not plan.ho_length:
-            raise PlanError(f"{name}={value} has no effect without a sub-chain; set ho_length to at least 1")
-    lengths = f"num_steps={plan.num_steps}, fo_steps={plan.fo_range[1]}, ho_length={plan.ho_length}"
-    if bounds is not None and not 0 <= bounds[0] <= bounds[1] < count:
-        raise PlanError(
-            f"ho_start={bounds}: a range of starts lies within 0..{count - 1} (steps count from the noisy end; {lengths})"
-        )
-    if weights is not None and not _are_weights(weights, count):
-        raise PlanError(
-            f"ho_start_weights={weights!r}: must be one non-negative number per admissible start, {count} of them ({lengths}), "
-            "not all 0; for a range of starts use ho_start=[first, last]"
-        )
-
-
-def _check_rest(plan: EstimatorPlan) -> None:
-    if plan.rest_estimator not in REST_ESTIMATORS:
-        raise PlanError(f"rest_estimator={plan.rest_estimator!r}: must be one of {REST_ESTIMATORS}")
-    count, weights = plan.rest_num_steps, plan.rest_step_weights
-    for name, value in (("rest_num_steps", count), ("rest_step_weights", weights)):
-        if value is not None and plan.rest_estimator not in ("lr", "prediction"):
-            raise PlanError(f"{name}={value} has no effect with rest_estimator={plan.rest_estimator!r}; use 'lr'")
-    remaining = plan.num_steps - plan.fo_range[0] - plan.ho_length
-    if count is not None and not (_is_whole(count) and 1 <= count <= max(remaining, 1)):
-        raise PlanError(
-            f"rest_num_steps={count}: must be a whole number between 1 and the number of remaining steps, {remaining}; leave it unset "
-            "to visit all"
-        )
-    if weights is not None and count is None:
-        raise PlanError(f"rest_step_weights={weights} has no effect when every step is visited; set rest_num_steps")
-    if weights is not None and not (_are_weights(weights, plan.num_steps) and min(weights) > 0):
-        raise PlanError(
-            f"rest_step_weights={weights!r}: must be one positive finite weight per step, {plan.num_steps} of them (a step of "
-            "weight 0 would never be estimated)"
-        )
-    if plan.control_variate and not (plan.rest_estimator == "lr" or plan.ho_length):
-        raise PlanError("control_variate=True has no effect: the plan has no likelihood-ratio step; use rest_estimator='lr'")
-
-
-def _check_numbers(plan: EstimatorPlan) -> None:
+    in_order = 0 <= low <= high <= steps
+    yield "fo_steps", in_order, f"K must lie between 0 and the number of steps, {steps}; a pair (low, high) needs low <= high"
+    yield (
+        "ho_length",
+        _is_whole(length) and 0 <= length <= steps - high,
+        "h must be a whole number from 0 to what first order leaves, num_steps - fo_steps = "
+        f"{steps} - {high} = {steps - high}; shorten it or lower fo_steps",
+    )
+    yield "fo_steps", low == high or not length, f"a random K needs ho_length=0, but it is {length}"
+    yield from _start_rules(plan)
+    yield from _rest_rules(plan)
     for name in ("fo_weight", "ho_weight", "rest_weight"):
-        if not math.isfinite(getattr(plan, name)):
-            raise PlanError(f"{name}={getattr(plan, name)}: must be a finite number (1 is the gradient)")
-    if not 0 < plan.zo_scale < math.inf:
-        raise PlanError(f"zo_scale={plan.zo_scale}: the perturbation scale must be a positive number, for instance 0.01")
-    if plan.zo_num_perturbations < 1:
-        raise PlanError(f"zo_num_perturbations={plan.zo_num_perturbations}: needs at least one perturbation per batch")
+        yield name, math.isfinite(getattr(plan, name)), "must be a finite number (1 is the gradient)"
+    yield "zo_scale", 0 < plan.zo_scale < math.inf, "the perturbation scale must be a positive number, for instance 0.01"
+    number = plan.zo_num_perturbations
+    yield "zo_num_perturbations", _is_whole(number) and number >= 1, "must be a whole number, at least 1 per batch"
+
+
+def _start_rules(plan: EstimatorPlan) -> Iterator[tuple[str, bool, str]]:
+    start, weights, count = plan.ho_start, plan.ho_start_weights, plan.num_starts
+    is_known = start in NAMED_STARTS if isinstance(start, str) else _is_pair(start)
+    yield "ho_start", is_known, f"must be one of {NAMED_STARTS}, or two step numbers [first, last] (weights: ho_start_weights)"
+    yield "ho_start", weights is None or start == "uniform", "ho_start_weights is set as well; leave one of them unset"
+    has_chain, without = plan.ho_length > 0, "has no effect without a sub-chain; set ho_length to at least 1"
+    yield "ho_start", has_chain or isinstance(start, str), without
+    yield "ho_start_weights", has_chain or weights is None, without
+    lengths = f"num_steps={plan.num_steps}, fo_steps={plan.fo_range[1]}, ho_length={plan.ho_length}"
+    is_inside = isinstance(start, str) or 0 <= start[0] <= start[1] < count
+    yield "ho_start", is_inside, f"starts lie within 0..{count - 1}, the first not after the last ({lengths})"
+    yield (
+        "ho_start_weights",
+        weights is None or _are_weights(weights, count),
+        f"must be one non-negative number per admissible start, {count} of them ({lengths}), not all 0; a range is ho_start",
+    )
+
+
+def _rest_rules(plan: EstimatorPlan) -> Iterator[tuple[str, bool, str]]:
+    rest, count, weights = plan.rest_estimator, plan.rest_num_steps, plan.rest_step_weights
+    yield "rest_estimator", rest in REST_ESTIMATORS, f"must be one of {tuple(REST_ESTIMATORS)}"
+    for name in ("rest_num_steps", "rest_step_weights"):
+        is_used = getattr(plan, name) is None or rest in ("lr", "prediction")
+        yield name, is_used, f"has no effect with rest_estimator={rest!r}; use 'lr'"
+    fits = count is None or (_is_whole(count) and 1 <= count <= max(plan.num_rest_steps, 1))
+    yield "rest_num_steps", fits, f"must lie between 1 and the number of remaining steps, {plan.num_rest_steps}; unset visits all"
+    yield "rest_step_weights", weights is None or count is not None, "has no effect when every step is visited; set rest_num_steps"
+    yield (
+        "rest_step_weights",
+        weights is None or (_are_weights(weights, plan.num_steps) and min(weights) > 0),
+        f"must be one positive finite weight per step, {plan.num_steps} of them (of weight 0, a step would never be estimated)",
+    )
+    is_scored = rest == "lr" or plan.ho_length > 0
+    yield "control_variate", is_scored or not plan.control_variate, "no step has a likelihood ratio; use rest_estimator='lr'"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from rlr_trainer.estimators.chain import map_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +17,7 @@ class PlanDraw:
     """The random choices of a plan for one batch. R is the number of rows: N, or 1 where the whole batch shares a draw.
 
     Attributes:
-        pathwise: bool [R, T]; the adjoint of the step's output (from the step after it, or from the reward after the last
-            step) goes through this step. True on first-order steps and inside a sub-chain.
+        pathwise: bool [R, T]; the adjoint of the step's output goes through this step: on first-order steps and inside a sub-chain.
         score: float [R, T]; weight of the likelihood-ratio term of the step (0: none). A sub-chain has it at its end.
         prediction: float [R, T]; weight of the pathwise term through the one-step prediction.
         zeroth: bool [R, T]; the step is sampled with perturbed parameters.
@@ -45,20 +46,17 @@ class PlanDraw:
 
     def expand(self, num_samples: int) -> PlanDraw:
         """One row per sample."""
-        return self._map(lambda t: t.expand(num_samples, *t.shape[1:]))
+        return map_tensors(self, lambda t: t.expand(num_samples, *t.shape[1:]))
 
     def select(self, rows: Tensor) -> PlanDraw:
         """The choices of some samples; a shared draw stays as it is."""
-        return self if self.pathwise.shape[0] == 1 else self._map(lambda t: t[rows.to(t.device)])
+        return self if self.pathwise.shape[0] == 1 else map_tensors(self, lambda t: t[rows.to(t.device)])
 
     @staticmethod
     def concatenate(draws: Sequence[PlanDraw]) -> PlanDraw:
         """Joins draws that have one row per sample."""
         names = [field.name for field in dataclasses.fields(PlanDraw)]
         return PlanDraw(*(torch.cat([getattr(draw, name) for draw in draws]) for name in names))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> PlanDraw:
-        return PlanDraw(*(function(getattr(self, field.name)) for field in dataclasses.fields(self)))
 
 
 def inverse_inclusion_weights(
@@ -67,7 +65,7 @@ def inverse_inclusion_weights(
     """1 / inclusion probability of the drawn steps, 0 elsewhere (Horvitz-Thompson). Shapes [R, T] -> [R, T].
 
     Systematic sampling: laid end to end, the probabilities of a row have length `count`; a comb of unit spacing with one random
-    offset picks the steps. It draws exactly `count` distinct steps and hits each with its own probability.
+    offset picks `count` distinct steps, each with its own probability.
     """
     if count is None:
         return eligible.float()
@@ -104,8 +102,7 @@ def inclusion_probabilities(eligible: Tensor, count: int, step_weights: Sequence
 class StartDistribution:
     """Softmax of running per-step gradient norms over the admissible starts (section 3.2 of the paper).
 
-    Norms are divided by their mean first, so that the temperature does not depend on the reward's scale. Any start
-    distribution leaves the estimate unbiased; this one aims the sub-chain at steps with a large gradient.
+    Norms are divided by their mean first, so that the temperature does not depend on the reward's scale.
     """
 
     def __init__(self, num_starts: int, decay: float = 0.9, temperature: float = 1.0) -> None:
@@ -115,8 +112,8 @@ class StartDistribution:
         self.counts = torch.zeros(num_starts, dtype=torch.long)
 
     def update(self, start: int, norm: float) -> None:
-        """Takes in the gradient norm of a sub-chain that started at `start`; not that of an update that overflowed (fp16 skips it)."""
-        if not math.isfinite(norm):
+        """Takes in the gradient norm of a sub-chain that started at `start`."""
+        if not math.isfinite(norm):  # an update that overflowed, which fp16 skips
             return
         self.norms[start] = norm if self.counts[start] == 0 else self.decay * self.norms[start] + (1 - self.decay) * norm
         self.counts[start] += 1

@@ -13,13 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class PlanState:
-    """The plan, and its state.
-
-    Attributes:
-        plan: in force.
-        starts: what `ho_start="grad_norm"` draws by, or None.
-        control_scale: fitted factors of the control variate, or None without one.
-    """
+    """The plan in force; `starts`, by which `ho_start="grad_norm"` draws; `control_scale`, of the control variate. None where unused."""
 
     def __init__(self, plan: EstimatorPlan) -> None:
         self.take(plan)
@@ -39,13 +33,15 @@ class PlanState:
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what was learnt, where it is of a chain and a sub-chain of the same lengths; otherwise it is learnt anew."""
-        what = {"starts": "the norms that ho_start='grad_norm' draws by", "control_scale": "the scale of the control variate"}
-        for name, part in (("starts", self.starts), ("control_scale", self.control_scale)):
+        """Takes up what was learnt on a chain and a sub-chain of the same lengths."""
+        for name, option, part in (
+            ("starts", "ho_start='grad_norm'", self.starts),
+            ("control_scale", "control_variate", self.control_scale),
+        ):
             if part is None or name not in state:
                 continue
-            own, stored = part.state_dict(), state[name]
-            if own.keys() == stored.keys() and all(len(own[key]) == len(stored[key]) for key in own):
-                part.load_state_dict(stored)
+            own, stored = ({key: len(values) for key, values in each.items()} for each in (part.state_dict(), state[name]))
+            if own == stored:
+                part.load_state_dict(state[name])
             else:
-                logger.warning("%s: the checkpoint has it for another chain or sub-chain, so it is learned anew", what[name])
+                logger.warning("%s: what the checkpoint learned is of another chain or sub-chain, so it is learned anew", option)

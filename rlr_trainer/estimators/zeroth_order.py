@@ -40,9 +40,8 @@ class Perturbations:
         groups = num_directions * (2 if antithetic else 1)
         if num_samples % groups:
             raise ValueError(
-                f"zo_num_perturbations={num_directions} with zo_antithetic={antithetic} splits a batch into {groups} equal "
-                f"groups, but the batch has {num_samples} samples; use a batch that is a multiple of {groups}, or fewer "
-                "perturbations"
+                f"zo_num_perturbations={num_directions} with zo_antithetic={antithetic} splits a batch into {groups} equal groups, but the "
+                f"batch has {num_samples} samples; use a batch that is a multiple of {groups}, or fewer perturbations"
             )
         index = torch.arange(num_samples)
         sign = 1.0 - 2.0 * (index % 2) if antithetic else torch.ones(num_samples)
@@ -55,11 +54,8 @@ class Perturbations:
     def groups(self) -> list[tuple[Tensor, int, float]]:
         """(rows, direction, sign) of every set of samples that runs with the same parameters."""
         key = self.direction * 2 + (self.sign < 0)
-        sets = []
-        for value in key.unique().tolist():
-            rows = torch.nonzero(key == value)[:, 0]
-            sets.append((rows, int(self.direction[rows[0]]), float(self.sign[rows[0]])))
-        return sets
+        sets = [torch.nonzero(key == value)[:, 0] for value in key.unique().tolist()]
+        return [(rows, int(self.direction[rows[0]]), float(self.sign[rows[0]])) for rows in sets]
 
     def directions(self, params: Parameters, step: int, direction: int) -> dict[str, Tensor]:
         """e_i ~ N(0, I) of one step and direction, in the shapes and dtypes of `params`."""

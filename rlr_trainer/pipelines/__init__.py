@@ -20,11 +20,7 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {"StableDiffusionPipeline": StableD
 
 
 def adapt(pipeline: Any) -> PipelineAdapter:
-    """The adapter of a pipeline object; an adapter is returned as it is.
-
-    Raises:
-        TypeError: no adapter for this class; names the supported ones.
-    """
+    """The adapter of a pipeline object (an adapter is returned as it is); TypeError where there is none."""
     if isinstance(pipeline, PipelineAdapter):
         return pipeline
     # TRL's DefaultDDPOStableDiffusionPipeline wraps the diffusers pipeline
@@ -53,8 +49,8 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     folder = Path(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"sd_pipeline={str(source)!r}: the folder has no model_index.json, so it is not a diffusers pipeline. A folder of LoRA "
-            "weights alone must be loaded on its base: pipe.load_lora_weights(folder), then pass pipe"
+            f"sd_pipeline={str(source)!r}: the folder has no model_index.json, so it is not a diffusers pipeline. Load LoRA weights alone "
+            "on their base, pipe.load_lora_weights(folder), then pass pipe"
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(source), **options)

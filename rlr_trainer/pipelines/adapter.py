@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache
-from rlr_trainer.schedules import DDIMSchedule, SamplerOptions, Schedule
+from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
+from rlr_trainer.schedules import DDIMSchedule, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,20 +22,17 @@ class Layout:
     Attributes:
         shape: of one latent, as the network takes it (packed where the family packs).
         height, width: of the picture, in pixels.
-        num_frames: of a video; None for pictures.
     """
 
     shape: tuple[int, ...]
     height: int
     width: int
-    num_frames: int | None = None
 
 
 class PipelineAdapter(abc.ABC):
     """A diffusers pipeline, seen as the parts of a denoising chain.
 
-    The layout comes before the schedule, because some samplers depend on the number of tokens. The network's time input is what the
-    schedule's `time` says; guidance is what `predict` does.
+    The layout comes before the schedule, because some samplers depend on the number of tokens.
 
     Attributes:
         pipeline: the pipeline.
@@ -65,19 +62,19 @@ class PipelineAdapter(abc.ABC):
         """The network that makes pictures of latents."""
 
     @abc.abstractmethod
-    def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
+    def layout(self, height: int | None, width: int | None) -> Layout:
         """The layout of samples of this size in pixels (None: the model's own).
 
         Raises:
-            ValueError: a size that does not fit; names the rule. `num_frames` of a model that makes pictures.
+            ValueError: a size that does not fit; names the rule.
         """
 
-    def schedule(self, layout: Layout, sampler: SamplerOptions) -> Schedule:
-        """The steps of the sampler on samples of this layout."""
-        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, sampler.num_steps, sampler.eta)
+    def schedule(self, layout: Layout, num_steps: int, eta: float) -> Schedule:
+        """The steps of the sampler on samples of this layout; `eta` is the noise level, in the sampler's own unit."""
+        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, num_steps, eta)
 
     @abc.abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    def encode_prompts(self, prompts: Sequence[str]) -> Rows:
         """Encodes prompts to the network's keyword arguments, one row each. Called once per distinct prompt, without gradients."""
 
     def batch_inputs(self, layout: Layout) -> dict[str, Any]:
@@ -96,14 +93,7 @@ class PipelineAdapter(abc.ABC):
         return Conditioning(positive, negative, guidance_scale, self.batch_inputs(layout))
 
     def predict(self, network: Callable[..., Tensor], x: Tensor, time: float, conditioning: Conditioning) -> Tensor:
-        """The guided output of the network at latents `x` [N, ...], in one batched call.
-
-        Args:
-            network: `(x, time, **conditioning) -> output`.
-            x: what the schedule calls the latent.
-            time: what `Schedule.time` says.
-            conditioning: of the N samples.
-        """
+        """The guided output of `network` (x, time, **conditioning) at latents `x` [N, ...] and `Schedule.time`, in one batched call."""
         told = torch.tensor(time, device=x.device)
         if conditioning.negative is None:
             return network(x, told, **conditioning.positive, **conditioning.batch)
@@ -128,11 +118,7 @@ class PipelineAdapter(abc.ABC):
         self.denoiser.save_pretrained(Path(directory) / self.denoiser_folder)
 
     def load_denoiser(self, directory: str | Path) -> None:
-        """Reads it back in place.
-
-        Raises:
-            ValueError: the weights are missing, damaged, or of another network.
-        """
+        """Reads it back in place; ValueError if the weights are missing, damaged, or of another network."""
         folder = Path(directory) / self.denoiser_folder
         try:
             loaded = type(self.denoiser).from_pretrained(str(folder))

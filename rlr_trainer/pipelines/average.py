@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 from transformers import TrainerCallback
@@ -25,7 +24,6 @@ class WeightAverage(TrainerCallback):
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self._parameters = list(parameters.values())
         self._average = EMAModel(self._parameters, decay=decay)
-        self._in_use = False
 
     @property
     def updates(self) -> int:
@@ -38,19 +36,15 @@ class WeightAverage(TrainerCallback):
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The trained weights hold their average inside, and come back after; may be nested."""
-        if self._in_use:
+        if self._average.temp_stored_params is not None:
             yield
             return
-        kept = [parameter.detach().clone() for parameter in self._parameters]
+        self._average.store(self._parameters)
         self._average.copy_to(self._parameters)
-        self._in_use = True
         try:
             yield
         finally:
-            self._in_use = False
-            with torch.no_grad():
-                for parameter, value in zip(self._parameters, kept, strict=True):
-                    parameter.copy_(value)
+            self._average.restore(self._parameters)
 
     def take_present_weights(self, updates: int) -> None:
         """Makes the present weights the average after `updates` updates: resuming loads them there first."""

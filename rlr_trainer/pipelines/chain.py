@@ -20,8 +20,8 @@ from rlr_trainer.schedules import Schedule
 class PipelineChain:
     """The denoising chain of a batch of prompts under a pipeline; implements `DenoisingChain`.
 
-    Called with its own live parameters (the mapping that `parameters()` returns), it runs the wrapped policy, so that
-    gradients synchronize across processes; with any other mapping it runs the bare policy on those tensors instead.
+    Called with its own live parameters (the mapping that `parameters()` returns), it runs the wrapped policy, so that gradients
+    synchronize across processes; with any other mapping it runs the bare policy on those tensors.
 
     Attributes:
         adapter: the pipeline.

@@ -15,11 +15,7 @@ METADATA_KEYS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pat
 
 
 def trained_adapter(module: Any) -> str:
-    """Name of the one active adapter of `module`.
-
-    Raises:
-        ValueError: several adapters are active.
-    """
+    """Name of the one active adapter of `module`; ValueError where several are."""
     names = module.active_adapters()
     if len(names) != 1:
         raise ValueError(f"the network has {len(names)} active LoRA adapters ({', '.join(names)}); leave one active: set_adapters")
@@ -47,13 +43,9 @@ def attach_lora(module: Any, lora_config: Any, seed: int) -> bool:
 
 
 def save_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, layers: str) -> None:
-    """Writes the trained adapter to `directory`, with rank and alpha, so that `load_lora_weights` restores its strength.
+    """Writes the trained adapter of `module` to `directory`, with rank and alpha, so that loading restores its strength.
 
-    Args:
-        pipeline_class: the diffusers pipeline class.
-        module: the network.
-        directory: made if missing.
-        layers: name of the keyword argument of `pipeline_class.save_lora_weights` that takes the network's layers.
+    `layers` is the keyword argument of `pipeline_class.save_lora_weights` that takes the network's layers.
     """
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
@@ -69,11 +61,7 @@ def save_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, l
 
 
 def load_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, prefix: str) -> None:
-    """Reads weights written by `save_lora_weights` into the trained adapter, in place.
-
-    Raises:
-        ValueError: the file is missing or damaged, or does not fit the adapter (other targets or another rank).
-    """
+    """Reads them back into the trained adapter; ValueError if the file is missing, damaged or of other targets or another rank."""
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
@@ -91,11 +79,12 @@ def load_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, p
     own = get_peft_model_state_dict(module, adapter_name=name)
     shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    if shapes != found:
-        different = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+    different = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+    if different:
+        first = different[0]
         raise ValueError(
-            f"{path} does not fit the adapter being trained: {len(different)} of {len(shapes)} tensors differ, for instance "
-            f"{different[0]} ({found.get(different[0], 'missing')} in the file, {shapes.get(different[0], 'absent')} here); use the "
-            "same lora_r and lora_target_modules as the run that wrote it"
+            f"{path} does not fit the adapter being trained: {len(different)} of {len(shapes)} tensors differ, for instance {first} "
+            f"({found.get(first, 'missing')} in the file, {shapes.get(first, 'absent')} here); use the lora_r and lora_target_modules of "
+            "the run that wrote it"
         )
     set_peft_model_state_dict(module, state, adapter_name=name)

@@ -16,16 +16,14 @@ from rlr_trainer.pipelines.policy import Policy, cast_frozen
 
 
 class ReferencePolicy:
-    """The model without its LoRA weights, or a frozen copy of a network that is trained as a whole.
-
-    A pipeline that brought LoRA weights has its base model as the reference, not those weights.
+    """The model without any LoRA weights, or a frozen copy of a network that is trained as a whole.
 
     Args:
         policy: the trained policy, before any training.
         use_lora: whether LoRA weights alone are trained.
-        dtype: of the frozen copy.
+        device, dtype: of the frozen copy.
         autocast: precision of the run's forward passes.
-        checkpointing: whether the frozen copy, too, is to rerun its blocks in place of keeping their activations.
+        checkpointing: activation checkpointing of the frozen copy.
     """
 
     def __init__(

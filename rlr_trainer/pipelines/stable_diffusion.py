@@ -27,14 +27,12 @@ class StableDiffusionAdapter(PipelineAdapter):
         config = pipeline.unet.config
         if config.in_channels != pipeline.vae.config.latent_channels:
             raise ValueError(
-                f"the UNet takes {config.in_channels} channels but the VAE makes {pipeline.vae.config.latent_channels}: an inpainting "
-                "or image-conditioned model, which the Stable Diffusion adapter cannot sample; use a text-to-image model"
+                f"the UNet takes {config.in_channels} channels but the VAE makes {pipeline.vae.config.latent_channels}: an inpainting or "
+                "image-conditioned model, which this adapter cannot sample; use a text-to-image model"
             )
         if config.time_cond_proj_dim is not None:
-            raise ValueError(
-                f"the UNet has time_cond_proj_dim={config.time_cond_proj_dim} (a guidance-distilled model, such as LCM), which this "
-                "adapter does not feed; use a model without it"
-            )
+            text = "a guidance-distilled model, such as LCM, which this adapter does not feed; use a model without it"
+            raise ValueError(f"the UNet has time_cond_proj_dim={config.time_cond_proj_dim}: {text}")
 
     @property
     def denoiser(self) -> Any:
@@ -48,14 +46,8 @@ class StableDiffusionAdapter(PipelineAdapter):
     def decoder(self) -> nn.Module:
         return self.pipeline.vae
 
-    def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
-        """Latents [C, H / f, W / f], f the VAE's scale factor.
-
-        Raises:
-            ValueError: a size that is not a multiple of f; a number of frames.
-        """
-        if num_frames is not None:
-            raise ValueError(f"num_frames={num_frames}: {type(self.pipeline).__name__} makes pictures, not videos; leave it unset")
+    def layout(self, height: int | None, width: int | None) -> Layout:
+        """Latents [C, H / f, W / f], f the VAE's scale factor; ValueError for a size that is not a multiple of f."""
         factor, size = self.pipeline.vae_scale_factor, self.pipeline.unet.config.sample_size
         own = (size, size) if isinstance(size, int) else tuple(size)
         edges = []

@@ -58,9 +58,8 @@ class DDIMSchedule:
         ddim = DDIMScheduler.from_config(scheduler.config)
         config = ddim.config
         if not 1 <= num_steps <= config.num_train_timesteps:
-            raise ValueError(
-                f"sample_num_steps={num_steps}: must lie between 1 and the scheduler's {config.num_train_timesteps} training timesteps"
-            )
+            most = f"the scheduler's {config.num_train_timesteps} training timesteps"
+            raise ValueError(f"sample_num_steps={num_steps}: must lie between 1 and {most}")
         if not 0 <= eta <= 1:
             raise ValueError(f"sample_eta={eta}: must lie between 0 (no noise) and 1 (the noise of DDPM)")
         if config.thresholding:
@@ -79,15 +78,9 @@ class DDIMSchedule:
         alphas = tuple(float(table[t]) for t in timesteps)
         final = float(ddim.final_alpha_cumprod)
         alphas_next = tuple(float(table[t - stride]) if t >= stride else final for t in timesteps)
-        return cls(
-            timesteps=timesteps,
-            alphas=alphas,
-            alphas_next=alphas_next,
-            stds=tuple(eta * _ddpm_std(a, b) for a, b in zip(alphas, alphas_next, strict=True)),
-            prediction_type=config.prediction_type,
-            clip_range=config.clip_sample_range if config.clip_sample else None,
-            init_std=float(ddim.init_noise_sigma),
-        )
+        stds = tuple(eta * _ddpm_std(a, b) for a, b in zip(alphas, alphas_next, strict=True))
+        limit = config.clip_sample_range if config.clip_sample else None
+        return cls(timesteps, alphas, alphas_next, stds, config.prediction_type, limit, float(ddim.init_noise_sigma))
 
     @property
     def num_steps(self) -> int:

@@ -135,8 +135,8 @@ def critic_through_parameters():
     """c is differentiated through the parameters of the prediction as well as through its input."""
     latest: list[torch.Tensor] = []
 
-    def critic_of(chain, params, reward):
-        real = prediction_critic(chain, params, reward)
+    def critic_of(chain, params, reward, loss_scale):
+        real = prediction_critic(chain, params, reward, loss_scale)
 
         def critic(step, x):
             latest[:] = [reward(predict_clean(chain, step, x, params))]
@@ -226,7 +226,7 @@ HARMLESS: dict[str, tuple[EstimatorPlan, Callable[[], Mutant]]] = {
     "a prediction of no sense as control variate": (
         CONTROLLED,
         lambda: replaced(
-            prediction_critic, lambda chain, params, reward: prediction_critic(chain, params, lambda x: torch.sin(x).sum(1))
+            prediction_critic, lambda chain, params, *rest: prediction_critic(chain, params, lambda x: torch.sin(x).sum(1))
         ),
     ),
 }

@@ -275,6 +275,8 @@ def test_a_plan_is_a_value():
         (EstimatorPlan(4, rest_estimator="zo"), False, False, True, []),
         (EstimatorPlan(4, fo_steps=1, ho_length=2, rest_estimator="zo"), True, False, True, [1, 2]),
         (EstimatorPlan(4, fo_steps=1, ho_length=3, rest_estimator="zo"), True, False, False, [2]),
+        (EstimatorPlan(4, fo_steps=1, ho_length=3, rest_estimator="lr"), True, False, False, [2]),
+        (EstimatorPlan(5, fo_steps=1, ho_length=3, rest_estimator="lr"), True, False, False, [0, 2, 3]),
         (EstimatorPlan(4, ho_length=2, ho_start=(0, 1)), False, False, False, [1, 2]),
         (EstimatorPlan(4, fo_steps=1, ho_length=1, ho_start_weights=(0.0, 1.0, 0.0)), True, False, False, [1]),
         (EstimatorPlan(4, fo_steps=(1, 3), rest_estimator="lr"), True, False, False, [0, 1, 2]),
@@ -342,61 +344,43 @@ def test_the_reasons_for_a_bias_are_named(plan, reasons):
 
 ONES = (1.0,) * 4
 SUB_CHAIN, LR, ONE_STEP = {"ho_length": 1}, {"rest_estimator": "lr"}, {"rest_estimator": "lr", "rest_num_steps": 1}
-# (other options of a plan of 4 steps, option, values, what the message says after "option=value")
+# (other options of a plan of 4 steps, option, values, what the message says after "option=value: ")
 REFUSED = [
-    ({}, "num_steps", [0, -1], ": a chain has at least one step"),
-    ({}, "num_steps", [4.0, None], ": must be a whole number"),
-    ({}, "fo_steps", [2.0, math.nan, True, (1, 2, 3), (0.5, 2), "3"], ": K must be a whole number, or a pair (low, high)"),
-    ({}, "fo_steps", [5, -1, (3, 2), (0, 5)], ": K must lie between 0 and the number of steps, 4; .*low <= high"),
-    ({"ho_length": 1}, "fo_steps", [(1, 2)], " with ho_length=1: a random K needs ho_length=0"),
-    ({}, "ho_length", [2.0, None], ": must be a whole number"),
-    ({"fo_steps": 2}, "ho_length", [3, -1], ": .* between 0 and .* = 4 - 2 = 2; shorten it or lower fo_steps"),
+    ({}, "num_steps", [0, -1, 4.0, None], "must be a whole number: a chain has at least one step"),
+    ({}, "fo_steps", [2.0, math.nan, True, (1, 2, 3), (0.5, 2), "3"], "K must be a whole number, or a pair (low, high)"),
+    ({}, "fo_steps", [5, -1, (3, 2), (0, 5)], "K must lie between 0 and the number of steps, 4; .*low <= high"),
+    (SUB_CHAIN, "fo_steps", [(1, 2)], "a random K needs ho_length=0, but it is 1"),
+    ({"fo_steps": 2}, "ho_length", [3, -1, 2.0, None], "h must be a whole number .* = 4 - 2 = 2; shorten it or lower fo_steps"),
+    (SUB_CHAIN, "ho_start", ["late", (0.5, 2), (1, 1, 1), (), 2], "must be .*[first, last].*weights.*ho_start_weights"),
+    (SUB_CHAIN, "ho_start", [(2, 1), (0, 4), (-1, 2)], "starts lie within 0..3, .*num_steps=4, fo_steps=0, ho_length=1"),
+    ({}, "ho_start", [(0, 1)], "has no effect without a sub-chain; set ho_length to at least 1"),
+    ({}, "ho_start_weights", [ONES], "has no effect without a sub-chain; set ho_length to at least 1"),
+    (SUB_CHAIN, "ho_start_weights", [ONES[1:], (), 1.0, "1"], "must be .*per admissible start, 4 of them .*a range is ho_start"),
+    (SUB_CHAIN, "ho_start_weights", [(*ONES[1:], w) for w in (-1.0, math.inf, math.nan)], "must be one non-negative number"),
+    (SUB_CHAIN, "ho_start_weights", [(0.0,) * 4], "must be .*not all 0"),
+    (SUB_CHAIN | {"ho_start_weights": ONES}, "ho_start", ["grad_norm", (0, 1)], "ho_start_weights is set.*leave one of them unset"),
+    ({}, "rest_estimator", ["ppo"], "must be one of ('lr', 'zo', 'prediction', 'none')"),
+    ({}, "rest_num_steps", [1], "has no effect with rest_estimator='none'; use 'lr'"),
+    ({"rest_estimator": "zo"}, "rest_step_weights", [ONES], "has no effect with rest_estimator='zo'; use 'lr'"),
     (
-        SUB_CHAIN,
-        "ho_start",
-        ["late", (0.5, 2), (0.0, 1.0), (1, 1, 1), (), 2],
-        ": must be .*[first, last].*weights .*ho_start_weights",
+        LR | {"fo_steps": 2},
+        "rest_num_steps",
+        [0, 3, 1.5],
+        "must lie between 1 and the number of remaining steps, 2; unset visits all",
     ),
-    (
-        SUB_CHAIN,
-        "ho_start",
-        [(2, 1), (0, 4), (-1, 2)],
-        ": a range of starts lies within 0..3 .*num_steps=4, fo_steps=0, ho_length=1",
-    ),
-    ({}, "ho_start", [(0, 1)], " has no effect without a sub-chain; set ho_length to at least 1"),
-    ({}, "ho_start_weights", [ONES], " has no effect without a sub-chain; set ho_length to at least 1"),
-    (
-        SUB_CHAIN,
-        "ho_start_weights",
-        [ONES[1:], (), 1.0, "1"],
-        ": must be .*per admissible start, 4 of them .*ho_start=[first, last]",
-    ),
-    (SUB_CHAIN, "ho_start_weights", [(*ONES[1:], w) for w in (-1.0, math.inf, math.nan)], ": must be one non-negative number"),
-    (SUB_CHAIN, "ho_start_weights", [(0.0,) * 4], ": must be .*not all 0"),
-    (
-        SUB_CHAIN | {"ho_start_weights": ONES},
-        "ho_start",
-        ["grad_norm", (0, 1)],
-        " with ho_start_weights: .*leave one of them unset",
-    ),
-    ({}, "rest_estimator", ["ppo"], ": must be one of ('lr', 'zo', 'prediction', 'none')"),
-    ({}, "rest_num_steps", [1], " has no effect with rest_estimator='none'; use 'lr'"),
-    ({"rest_estimator": "zo"}, "rest_step_weights", [ONES], " has no effect with rest_estimator='zo'; use 'lr'"),
-    (LR | {"fo_steps": 2}, "rest_num_steps", [0, 3, 1.5], ": must be .*the number of remaining steps, 2; leave it unset"),
-    (LR, "rest_step_weights", [ONES], " has no effect when every step is visited; set rest_num_steps"),
+    (LR, "rest_step_weights", [ONES], "has no effect when every step is visited; set rest_num_steps"),
     (
         ONE_STEP,
         "rest_step_weights",
         [ONES[1:], (*ONES[1:], 0.0), (*ONES[1:], math.inf)],
-        ": must be one positive finite weight per step, 4",
+        "must be one positive finite weight per step, 4",
     ),
-    ({"fo_steps": 2}, "control_variate", [True], " has no effect: .*use rest_estimator='lr'"),
-    ({}, "fo_weight", [math.nan], ": must be a finite number (1 is the gradient)"),
-    ({}, "ho_weight", [math.inf], ": must be a finite number"),
-    ({}, "rest_weight", [-math.inf], ": must be a finite number"),
-    ({}, "zo_scale", [0.0, -1.0, math.inf, math.nan], ": the perturbation scale must be a positive number, for instance 0.01"),
-    ({}, "zo_num_perturbations", [2.5], ": must be a whole number"),
-    ({}, "zo_num_perturbations", [0], ": needs at least one perturbation per batch"),
+    ({"fo_steps": 2}, "control_variate", [True], "no step has a likelihood ratio; use rest_estimator='lr'"),
+    ({}, "fo_weight", [math.nan], "must be a finite number (1 is the gradient)"),
+    ({}, "ho_weight", [math.inf], "must be a finite number"),
+    ({}, "rest_weight", [-math.inf], "must be a finite number"),
+    ({}, "zo_scale", [0.0, -1.0, math.inf, math.nan], "the perturbation scale must be a positive number, for instance 0.01"),
+    ({}, "zo_num_perturbations", [2.5, 0], "must be a whole number, at least 1 per batch"),
 ]
 
 
@@ -408,7 +392,7 @@ def as_pattern(text: str) -> str:
 @pytest.mark.parametrize(("options", "name", "values", "rule"), REFUSED, ids=[f"{row[1]}{row[3][:30]}" for row in REFUSED])
 def test_what_cannot_be_is_refused(options, name, values, rule):
     for value in values:
-        with pytest.raises(PlanError, match="^" + as_pattern(f"{name}={value!r}{rule}")):
+        with pytest.raises(PlanError, match="^" + as_pattern(f"{name}={value!r}: {rule}")):
             EstimatorPlan(**{"num_steps": 4, **options, name: value})
 
 
@@ -417,7 +401,7 @@ def test_presets_refuse_unknown_names_and_options():
         EstimatorPlan.from_preset("ppo", 4)
     with pytest.raises(PlanError, match=r"unknown plan option fo_step; the options are .*fo_steps"):
         EstimatorPlan.from_preset("rlr", 4, fo_step=2)
-    with pytest.raises(PlanError, match="num_steps=0: a chain has at least one step"):
+    with pytest.raises(PlanError, match="num_steps=0: must be a whole number"):
         EstimatorPlan.from_preset("rlr", 0)
     with pytest.raises(PlanError, match="ho_length=4"):
         EstimatorPlan.from_preset("rlr", 4, ho_length=4)

@@ -25,7 +25,6 @@ from toy_problems import (
 )
 
 from rlr_trainer.estimators import ControlVariateScale
-from rlr_trainer.estimators.linear_gaussian import LinearGaussianChain
 from rlr_trainer.estimators.plan import EstimatorPlan
 
 T = NUM_STEPS
@@ -178,27 +177,6 @@ def test_any_of_many_plans(chosen, shared, advantage):
 
 
 # ---- the references ----
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_the_library_s_exact_gradient_is_the_sum_of_the_shares(shared):
-    """Two recursions, central moments in the package and raw moments here, agree on J and on its gradient."""
-    problem = LinearProblem.make(shared)
-    chain = LinearGaussianChain(T, 2, stds=problem.chain.stds.tolist(), seed=3, shared=shared)
-    centred = dataclasses.replace(problem, chain=Centred(chain))
-    ours, theirs = centred.gradient(), chain.exact_gradient(problem.quadratic, problem.linear)
-    for name, g in theirs.items():
-        torch.testing.assert_close(ours[name], g, rtol=1e-12, atol=1e-12)
-
-
-class Centred:
-    """The package's chain with the attributes of `OffsetChain`."""
-
-    start_mean, start_std = torch.zeros(2, dtype=torch.float64), 1.0
-
-    def __init__(self, chain: LinearGaussianChain) -> None:
-        self.__dict__.update(vars(chain))
-        self.parameters = chain.parameters
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.3])

@@ -57,12 +57,8 @@ def test_any_height_and_width(pipeline):
     adapter = adapt(pipeline)
     assert adapter.layout(None, None) == Layout((4, 8, 8), 32, 32)
     assert adapter.layout(48, 64) == Layout((4, 12, 16), 48, 64)
-    for options, message in (
-        ((33, None), "height=33: must be a positive multiple of 4"),
-        ((None, 32, 8), "num_frames=8: .* pictures"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            adapter.layout(*options)
+    with pytest.raises(ValueError, match="height=33: must be a positive multiple of 4"):
+        adapter.layout(33, None)
 
 
 def test_no_guidance_means_no_negative_branch(pipeline):
