@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from rlr_trainer import digits
-from rlr_trainer.rewards.neural.image_reward import ScoreHead
+from rlr_trainer.rewards.neural.base import ScoreHead
 
 TOKENIZER = Path(digits.__file__).parent / "weights" / "pipeline" / "tokenizer"
 PROMPTS = ("a handwritten digit", "seven", "a nine")

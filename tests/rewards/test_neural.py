@@ -126,7 +126,7 @@ def test_half_precision_leaves_pickscores_scale(tmp_path):
 
 def test_wrong_batches_are_refused(loaded, pictures):
     name, _, reward = loaded
-    with pytest.raises(ImageRangeError, match=f"reward '{name}': images has values from"):
+    with pytest.raises(ImageRangeError, match=f"reward '{name}': images is torch.float32 .* from 0.4 to 1.6"):
         reward(2 * pictures, tiny_rewards.PROMPTS, METADATA)
     with pytest.raises(ValueError, match="2 prompts for 3 images"):
         reward(pictures, ("a", "b"), METADATA)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, TypedDict
 
 import torch
@@ -77,6 +78,7 @@ class NeuralReward:
     """
 
     reads_prompts = False
+    full_precision: str | None = None  # name of the module that stays at least in float32
 
     def __init__(
         self,
@@ -101,14 +103,13 @@ class NeuralReward:
         self.__name__ = name
         self.model.to(device=self.device)
         if dtype is not None:
-            self.cast(dtype)
+            for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+                kept = key.split(".")[0] == self.full_precision
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(torch.promote_types(dtype, torch.float32) if kept else dtype)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.__name__!r}>"
-
-    def cast(self, dtype: torch.dtype) -> None:
-        """Brings the parameters to `dtype`."""
-        self.model.to(dtype=dtype)
 
     def conditions(self, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor | None:
         """What each sample is scored against, [B, ...], or None if pictures alone are scored."""
@@ -123,8 +124,7 @@ class NeuralReward:
 
         Args:
             images: [B, 3, H, W] float in [0, 1]; a graph of theirs is kept.
-            prompts: B of them; each picture is scored against its own.
-            metadata: B of them.
+            prompts, metadata: B of each; each picture is scored against its own prompt.
 
         Raises:
             ImageRangeError: images of another shape, type or range.
@@ -160,11 +160,7 @@ class NeuralReward:
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, *, pad_to_length: bool) -> Any:
-    """Tokens of prompts, cut at `length` as the references do; a prompt that is cut is named in the log.
-
-    Returns:
-        the tokenizer's output, with `input_ids` and `attention_mask` [B, L].
-    """
+    """The tokenizer's output [B, L] for prompts, cut at `length` as the references do; a prompt that is cut is named in the log."""
     tokens = tokenizer(
         list(prompts), padding="max_length" if pad_to_length else True, truncation=True, max_length=length, return_tensors="pt"
     )
@@ -174,3 +170,20 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, *, pad_to_len
                 "prompt %.60r... is longer than the %d tokens that the reward model reads: the rest is cut", prompt, length
             )
     return tokens
+
+
+class ScoreHead(nn.Module):
+    """Five linear layers, D -> 1024 -> 128 -> 64 -> 16 -> 1, with nothing but dropout between them; [B, D] -> [B].
+
+    The head of the aesthetic predictor and of ImageReward. Its layers keep the numbers that they have in the published files. Rewards
+    keep it at least in float32: in bfloat16, scores around 5 would be multiples of 1/32.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        linear = [nn.Linear(*sizes) for sizes in ((features, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))]
+        drop = [nn.Dropout(share) for share in (0.2, 0.2, 0.1)]
+        self.layers = nn.Sequential(*chain(*zip(linear, drop, strict=False)), *linear[3:])
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features.to(next(self.parameters()).dtype)).squeeze(-1)

@@ -14,18 +14,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from rlr_trainer.rewards.neural.aesthetic import ScoreHead, cast_all_but_head
-from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward, PromptCache, token_ids
+from rlr_trainer.rewards.neural import weights
+from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward, PromptCache, ScoreHead, token_ids
+from rlr_trainer.rewards.neural.open_clip import tower
 from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor
-from rlr_trainer.rewards.neural.weights import (
-    WeightsError,
-    companion,
-    find_file,
-    load_strictly,
-    load_tokenizer,
-    read_state_dict,
-    rename,
-)
 
 # The head's mean and standard deviation over the reference's data: the reward is standardised by them.
 SCORE_MEAN = 0.16717362830052426
@@ -34,16 +26,7 @@ PROMPT_TOKENS = 35
 BERT = "google-bert/bert-base-uncased"
 BERT_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 UNUSED_KEYS = r"(vision|text)_proj\.(weight|bias)|text\.embeddings\.position_ids"
-VIT_L_16: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 16,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-}
+VIT_L_16 = tower(1024, layers=24, heads=16, image_size=224, patch_size=16, layer_norm_eps=1e-6)
 TEXT_SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
     "hidden_act", "layer_norm_eps", "pad_token_id",
@@ -97,6 +80,7 @@ class ImageReward(NeuralReward):
     TEXT_CONFIG = "med_config.json"
     VISION = VIT_L_16
     reads_prompts = True
+    full_precision = "head"
 
     def __init__(
         self, model: ImageRewardModel, tokenizer: Any, *, eight_bit: bool = False, **options: Unpack[ModelOptions]
@@ -105,9 +89,6 @@ class ImageReward(NeuralReward):
         super().__init__(model, preprocess, name="image_reward", **options)
         self.tokenizer = tokenizer
         self.prompt_cache = PromptCache(self._tokens)
-
-    def cast(self, dtype: torch.dtype) -> None:
-        cast_all_but_head(self.model, dtype)
 
     def conditions(self, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
         """Tokens and mask, [B, 2, 35]."""
@@ -144,26 +125,18 @@ class ImageReward(NeuralReward):
         from transformers import BertTokenizer
 
         name = "image_reward"
-        path = find_file(source, name, cls.FILE)
-        config = find_file(path.parent if path == Path(source).expanduser() else source, name, cls.TEXT_CONFIG)
-        state = rename(read_state_dict(path, name), BLIP_NAMES)
+        path = weights.find_file(source, name, cls.FILE)
+        config = weights.find_file(path.parent if path == Path(source).expanduser() else source, name, cls.TEXT_CONFIG)
+        state = weights.rename(weights.read_state_dict(path, name), BLIP_NAMES)
         model = build_model(cls.VISION, config)
-        load_strictly(model, state, path, name, unused=UNUSED_KEYS)
-        place = companion(source, tokenizer, BERT, BERT_FILES)
-        words = load_tokenizer(BertTokenizer, place, name, model.text.config.vocab_size)
+        weights.load_strictly(model, state, path, name, unused=UNUSED_KEYS)
+        place = weights.companion(source, tokenizer, BERT, BERT_FILES)
+        words = weights.load_tokenizer(BertTokenizer, place, name, model.text.config.vocab_size)
         return cls(model, words, eight_bit=eight_bit, **options)
 
 
 def build_model(vision: dict[str, Any], config: Path) -> ImageRewardModel:
-    """An `ImageRewardModel`, not yet loaded.
-
-    Args:
-        vision: options of `BlipVisionConfig`.
-        config: med_config.json, which describes the text encoder.
-
-    Raises:
-        WeightsError: the file is no such configuration.
-    """
+    """An `ImageRewardModel`, not yet loaded, of options of `BlipVisionConfig` and med_config.json, which describes the text encoder."""
     from transformers import BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.configuration_blip import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel
@@ -172,8 +145,9 @@ def build_model(vision: dict[str, Any], config: Path) -> ImageRewardModel:
         med = json.loads(config.read_text())
         text = {key: med[key] for key in TEXT_SIZES}
     except (KeyError, ValueError) as error:
-        raise WeightsError(
-            f"reward 'image_reward': {str(config)!r} is not ImageReward's text configuration: {type(error).__name__} {error}"
+        said = f"{type(error).__name__} {error}"
+        raise weights.WeightsError(
+            f"reward 'image_reward': {str(config)!r} is not ImageReward's text configuration: {said}"
         ) from error
     special = {"bos_token_id": med["vocab_size"] - 2, "sep_token_id": None, "eos_token_id": None}
     text_config = BlipTextConfig(**text, **special, encoder_hidden_size=vision["hidden_size"], is_decoder=True, use_cache=False)

@@ -77,8 +77,7 @@ class QuestionReward:
     ) -> None:
         if not (callable(answer) or answer in ("yes_no", "score")):
             raise ValueError(f"answer={answer!r}: must be 'yes_no', 'score', or a function text -> number or None")
-        low, high = score_range
-        if not low < high:
+        if not score_range[0] < score_range[1]:
             raise ValueError(f"score_range={score_range}: must be (lowest, highest)")
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency!r}: must be at least 1")
@@ -87,7 +86,7 @@ class QuestionReward:
             self.client.url += CHAT_PATH
         self.model, self.question, self.system = model, question, system
         self.fields = _fields(question)
-        self.answer, self.score_range = answer, (float(low), float(high))
+        self.answer, self.score_range = answer, score_range
         self.concurrency = concurrency
         self.options: dict[str, Any] = {"temperature": 0, "max_tokens": 16}
         if logprobs and answer == "yes_no":
@@ -149,46 +148,36 @@ class QuestionReward:
     def _ask_all(self, bodies: Sequence[bytes]) -> list[dict[str, Any]]:
         """The first choice of each answer, in the order of the questions; the first failure in time ends the others' attempts."""
         stop = threading.Event()
-        failures: list[RemoteRewardError] = []
-
-        def ask(body: bytes) -> dict[str, Any]:
-            if failures:
-                raise failures[0]
+        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
+            asked = [pool.submit(lambda body: self._first_choice(self.client.post(body, stop)), body) for body in bodies]
             try:
-                return self._first_choice(self.client.post(body, stop))
+                for done in concurrent.futures.as_completed(asked):
+                    done.result()
+                return [done.result() for done in asked]
             except RemoteRewardError as error:
-                failures.append(error)
-                stop.set()
-                raise
-
-        with concurrent.futures.ThreadPoolExecutor(min(self.concurrency, max(1, len(bodies)))) as pool:
-            try:
-                return list(pool.map(ask, bodies))
-            except RemoteRewardError:
-                error = failures[0]
                 if error.status in (400, 422) and "logprob" in str(error):
                     raise RemoteRewardError(f"{error}; set logprobs=False", error.url, error.status, error.attempts) from error
-                raise error from None
+                raise
             finally:  # at an interrupt, too: leaving the pool waits for what is under way
                 stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _first_choice(self, answer: Any) -> dict[str, Any]:
         try:
             choice = answer["choices"][0]
-            if isinstance(choice["message"], dict):
-                return choice
-        except (LookupError, TypeError):
-            pass
-        said = json.dumps(answer)[:200]
-        message = f"{self.client.url}: answered with {said}, which has no choices[0].message: is it a chat endpoint?"
-        raise RemoteRewardError(message, self.client.url, 200)
+            choice["message"].get("content")
+        except (LookupError, TypeError, AttributeError) as error:
+            said = f"answered with {json.dumps(answer)[:200]}, which has no choices[0].message: is it a chat endpoint?"
+            raise RemoteRewardError(f"{self.client.url}: {said}", self.client.url, 200) from error
+        return choice
 
     def _read(self, text: str, choice: dict[str, Any]) -> float | None:
         if callable(self.answer):
             return self.answer(text)
         if self.answer == "score":
-            score = parse_score(text, *self.score_range)
-            return None if score is None else (score - self.score_range[0]) / (self.score_range[1] - self.score_range[0])
+            low, high = self.score_range
+            score = parse_score(text, low, high)
+            return None if score is None else (score - low) / (high - low)
         probability = yes_probability(choice.get("logprobs"))
         return parse_yes_no(text) if probability is None else probability
 
@@ -200,24 +189,25 @@ class QuestionReward:
         if self._readable and self._unreadable_in_a_row < MAX_UNREADABLE_IN_A_ROW:
             logger.warning("reward %r: %d of %d answers could not be read: %s", self.__name__, len(unreadable), len(rewards), shown)
             return
-        wanted = {"yes_no": "yes or no", "score": f"one number from {self.score_range[0]:g} to {self.score_range[1]:g}"}
-        needed = wanted[self.answer] if isinstance(self.answer, str) else "something that the given function reads"
+        low, high = self.score_range
+        wanted = {"yes_no": "yes or no", "score": f"one number from {low:g} to {high:g}"}
         raise RewardError(
             f"reward {self.__name__!r}: the last {self._unreadable_in_a_row} answers of {self.model} could not be read, such as {shown}; "
-            f"they must be {needed}: say so in the question, or raise max_tokens (request_options) if they are cut off"
+            f"they must be {wanted.get(str(self.answer), 'something that the given function reads')}: say so in the question, or raise "
+            "max_tokens (request_options) if they are cut off"
         )
 
 
 def _fields(template: str) -> set[str]:
     """Names in a template's braces."""
-    braces = "write {{ and }} for braces"
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise ValueError(f"question={template!r}: cannot be read as a template ({error}); {braces}") from error
-    wrong = [name for name in names if not re.fullmatch(r"(?!\d+$)\w+", name)]
-    if wrong:
-        raise ValueError(f"question={template!r}: {{{wrong[0]}}} must be {{prompt}} or a key of the metadata; {braces}")
+    except ValueError:
+        names = {""}
+    if not all(re.fullmatch(r"(?!\d+$)\w+", name) for name in names):
+        raise ValueError(
+            f"question={template!r}: each pair of braces must be {{prompt}} or a key of the metadata; write {{{{ and }}}} for braces"
+        )
     return names
 
 
