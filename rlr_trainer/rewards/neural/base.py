@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ class ModelOptions(TypedDict, total=False):
     dtype: torch.dtype | None
     batch_size: int | None
     recompute: bool
+    eight_bit: bool
 
 
 class NeuralReward:
@@ -72,9 +74,11 @@ class NeuralReward:
         batch_size: pictures per pass of the network; None: all at once.
         recompute: with a graph, keep the activations of one pass at a time and compute them again in the backward pass: the
             memory of `batch_size` pictures for a third more time.
+        eight_bit: round pictures as the reference does, for an `ImagePreprocessor`, which explains it.
 
     Raises:
         ValueError: batch_size below 1, or a model without parameters.
+        TypeError: eight_bit with another `preprocess`.
     """
 
     reads_prompts = False
@@ -90,13 +94,14 @@ class NeuralReward:
         dtype: torch.dtype | None = None,
         batch_size: int | None = None,
         recompute: bool = False,
+        eight_bit: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1, or None for all pictures at once")
         if next(model.parameters(), None) is None:
             raise ValueError(f"reward {name!r}: {type(model).__name__} has no parameters; pass a plain function as it is")
         self.model: Any = model.requires_grad_(False).eval()
-        self.preprocess = preprocess
+        self.preprocess = dataclasses.replace(preprocess, eight_bit=True) if eight_bit else preprocess  # type: ignore[type-var]
         self.batch_size = batch_size
         self.recompute = recompute
         self.device = None if device is None else torch.device(device)

@@ -26,7 +26,7 @@ class ClassifierScore(NeuralReward):
         labels: label -> number. Default: the model's `config.label2id`, if it has one.
         preprocess: images [B, 3, H, W] in [0, 1] -> pixels; default: none.
         name: of the metric.
-        options: device, dtype, batch_size, recompute; as `NeuralReward`.
+        options: device, dtype, batch_size, recompute, eight_bit; as `NeuralReward`.
 
     Raises:
         ValueError: an unknown output or label, or not exactly one of the two targets.
@@ -96,15 +96,13 @@ class ClassifierScore(NeuralReward):
         *,
         preprocess: Callable[[Tensor], Tensor] | None = None,
         name: str = "classifier",
-        eight_bit: bool = False,
         **options: Any,
     ) -> ClassifierScore:
         """Loads any transformers image classifier, with the steps of its image processor unless `preprocess` is given.
 
         Args:
             source: folder or hub id.
-            eight_bit: see `ImagePreprocessor`.
-            options: target_key, output, labels, device, dtype, batch_size, recompute; these and the others as the class.
+            options: target_key, output, labels, device, dtype, batch_size, recompute, eight_bit; these and the others as the class.
 
         Raises:
             WeightsError: something is missing or damaged, or the image processor has a step without a counterpart.
@@ -113,5 +111,5 @@ class ClassifierScore(NeuralReward):
 
         model = load_model(AutoModelForImageClassification, source, name)
         if preprocess is None:
-            preprocess = load_pretrained(ImagePreprocessor, source, name, eight_bit=eight_bit)
+            preprocess = load_pretrained(ImagePreprocessor, source, name)
         return cls(model, target, preprocess=preprocess, name=name, **options)

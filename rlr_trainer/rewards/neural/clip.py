@@ -78,21 +78,13 @@ class CosineReward(NeuralReward):
 
 
 class _TransformersCosine(CosineReward):
-    """A CLIP model in transformers' layout: name of the metric, hub id of the weights, and of the tokenizer and image processor if
-    those are another's."""
-
-    NAME: str
+    NAME: str  # of the metric
     HUB_ID: str
-    PARTS: str | None = None
+    PARTS: str | None = None  # hub id of the tokenizer and the image processor, if those are another's
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path | None = None,
-        *,
-        processor: str | Path | None = None,
-        eight_bit: bool = False,
-        **options: Unpack[ModelOptions],
+        cls, source: str | Path | None = None, *, processor: str | Path | None = None, **options: Unpack[ModelOptions]
     ) -> Self:
         """Loads a transformers CLIP model with its tokenizer and image processor.
 
@@ -100,8 +92,7 @@ class _TransformersCosine(CosineReward):
             source: folder or hub id of the weights; None: the published ones.
             processor: folder or hub id of tokenizer and image processor; None: `source`, if it is a folder that has them, else
                 those that the published weights were trained with.
-            eight_bit: see `ImagePreprocessor`.
-            options: device, dtype, batch_size, recompute; see `NeuralReward`.
+            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
 
         Raises:
             WeightsError: something is missing or damaged.
@@ -112,13 +103,9 @@ class _TransformersCosine(CosineReward):
         model = weights.load_model(CLIPModel, source, cls.NAME)
         words = weights.companion(source, processor, default, TOKENIZER_FILES)
         pixels = weights.companion(source, processor, default, PROCESSOR_FILES)
-        return cls(
-            model,
-            weights.load_tokenizer(AutoTokenizer, words, cls.NAME, model.config.text_config.vocab_size),
-            weights.load_pretrained(ImagePreprocessor, pixels, cls.NAME, eight_bit=eight_bit),
-            name=cls.NAME,
-            **options,
-        )
+        tokenizer = weights.load_tokenizer(AutoTokenizer, words, cls.NAME, model.config.text_config.vocab_size)
+        preprocess = weights.load_pretrained(ImagePreprocessor, pixels, cls.NAME)
+        return cls(model, tokenizer, preprocess, name=cls.NAME, **options)
 
 
 class CLIPScore(_TransformersCosine):
@@ -162,7 +149,6 @@ class HPSv2(CosineReward):
         *,
         version: str = "v2.1",
         tokenizer: str | Path | None = None,
-        eight_bit: bool = False,
         **options: Unpack[ModelOptions],
     ) -> HPSv2:
         """Loads a checkpoint in OpenCLIP's layout into a transformers `CLIPModel`.
@@ -171,8 +157,7 @@ class HPSv2(CosineReward):
             source: folder or hub id that has the version's file, or the file itself.
             version: "v2.0" or "v2.1".
             tokenizer: folder or hub id; None: the weights' folder, if it has one, else laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
-            eight_bit: see `ImagePreprocessor`.
-            options: device, dtype, batch_size, recompute; see `NeuralReward`.
+            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
 
         Raises:
             ValueError: another version.
@@ -191,7 +176,7 @@ class HPSv2(CosineReward):
         model = CLIPModel(CLIPConfig(**cls.CONFIG | {"text_config": text | tokens}))
         state = convert_open_clip(weights.read_state_dict(path, name))
         weights.load_strictly(model, state, path, name, unused=r"attn_mask|.*position_ids")
-        preprocess = ImagePreprocessor.hpsv2(cls.CONFIG["vision_config"]["image_size"], eight_bit=eight_bit)
+        preprocess = ImagePreprocessor.hpsv2(cls.CONFIG["vision_config"]["image_size"])
         return cls(model, words, preprocess, name=name, **options)
 
 
@@ -217,13 +202,7 @@ class AestheticScore(NeuralReward):
     full_precision = "head"
 
     def __init__(
-        self,
-        clip: Any,
-        head: ScoreHead,
-        preprocess: Callable[[Tensor], Tensor],
-        *,
-        name: str = "aesthetic",
-        **options: Unpack[ModelOptions],
+        self, clip: Any, head: ScoreHead, preprocess: Callable[[Tensor], Tensor], *, name: str = "aesthetic", **options: Any
     ) -> None:
         super().__init__(_AestheticModel(clip, head), preprocess, name=name, **options)
 
@@ -232,12 +211,7 @@ class AestheticScore(NeuralReward):
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path = HUB_ID,
-        *,
-        clip: str | Path | None = None,
-        eight_bit: bool = False,
-        **options: Unpack[ModelOptions],
+        cls, source: str | Path = HUB_ID, *, clip: str | Path | None = None, **options: Unpack[ModelOptions]
     ) -> AestheticScore:
         """Loads the head, and the CLIP model that it stands on.
 
@@ -245,8 +219,7 @@ class AestheticScore(NeuralReward):
             source: folder or hub id of the head, or its file.
             clip: folder or hub id of the CLIP model; None: the folder `clip` beside the head or the head's own folder, if one of
                 them has a config.json, else openai/clip-vit-large-patch14.
-            eight_bit: see `ImagePreprocessor`.
-            options: device, dtype, batch_size, recompute; see `NeuralReward`.
+            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
 
         Raises:
             WeightsError: something is missing or damaged, or the head is for embeddings of another size.
@@ -258,5 +231,5 @@ class AestheticScore(NeuralReward):
         model = weights.load_model(CLIPModel, weights.companion(source, clip, CLIP_L14, ("config.json",), "clip"), name)
         head = ScoreHead(model.config.projection_dim)
         weights.load_strictly(head, weights.read_state_dict(path, name), path, name)
-        preprocess = ImagePreprocessor.torchvision_clip(model.config.vision_config.image_size, eight_bit=eight_bit)
+        preprocess = ImagePreprocessor.torchvision_clip(model.config.vision_config.image_size)
         return cls(model, head, preprocess, name=name, **options)

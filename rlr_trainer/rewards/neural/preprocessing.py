@@ -82,17 +82,17 @@ class ImagePreprocessor:
     eight_bit: bool = False
 
     @classmethod
-    def torchvision_clip(cls, size: int, *, eight_bit: bool = False) -> ImagePreprocessor:
+    def torchvision_clip(cls, size: int) -> ImagePreprocessor:
         """Resize(size, bicubic), CenterCrop(size), Normalize of a PIL picture: OpenAI's CLIP package and ImageReward."""
-        return cls(size=size, crop=(size, size), middle=round, eight_bit=eight_bit)
+        return cls(size=size, crop=(size, size), middle=round)
 
     @classmethod
-    def hpsv2(cls, size: int, *, eight_bit: bool = False) -> ImagePreprocessor:
+    def hpsv2(cls, size: int) -> ImagePreprocessor:
         """HPSv2's inference transform: the longer side to `size`, black padding; resized as a float tensor, so nothing is clipped."""
-        return cls(size=size, pad=True, clip=False, eight_bit=eight_bit)
+        return cls(size=size, pad=True, clip=False)
 
     @classmethod
-    def from_processor(cls, processor: Any, source: str, *, eight_bit: bool = False) -> ImagePreprocessor:
+    def from_processor(cls, processor: Any, source: str) -> ImagePreprocessor:
         """The steps of a transformers image processor.
 
         Raises:
@@ -119,16 +119,15 @@ class ImagePreprocessor:
             resample=PIL_RESAMPLE[processor.resample],
             mean=tuple(processor.image_mean) if normalized else (0.0,),
             std=tuple(processor.image_std) if normalized else (1.0,),
-            eight_bit=eight_bit,
         )
 
     @classmethod
-    def from_pretrained(cls, source: str, *, eight_bit: bool = False) -> ImagePreprocessor:
+    def from_pretrained(cls, source: str) -> ImagePreprocessor:
         """The steps of the image processor in a local folder or a hub repository."""
         from transformers import AutoImageProcessor, __version__
 
         pil = {"backend": "pil"} if int(__version__.split(".")[0]) >= 5 else {"use_fast": False}  # torchvision is not required
-        return cls.from_processor(AutoImageProcessor.from_pretrained(source, **pil), source, eight_bit=eight_bit)
+        return cls.from_processor(AutoImageProcessor.from_pretrained(source, **pil), source)
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Pixels [B, 3, h, w] in the images' dtype, at least float32 (a resize in half precision loses more than an 8-bit step)."""
