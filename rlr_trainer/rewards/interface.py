@@ -16,6 +16,7 @@ import asyncio
 import copy
 import dataclasses
 import inspect
+import itertools
 import logging
 import math
 import numbers
@@ -194,13 +195,7 @@ class RewardCalls:
         self._waiting: list[_Batch] = []  # pictures of a group that is not complete
 
     def add(
-        self,
-        images: Tensor,
-        prompts: tuple[str, ...],
-        metadata: tuple[Any, ...],
-        *,
-        differentiable: bool = False,
-        where: str = "",
+        self, images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], *, differentiable: bool = False, where: str = ""
     ) -> None:
         """Begins the calls for one more batch; without `asynchronous` they are done on return."""
         rewards, first = self.rewards, sum(self._sizes)
@@ -295,22 +290,20 @@ class RewardCalls:
         failed = torch.zeros(values.shape[1], dtype=torch.bool, device=values.device)
         for call in self._calls:
             failed[call.first : call.end] |= call.failed
-        results, first = [], 0
-        for size in self._sizes:
-            results.append(self._result(values[:, first : first + size], failed[first : first + size], first))
-            first += size
+        ends = list(itertools.accumulate(self._sizes))
+        results = [self._result(values, failed, end - size, end) for size, end in zip(self._sizes, ends, strict=True)]
         self._calls, self._sizes = [], []
         return results
 
-    def _result(self, values: Tensor, failed: Tensor, first: int) -> RewardResult:
+    def _result(self, values: Tensor, failed: Tensor, first: int, end: int) -> RewardResult:
         """Of one batch. What a call of several batches (a group's) returned beside its values counts to the batch where it ends."""
-        rewards = self.rewards
-        ended = [call for call in self._calls if first < call.end <= first + values.shape[1]]
+        ended = [call for call in self._calls if first < call.end <= end]
         notes: dict[str, Any] = {}
-        for number, name in enumerate(rewards.names):
+        for number, name in enumerate(self.rewards.names):
             calls = [call for call in ended if call.function == number]
             notes[name] = checks.merge_notes([call.notes for call in calls], [len(call.prompts) for call in calls]) if calls else {}
-        return RewardResult(rewards.combine(values, failed), values, notes, errors=sum(call.failed for call in ended))
+        total = self.rewards.combine(values[:, first:end], failed[first:end])
+        return RewardResult(total, values[:, first:end], notes, errors=sum(call.failed for call in ended))
 
     def close(self) -> None:
         """Drops calls that have not begun; those that have, end by themselves."""
@@ -328,9 +321,6 @@ def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
     own = [getattr(function, "__name__", None) or type(function).__name__ for function in functions]
     names: list[str] = []
     for name in own:
-        unique, number = name, 1
-        while unique in names or (number > 1 and unique in own):
-            number += 1
-            unique = f"{name}_{number}"
-        names.append(unique)
+        numbered = (f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in own)
+        names.append(next(unique for unique in itertools.chain([name], numbered) if unique not in names))
     return names

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlr_trainer.rewards.neural.preprocessing import check_images
+from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor, check_images
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ class NeuralReward:
         if next(model.parameters(), None) is None:
             raise ValueError(f"reward {name!r}: {type(model).__name__} has no parameters; pass a plain function as it is")
         self.model: Any = model.requires_grad_(False).eval()
+        if eight_bit and not isinstance(preprocess, ImagePreprocessor):
+            raise TypeError(f"eight_bit=True: needs preprocess to be an ImagePreprocessor, not {preprocess!r}; leave eight_bit out")
         self.preprocess = dataclasses.replace(preprocess, eight_bit=True) if eight_bit else preprocess  # type: ignore[type-var]
         self.batch_size = batch_size
         self.recompute = recompute

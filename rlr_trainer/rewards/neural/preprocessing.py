@@ -1,12 +1,8 @@
 """From pictures in [0, 1] to the pixels that a reward model was trained on, differentiable in the pictures.
 
-The reference pipelines of the reward models work on 8-bit pictures with PIL or torchvision. The same steps on float tensors:
-
-| step of the reference                          | here                                                                      |
-|------------------------------------------------|---------------------------------------------------------------------------|
-| PIL bicubic (a = -1/2, support grows with 1/s) | `F.interpolate(mode="bicubic", antialias=True)`, across, then down, as PIL |
-| PIL clips to [0, 255] after each pass          | `clip=True`                                                               |
-| PIL rounds to 8 bits after each pass           | `eight_bit=True`: the same values, gradient of the unrounded resize       |
+The references work on 8-bit pictures with PIL or torchvision. The same steps on float tensors: PIL's bicubic (a = -1/2, with a support
+that grows with the reduction) is `F.interpolate(mode="bicubic", antialias=True)`, across, then down; PIL clips to [0, 255] after each
+pass (`clip`) and rounds to 8 bits (`eight_bit`).
 
 Shape suffixes: B pictures, C = 3 colours, H x W pixels.
 """

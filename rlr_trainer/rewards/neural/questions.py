@@ -40,16 +40,14 @@ class QuestionReward:
     Args:
         url: of the API, such as "http://127.0.0.1:8000/v1"; `/chat/completions` is added.
         model: its name there.
-        question: template; `{prompt}` stands for the prompt and any other name for a key of the metadata. Double braces stand for braces.
+        question: template; `{prompt}` is the prompt, any other name a key of the metadata. Double braces stand for braces.
         answer: "yes_no", "score", or a function text -> float or None (None: cannot be read).
         score_range: lowest and highest score, for answer="score".
         system: system message, or None.
-        logprobs: ask for log-probabilities; only for "yes_no". False for an endpoint that refuses the option.
-        request_options: fields of the request's body that replace or join the usual ones (temperature 0, max_tokens 16); one with
-            the value None is left out. A model that thinks aloud needs more max_tokens, and logprobs=False.
+        logprobs: ask for log-probabilities, for "yes_no". False for an endpoint that refuses them, or a model that thinks aloud.
+        request_options: fields of the request's body that replace or join temperature 0 and max_tokens 16; None leaves one out.
         concurrency: questions under way at the same time.
-        timeout: seconds for each of connecting, sending, waiting for the answer, and reading it.
-        retries, backoff: as for `RemoteReward`.
+        timeout, retries, backoff: as for `RemoteReward`.
         token: API key; none is taken from the environment.
         name: of the reward in logs.
 
@@ -113,15 +111,13 @@ class QuestionReward:
         """
         questions = [self._fill_in(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
         bodies = [self._body(question, picture) for question, picture in zip(questions, images, strict=True)]
-        rewards, texts = [], []
-        for choice in self._ask_all(bodies):
-            # what the model wrote; the reason instead when it refused
-            text = str(choice["message"].get("content") or choice["message"].get("refusal") or "")
-            reward = self._read(text, choice)
+        choices = self._ask_all(bodies)
+        # what the model wrote; the reason instead when it refused
+        texts = [str(choice["message"].get("content") or choice["message"].get("refusal") or "") for choice in choices]
+        rewards = [self._read(text, choice) for text, choice in zip(texts, choices, strict=True)]
+        for reward in rewards:
             self._unreadable_in_a_row = 0 if reward is not None else self._unreadable_in_a_row + 1
             self._readable += reward is not None
-            rewards.append(reward)
-            texts.append(text)
         self._check_readable(rewards, texts)
         return rewards, {"answers": texts}
 
@@ -231,8 +227,8 @@ def parse_score(text: str, low: float, high: float) -> float | None:
 def yes_probability(logprobs: Any) -> float | None:
     """P(yes) / (P(yes) + P(no)) from a choice's `logprobs`, or None without usable ones.
 
-    Taken at the first token of the answer that holds a letter. All spellings count ("Yes", " yes", "YES"). If only one of the two words
-    is among the listed tokens, the other counts as 0: its probability is below the smallest that is listed.
+    Taken at the first token that holds a letter, over all spellings ("Yes", " yes", "YES"). A word that is not listed counts as 0: its
+    probability is below the smallest that is.
     """
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     for token in content if isinstance(content, list) else []:
