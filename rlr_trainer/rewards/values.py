@@ -19,15 +19,7 @@ class RewardError(ValueError):
 
 
 def check_finite(images: Tensor, prompts: Sequence[str], where: str) -> None:
-    """Refuses pictures with NaN, which a reward might take for "not applicable", and a JPEG file for black.
-
-    Args:
-        images: [B, ...].
-        prompts, where: B prompts and what the batch is, for the message.
-
-    Raises:
-        FloatingPointError: some are not finite; names their prompts.
-    """
+    """Raises `FloatingPointError` for pictures [B, ...] with NaN: a mean of them would say "not applicable", and a JPEG file shows black."""
     finite = torch.isfinite(images).flatten(1).all(1).tolist()
     if not all(finite):
         bad = [prompt for prompt, good in zip(prompts, finite, strict=True) if not good]
@@ -111,13 +103,9 @@ def check_values(name: str, values: Any, count: int, device: torch.device) -> Te
 
 
 def merge_notes(notes: Sequence[Any], counts: Sequence[int]) -> Any:
-    """Notes of several calls as if one call had been made, where that can be told; otherwise a list with those of each call.
+    """Notes of several calls, of `counts` samples, as of one call where that can be told; otherwise a list with those of each.
 
     Lists, tuples, arrays and tensors with one entry per sample are joined; dicts with the same keys are merged key by key.
-
-    Args:
-        notes: one entry per call.
-        counts: samples of each call.
     """
     first = notes[0]
     if len(notes) == 1:

@@ -329,8 +329,8 @@ def test_wrong_classes_are_refused(tmp_path):
         ({}, "exactly one"),
         ({"target": 1, "target_key": "animal"}, "exactly one"),
         ({"target": 1, "output": "odds"}, "output='odds'"),
-        ({"target": "cow"}, "no class 'cow'; labels: cat, dog, owl"),
-        ({"target": -1}, "class -1"),
+        ({"target": "cow"}, "no class 'cow'; .* labels: cat, dog, owl"),
+        ({"target": -1}, "no class -1"),
     ):
         with pytest.raises(ValueError, match=named):
             ClassifierScore.from_pretrained(tmp_path, **options)

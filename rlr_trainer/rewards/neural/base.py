@@ -127,11 +127,7 @@ class NeuralReward:
         raise NotImplementedError
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
-        """Scores [B], on the images' device.
-
-        Args:
-            images: [B, 3, H, W] float in [0, 1]; a graph of theirs is kept.
-            prompts, metadata: B of each; each picture is scored against its own prompt.
+        """Scores [B] of images [B, 3, H, W] in [0, 1], each against its own prompt, on the images' device; a graph of theirs is kept.
 
         Raises:
             ImageRangeError: images of another shape, type or range.
@@ -180,10 +176,9 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, *, pad_to_len
 
 
 class ScoreHead(nn.Module):
-    """Five linear layers, D -> 1024 -> 128 -> 64 -> 16 -> 1, with nothing but dropout between them; [B, D] -> [B].
+    """The head of the aesthetic predictor and of ImageReward: five linear layers with nothing but dropout between them; [B, D] -> [B].
 
-    The head of the aesthetic predictor and of ImageReward. Its layers keep the numbers that they have in the published files. Rewards
-    keep it at least in float32: in bfloat16, scores around 5 would be multiples of 1/32.
+    The layers have the numbers of the published files. They stay in float32: in bfloat16, scores around 5 would be multiples of 1/32.
     """
 
     def __init__(self, features: int) -> None:

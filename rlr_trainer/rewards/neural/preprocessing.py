@@ -62,9 +62,8 @@ class ImagePreprocessor:
         resample: "bicubic" or "bilinear", both antialiased.
         mean, std: per colour, on the scale of [0, 1].
         clip: cut values outside [0, 1] that the bicubic kernel makes at edges, after each pass, as PIL does with 8-bit pictures.
-        eight_bit: round to multiples of 1/255 wherever the reference does (the picture itself; with `clip` also after each pass of
-            the resize). The values are then the reference's, but for ties (Pillow 13 also rounds elsewhere where it squeezes a
-            picture more down than across); the gradient is that without the rounding. For evaluation: training needs none.
+        eight_bit: round to multiples of 1/255 wherever the reference does: the picture, and with `clip` each pass of the resize. The
+            values are then the reference's, but for ties; the gradient is that without the rounding. For evaluation.
     """
 
     size: int | tuple[int, int]

@@ -100,10 +100,7 @@ class QuestionReward:
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[list[float | None], dict[str, list[str]]]:
-        """Rewards, one per picture, and the answers.
-
-        Args:
-            images: [B, 3, H, W], or [B, F, 3, H, W]: all frames of a video go into one message.
+        """Rewards and answers, one per picture of [B, 3, H, W] or video of [B, F, 3, H, W], whose frames all go into one message.
 
         Raises:
             RemoteRewardError: the endpoint does not answer, or not as its protocol says.

@@ -36,29 +36,20 @@ def _load(what: str, source: str | Path, reward: str, load: Callable[[], Loaded]
 def find_file(source: str | Path, reward: str, *filenames: str) -> Path:
     """The weights file: `source` itself if it is a file, else the first of `filenames` in the folder or the hub repository."""
     path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        found = [path / name for name in filenames if (path / name).is_file()]
-        if not found:
-            held = ", ".join(sorted(child.name for child in path.iterdir())[:10]) or "nothing"
-            raise WeightsError(f"reward {reward!r}: folder {str(source)!r} has no {' or '.join(filenames)}; it holds {held}")
+    found = [place for place in (path, *(path / name for name in filenames)) if place.is_file()]
+    if found:
         return found[0]
+    if path.is_dir():
+        held = ", ".join(sorted(child.name for child in path.iterdir())[:10]) or "nothing"
+        raise WeightsError(f"reward {reward!r}: folder {str(source)!r} has no {' or '.join(filenames)}; it holds {held}")
     from huggingface_hub import hf_hub_download
 
     return Path(_load(repr(filenames[0]), source, reward, lambda: hf_hub_download(str(source), filenames[0])))
 
 
 def companion(source: str | Path, given: str | Path | None, default: str, markers: Sequence[str], subfolder: str = "") -> str:
-    """Where a reward's second part (a tokenizer, a CLIP tower) is: as given; else in the weights' own folder; else the default hub id.
-
-    Args:
-        source: folder, file or hub id of the weights.
-        given: what the caller asked for, or None.
-        default: hub id of the published part.
-        markers: files that show that a folder has the part.
-        subfolder: folder inside the weights' folder that is looked at first.
-    """
+    """Where a reward's second part (a tokenizer, a CLIP tower) is: as given; else in the subfolder or folder of the weights' source, if
+    one has a file of `markers`; else the default hub id."""
     if given is not None:
         return str(given)
     path = Path(source).expanduser()
@@ -86,17 +77,11 @@ def read_state_dict(path: Path, reward: str) -> dict[str, Tensor]:
 
 
 def rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors under other names; those that no pattern matches keep theirs, so that strict loading reports them.
-
-    Args:
-        names: patterns of `re` and their replacements; all are applied to each key, in their order.
-    """
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in names.items():
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    return renamed
+    """The tensors under other names: all patterns of `names` are replaced in each key, in their order. What none matches stays as it is,
+    so that strict loading reports it."""
+    for pattern, replacement in names.items():
+        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+    return dict(state)
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], path: Path, reward: str, unused: str = "") -> None:
