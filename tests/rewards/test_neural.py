@@ -147,6 +147,8 @@ def test_impossible_options_are_refused():
         HPSv2.from_pretrained(version="v3")
     with pytest.raises(TypeError, match="batchsize"):
         NeuralReward(model, torch.nn.Identity(), name="mine", batchsize=1)
+    with pytest.raises(TypeError, match=r"eight_bit=True: needs preprocess to be an ImagePreprocessor, not Identity"):
+        NeuralReward(model, torch.nn.Identity(), name="mine", eight_bit=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
