@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from rlr_trainer import digits
-from rlr_trainer.rewards.neural.image_reward import ScoreHead
+from rlr_trainer.rewards.neural.base import ScoreHead
 
 TOKENIZER = Path(digits.__file__).parent / "weights" / "pipeline" / "tokenizer"
 PROMPTS = ("a handwritten digit", "seven", "a nine")
@@ -172,36 +172,13 @@ def hpsv2_folder(folder: Path, filename: str = "HPS_v2.1_compressed.pt", seed: i
 
 
 MED = {
-    "architectures": ["BertModel"],
-    "attention_probs_dropout_prob": 0.1,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "hidden_size": 48,
-    "initializer_range": 0.02,
-    "intermediate_size": 64,
-    "layer_norm_eps": 1e-12,
-    "max_position_embeddings": 40,
-    "model_type": "bert",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "pad_token_id": 0,
-    "add_type_embeddings": False,
-    "vocab_size": len(WORDS) + 2,
-    "encoder_width": 128,
-    "add_cross_attention": True,
-}
-
-
+    "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12, "max_position_embeddings": 40, "pad_token_id": 0, "vocab_size": len(WORDS) + 2,
+}  # fmt: skip
 BLIP_VISION = {
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-}
+    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 8, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+}  # fmt: skip
 
 
 def image_reward_shapes(med=MED, width=128, layers=2, patch=8, grid=4, heads=(1024, 128, 64, 16, 1)):
@@ -246,12 +223,11 @@ def image_reward_shapes(med=MED, width=128, layers=2, patch=8, grid=4, heads=(10
 
 
 def image_reward_folder(folder: Path) -> Path:
-    """ImageReward.pt (flat keys), med_config.json and BERT's vocabulary."""
+    """ImageReward.pt (flat keys) and BERT's vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     state = random_state(image_reward_shapes(), seed=4)
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(MED["max_position_embeddings"])[None]
     torch.save(state, folder / "ImageReward.pt")
-    (folder / "med_config.json").write_text(json.dumps(MED))
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     return folder
 

@@ -116,7 +116,7 @@ def _add_diagnose(commands: Any, common: argparse.ArgumentParser) -> None:
     short = "measure bias, noise, time and memory of gradient estimators on a run's model and reward"
     description = (
         "Measures what each estimator would do in the run that a YAML file and overrides describe (as for train), prints a table with "
-        "a recommendation, and writes diagnosis.json and diagnosis.png to output_dir. Nothing is trained."
+        "a recommendation, and writes diagnosis.json to output_dir. Nothing is trained."
     )
     diagnose = _command(commands, common, "diagnose", short, description)
     diagnose.set_defaults(takes_overrides=True)

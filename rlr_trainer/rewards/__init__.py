@@ -7,33 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 from rlr_trainer.rewards.calling import RewardTimeoutError, groupwise
 from rlr_trainer.rewards.compressibility import jpeg_compressibility, jpeg_incompressibility
-from rlr_trainer.rewards.interface import RewardError, RewardFunction, RewardResult, Rewards
+from rlr_trainer.rewards.interface import RewardFunction, Rewards
+from rlr_trainer.rewards.values import RewardError, RewardResult
 
 if TYPE_CHECKING:
-    from rlr_trainer.rewards.neural.aesthetic import AestheticScore
     from rlr_trainer.rewards.neural.base import NeuralReward
     from rlr_trainer.rewards.neural.classifier import ClassifierScore
-    from rlr_trainer.rewards.neural.clip import CLIPScore, HPSv2, PickScore
+    from rlr_trainer.rewards.neural.clip import AestheticScore, CLIPScore, HPSv2, PickScore
     from rlr_trainer.rewards.neural.image_reward import ImageReward
     from rlr_trainer.rewards.neural.questions import QuestionReward
     from rlr_trainer.rewards.neural.weights import WeightsError
     from rlr_trainer.rewards.remote.client import RemoteReward, RemoteRewardError
     from rlr_trainer.rewards.remote.server import RewardServer
 
-# Public name -> module. Loaded on first use: most runs need none of them.
+# Module -> its public names, loaded on first use: most runs need none of them, and `remote` is an extra.
 _ON_FIRST_USE = {
-    "AestheticScore": "rlr_trainer.rewards.neural.aesthetic",
-    "CLIPScore": "rlr_trainer.rewards.neural.clip",
-    "ClassifierScore": "rlr_trainer.rewards.neural.classifier",
-    "HPSv2": "rlr_trainer.rewards.neural.clip",
-    "ImageReward": "rlr_trainer.rewards.neural.image_reward",
-    "NeuralReward": "rlr_trainer.rewards.neural.base",
-    "PickScore": "rlr_trainer.rewards.neural.clip",
-    "QuestionReward": "rlr_trainer.rewards.neural.questions",
-    "RemoteReward": "rlr_trainer.rewards.remote.client",
-    "RemoteRewardError": "rlr_trainer.rewards.remote.client",
-    "RewardServer": "rlr_trainer.rewards.remote.server",
-    "WeightsError": "rlr_trainer.rewards.neural.weights",
+    "neural.base": ("NeuralReward",),
+    "neural.classifier": ("ClassifierScore",),
+    "neural.clip": ("AestheticScore", "CLIPScore", "HPSv2", "PickScore"),
+    "neural.image_reward": ("ImageReward",),
+    "neural.questions": ("QuestionReward",),
+    "neural.weights": ("WeightsError",),
+    "remote.client": ("RemoteReward", "RemoteRewardError"),
+    "remote.server": ("RewardServer",),
 }
 
 __all__ = [
@@ -61,6 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_FIRST_USE:
+    module = next((module for module, names in _ON_FIRST_USE.items() if name in names), None)
+    if module is None:
         raise AttributeError(f"module 'rlr_trainer.rewards' has no attribute {name!r}")
-    return getattr(importlib.import_module(_ON_FIRST_USE[name]), name)
+    return getattr(importlib.import_module(f"rlr_trainer.rewards.{module}"), name)

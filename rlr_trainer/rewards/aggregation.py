@@ -11,12 +11,7 @@ from rlr_trainer.estimators.advantages import Advantages, normalize
 
 
 def normalize_in_groups(rewards: Tensor, groups: Tensor | None) -> Advantages:
-    """(R - mean) / std of the sample's group, [N]; of the whole batch without groups. NaN marks a sample without a reward.
-
-    Args:
-        rewards: [N].
-        groups: int [N], the same number for samples of one prompt; or None.
-    """
+    """(R - mean) / std over the samples of the same number in `groups` (int [N]; None: over all), of rewards [N], NaN where there is none."""
     if groups is None:
         return normalize(rewards)
     values, scale = torch.zeros_like(rewards), torch.zeros_like(rewards)
@@ -32,8 +27,7 @@ def normalize_then_sum(
 ) -> tuple[Advantages, Tensor]:
     """Advantages of sum_k w_k A_k, with A_k the normalized advantage of reward k alone; the sum is normalized over the batch again.
 
-    After it no reward outweighs another because its numbers are spread wider. GDPO, arXiv:2601.05242; the second normalization keeps the
-    magnitude of the advantages independent of the number of rewards, as in TRL's `multi_objective_aggregation`.
+    GDPO, arXiv:2601.05242, and TRL's `multi_objective_aggregation`: no reward outweighs another because its numbers are spread wider.
 
     Args:
         rewards: [N, K], NaN where a reward does not apply; a row of NaN is a sample without any.

@@ -7,12 +7,13 @@ not keep the program from ending (those of `concurrent.futures` would).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import queue
 import threading
-from collections.abc import Awaitable, Callable
-from concurrent.futures import CancelledError, Future, wait
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 
@@ -28,9 +29,11 @@ class RewardTimeoutError(RewardError):
 def groupwise(function: Any) -> Any:
     """Marks a reward that compares the pictures of one prompt: ranking, pairwise preference, diversity.
 
-    It is called with all `num_images_per_prompt` pictures of one prompt at once, `(images [G, 3, H, W], prompts, metadata)`, prompts and
-    metadata of length G, however the samples were divided into batches. It returns G numbers. The function itself is returned.
-    A class does the same with the attribute `needs_group = True`.
+    It is called with all `num_images_per_prompt` pictures of one prompt at once, `(images [G, 3, H, W], prompts, metadata)`, however
+    the samples were divided into batches, and returns G numbers. A class does the same with the attribute `needs_group = True`.
+
+    Returns:
+        The function itself.
 
     Raises:
         TypeError: a callable that takes no attribute, such as a bound method: wrap it in a function.
@@ -42,16 +45,6 @@ def groupwise(function: Any) -> Any:
             f"groupwise cannot mark {function!r}: wrap it in a function, def reward(images, prompts, metadata)"
         ) from error
     return function
-
-
-def is_groupwise(function: Any) -> bool:
-    """Whether a reward asks for the pictures of one prompt at once."""
-    return bool(getattr(function, "needs_group", False))
-
-
-def is_coroutine_function(function: Any) -> bool:
-    """Whether a reward is an `async def`, or an object whose `__call__` is one."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def invoke(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float | None) -> Any:
@@ -71,6 +64,9 @@ def invoke(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], 
             return tuple(part.result() if isinstance(part, Future) else part for part in returned)
         return returned
 
+    async def settle(awaitable: Any) -> Any:
+        return await awaitable
+
     if timeout is None:
         returned = call()
     else:
@@ -80,12 +76,11 @@ def invoke(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], 
         returned = _within(name, future, timeout)
     if not inspect.isawaitable(returned):
         return returned
-    outcome: Future[Any] = Future()
-    task = asyncio.run_coroutine_threadsafe(_settle_awaitable(outcome, returned), _event_loop())
+    future = asyncio.run_coroutine_threadsafe(settle(returned), _event_loop())
     try:
-        return _within(name, outcome, timeout)
+        return _within(name, future, timeout)
     finally:
-        task.cancel()  # after a time limit, or an interrupt, the coroutine ends; done ones do not care
+        future.cancel()  # after a time limit, or an interrupt, the coroutine ends; done ones do not care
 
 
 def _within(name: str, future: Future[Any], timeout: float | None) -> Any:
@@ -97,37 +92,6 @@ def _within(name: str, future: Future[Any], timeout: float | None) -> Any:
     return future.result()
 
 
-class _RaisedInto:
-    """A context whose future gets whatever is raised inside, of any class, and raises it for the one who waits.
-
-    Otherwise it would end the thread or the event loop, and leave the caller waiting for ever.
-    """
-
-    def __init__(self, future: Future[Any]) -> None:
-        self.future = future
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
-        if isinstance(error, asyncio.CancelledError):  # no Exception, but of a reward a failure like others
-            error = CancelledError(*error.args)
-        if error is not None:
-            self.future.set_exception(error)
-        return True
-
-
-def settle(future: Future[Any], work: Callable[[], Any]) -> None:
-    """Does the work and puts its result, or what it raised, into the future."""
-    with _RaisedInto(future):
-        future.set_result(work())
-
-
-async def _settle_awaitable(future: Future[Any], awaitable: Awaitable[Any]) -> None:
-    with _RaisedInto(future):
-        future.set_result(await awaitable)
-
-
 _loops: list[asyncio.AbstractEventLoop] = []
 _loops_lock = threading.Lock()
 
@@ -136,15 +100,16 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     """One loop for the whole process, so that a reward may keep a connection or a session from call to call."""
     with _loops_lock:
         if not _loops:
-            loop = asyncio.new_event_loop()
-
-            def run() -> None:
-                torch.set_grad_enabled(False)
-                loop.run_forever()
-
-            threading.Thread(target=run, name="rlr-reward-coroutines", daemon=True).start()
-            _loops.append(loop)
+            _loops.append(asyncio.new_event_loop())
+            threading.Thread(target=_run, args=(_loops[0],), name="rlr-reward-coroutines", daemon=True).start()
         return _loops[0]
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    torch.set_grad_enabled(False)
+    while True:
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):  # they reach the one who waits, and must not end the loop
+            loop.run_forever()
 
 
 class Workers:
@@ -157,10 +122,9 @@ class Workers:
         self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._handed_in: list[Future[Any]] = []
         self._count = count
-        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        state = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_initialized() else None
         for _ in range(count):
-            arguments = torch.is_grad_enabled(), device
-            threading.Thread(target=self._work, args=arguments, name="rlr-reward-worker", daemon=True).start()
+            threading.Thread(target=self._work, args=state, name="rlr-reward-worker", daemon=True).start()
 
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
         """Hands in work, to be done with the caller's context variables; its result comes through the future."""
@@ -183,4 +147,20 @@ class Workers:
         while (item := self._queue.get()) is not None:
             future, work = item
             if future.set_running_or_notify_cancel():
-                settle(future, work)
+                with _RaisedInto(future):
+                    future.set_result(work())
+
+
+class _RaisedInto:
+    """A context that hands whatever is raised inside, of any class, to the one who waits for the future; else he would wait for ever."""
+
+    def __init__(self, future: Future[Any]) -> None:
+        self.future = future
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
+        if error is not None:
+            self.future.set_exception(error)
+        return True

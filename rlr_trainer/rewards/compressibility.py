@@ -11,23 +11,18 @@ from torch import Tensor
 JPEG_QUALITY = 95  # DDPO's setting
 
 
-def _jpeg_kilobytes(images: Tensor) -> Tensor:
+def jpeg_incompressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
+    """Size of the JPEG file in kilobytes (1,000 bytes), [B]. Not differentiable."""
     from PIL import Image
 
-    pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
-    for picture in pixels:
+    for picture in (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format="JPEG", quality=JPEG_QUALITY)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes)
 
 
-def jpeg_incompressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
-    """Size of the JPEG file in kilobytes (1,000 bytes), [B]. Not differentiable."""
-    return _jpeg_kilobytes(images)
-
-
 def jpeg_compressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
     """Minus the size of the JPEG file in kilobytes, [B]. Not differentiable."""
-    return -_jpeg_kilobytes(images)
+    return -jpeg_incompressibility(images, prompts, metadata)

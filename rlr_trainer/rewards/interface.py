@@ -12,39 +12,31 @@ or `reward_batch_size`, or the group's.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
+import inspect
+import itertools
 import logging
 import math
 import numbers
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlr_trainer.estimators.first_order import NON_DIFFERENTIABLE, NonDifferentiableRewardError
-from rlr_trainer.rewards.calling import Workers, invoke, is_coroutine_function, is_groupwise, settle
-from rlr_trainer.rewards.values import (
-    RewardError,
-    RewardResult,
-    check_finite,
-    check_values,
-    depends_on,
-    graph_node,
-    merge_notes,
-    split_returned,
-)
+from rlr_trainer.rewards import values as checks
+from rlr_trainer.rewards.calling import Workers, invoke
+from rlr_trainer.rewards.values import RewardError, RewardResult
 
 __all__ = ["RewardCalls", "RewardError", "RewardFunction", "RewardResult", "Rewards"]
 
 logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[[Tensor, tuple[str, ...], tuple[Any, ...]], Any]
-SHOWN_PROMPTS = 3  # that messages name
-ON_ERROR_NAMES = ("raise", "skip")
 
 
 class Rewards:
@@ -67,8 +59,8 @@ class Rewards:
         last_failure: what the last of them raised, in one line.
 
     Raises:
-        TypeError: something that cannot be called.
-        ValueError: no function, another number of weights than functions, or a weight that is no finite number.
+        TypeError: no function, or something that cannot be called.
+        ValueError: another number of weights than functions, a weight that is no finite number, or another `on_error`.
     """
 
     def __init__(
@@ -84,20 +76,17 @@ class Rewards:
         workers: int = 1,
     ) -> None:
         self.functions: list[Any] = list(functions) if isinstance(functions, list | tuple) else [functions]
-        if not self.functions:
-            raise ValueError("reward_function=[]: needs at least one reward function")
-        for function in self.functions:
-            if not callable(function):
-                raise TypeError(
-                    f"reward_function={function!r}: must be a function (images, prompts, metadata) -> rewards, or a list of them"
-                )
+        if not self.functions or not all(map(callable, self.functions)):
+            raise TypeError(
+                f"reward_function={functions!r}: must be a function (images, prompts, metadata) -> rewards, or a list of them"
+            )
         self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
-        if len(self.weights) != len(self.functions):
-            raise ValueError(f"reward_weights has {len(self.weights)} entries for {len(self.functions)} reward functions")
-        if not all(isinstance(weight, numbers.Real) and math.isfinite(weight) for weight in self.weights):
-            raise ValueError(f"reward_weights={self.weights}: must be finite numbers")
-        if on_error not in ON_ERROR_NAMES:
-            raise ValueError(f"on_error={on_error!r}: must be one of {', '.join(ON_ERROR_NAMES)}")
+        finite = all(isinstance(weight, numbers.Real) and math.isfinite(weight) for weight in self.weights)
+        if not finite or len(self.weights) != len(self.functions):
+            raise ValueError(f"reward_weights={weights}: must be {len(self.functions)} finite numbers, one per reward function")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r}: must be one of raise, skip")
+        self.groupwise = [bool(getattr(function, "needs_group", False)) for function in self.functions]
         self.names = _unique_names(self.functions)
         self.group_size, self.batch_size, self.timeout = group_size, batch_size, timeout
         self.on_error, self.asynchronous, self.workers = on_error, asynchronous, workers
@@ -108,16 +97,16 @@ class Rewards:
     @property
     def needs_groups(self) -> bool:
         """Whether a function asks for all pictures of a prompt at once."""
-        return any(is_groupwise(function) for function in self.functions)
+        return any(self.groupwise)
 
     def without_graph(self) -> str | None:
         """Why these rewards can never have a gradient, or None."""
         if self.asynchronous:
             return "async_rewards=True calls rewards in threads, without a graph; set async_rewards=False"
-        for name, function in zip(self.names, self.functions, strict=True):
-            if is_groupwise(function):
+        for name, function, groupwise in zip(self.names, self.functions, self.groupwise, strict=True):
+            if groupwise:
                 return f"reward {name!r} is group-wise: a black box, because the plan differentiates each picture with the others fixed"
-            if is_coroutine_function(function):
+            if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
                 return f"reward {name!r} is an async function: a black box; make it a plain function"
         return None
 
@@ -152,7 +141,7 @@ class Rewards:
         counts = [bool(weight) or not any(self.weights) for weight in self.weights]
         return torch.where(applies[counts].any(0) & ~failed, total, torch.nan)
 
-    def count_failure(self, name: str, count: int, error: Exception) -> None:
+    def count_failure(self, name: str, count: int, error: BaseException) -> None:
         """Takes down a call that failed, and warns of the first few and then ever more rarely."""
         self.failures += 1
         self.last_failure = traceback.format_exception_only(error)[-1].strip()
@@ -168,20 +157,17 @@ _Batch = tuple[Tensor, tuple[str, ...], tuple[Any, ...]]  # images, prompts, met
 
 @dataclasses.dataclass
 class _Call:
-    """A call of one function, begun or done: for the samples from number `first` on, in the order in which they were added."""
+    """A call of one function for the samples from number `first` to `end`."""
 
     function: int
     first: int
-    batch: _Batch
+    images: Tensor
+    prompts: tuple[str, ...]
     where: str
-    future: Future[tuple[Tensor, Any]]
-    values: Tensor | None = None
+    result: Callable[[], tuple[Tensor, Any]]  # makes the call, or waits for it
+    values: Tensor = dataclasses.field(init=False)
     notes: Any = None
     failed: bool = False
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        return self.batch[1]
 
     @property
     def end(self) -> int:
@@ -209,49 +195,40 @@ class RewardCalls:
         self._waiting: list[_Batch] = []  # pictures of a group that is not complete
 
     def add(
-        self,
-        images: Tensor,
-        prompts: tuple[str, ...],
-        metadata: tuple[Any, ...],
-        *,
-        differentiable: bool = False,
-        where: str = "",
+        self, images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], *, differentiable: bool = False, where: str = ""
     ) -> None:
         """Begins the calls for one more batch; without `asynchronous` they are done on return."""
         rewards, first = self.rewards, sum(self._sizes)
         reason = rewards.without_graph() if differentiable else None
         if reason is not None:
             raise NonDifferentiableRewardError(f"{reason}, or choose a plan that needs no reward gradient: estimator='ddpo'")
-        check_finite(images, prompts, where)
+        checks.check_finite(images, prompts, where)
         batch = images if differentiable else images.detach(), prompts, metadata
         rewards.queries += len(prompts)
         self._sizes.append(len(prompts))
         size = rewards.batch_size or len(prompts)
-        for number, function in enumerate(rewards.functions):
-            if not is_groupwise(function):
+        for number, groupwise in enumerate(rewards.groupwise):
+            if not groupwise:
                 for start in range(0, len(prompts), size):
                     self._begin(number, first + start, _part(batch, start, start + size), where, differentiable)
         if rewards.needs_groups:
-            self._add_to_groups(batch, where)
+            self._waiting.append(batch)
+            self._begin_groups(where)
 
-    def _add_to_groups(self, batch: _Batch, where: str) -> None:
-        parts = [*self._waiting, batch]
-        waiting = (
-            torch.cat([part[0] for part in parts]),
-            tuple(prompt for part in parts for prompt in part[1]),
-            tuple(row for part in parts for row in part[2]),
-        )
+    def _begin_groups(self, where: str) -> None:
+        images, prompts, metadata = zip(*self._waiting, strict=True)
+        waiting: _Batch = torch.cat(images), sum(prompts, ()), sum(metadata, ())
         count, size = len(waiting[1]), self.rewards.group_size
         first, whole = sum(self._sizes) - count, count // size * size
         for start in range(0, whole, size):
             group = _part(waiting, start, start + size)
             if len(set(group[1])) > 1:
                 raise RewardError(
-                    f"a group-wise reward compares {size} pictures (num_images_per_prompt) of one prompt, but got the prompts "
-                    f"{_shown(group[1])}; it cannot score pictures of different prompts, as evaluate() samples them"
+                    f"a group-wise reward compares {size} pictures (num_images_per_prompt) of one prompt, but got different prompts "
+                    f"({checks.place(where, group[1])}); it cannot score them, as evaluate() samples them"
                 )
-            for number, function in enumerate(self.rewards.functions):
-                if is_groupwise(function):
+            for number, groupwise in enumerate(self.rewards.groupwise):
+                if groupwise:
                     self._begin(number, first + start, group, where, False)
         self._waiting = [_part(waiting, whole, count)] if whole < count else []
 
@@ -264,35 +241,34 @@ class RewardCalls:
             # as in training everywhere: a diagnosis calls from within autocast, and a thread with a time limit leaves it
             with torch.autocast(images.device.type, enabled=False), torch.set_grad_enabled(differentiable):
                 own = images.clone()
-                origin = graph_node(own)
-                values, notes = split_returned(invoke(name, rewards.functions[number], (own, prompts, rows), rewards.timeout))
-                values = check_values(name, values, len(prompts), images.device)
-            if differentiable and not depends_on(values, origin):
+                origin = checks.graph_node(own)
+                returned = invoke(name, rewards.functions[number], (own, prompts, rows), rewards.timeout)
+                values, notes = checks.split_returned(returned)
+                values = checks.check_values(name, values, len(prompts), images.device)
+            if differentiable and not checks.depends_on(values, origin):
                 raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}")
             return values, notes
 
-        call = _Call(number, first, batch, where, Future() if self._workers is None else self._workers.submit(work))
-        self._calls.append(call)
+        result = work if self._workers is None else self._workers.submit(work).result
+        self._calls.append(_Call(number, first, images, prompts, where, result))
         if self._workers is None:
-            settle(call.future, work)
-            self._read(call)
+            self._take(self._calls[-1])
 
-    def _read(self, call: _Call) -> None:
-        """Waits for a call and takes its values; NaN for one that failed, if such are skipped."""
-        if call.values is not None:
-            return
+    def _take(self, call: _Call) -> None:
+        """Takes what a call returns; NaN for one that failed, if such are skipped."""
         name = self.rewards.names[call.function]
         try:
-            call.values, call.notes = call.future.result()
+            call.values, call.notes = call.result()
         except NonDifferentiableRewardError:
             raise
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if self.on_error == "raise":
-                raise _explain(error, name, call) from error
+                known = isinstance(error, RewardError) and str(error).startswith(f"reward {name!r}")
+                said = str(error) if known else f"reward {name!r} raised {type(error).__name__}: {error}"
+                raise RewardError(f"{said} ({checks.place(call.where, call.prompts)})") from error
             self.rewards.count_failure(name, len(call.prompts), error)
             call.failed = True
-            # 0 * images: with a graph, if the others have one
-            call.values = torch.nan + 0.0 * call.batch[0].float().flatten(1).sum(1)
+            call.values = torch.nan + 0.0 * call.images.float().flatten(1).sum(1)  # with a graph, if the others have one
 
     def finish(self) -> list[RewardResult]:
         """Waits for all calls; the results of the batches, in the order in which they were added.
@@ -305,32 +281,29 @@ class RewardCalls:
                 f"a group-wise reward needs whole groups of num_images_per_prompt={self.rewards.group_size} pictures of one prompt; "
                 f"{len(self._waiting[0][1])} are left over"
             )
-        for call in self._calls:
-            self._read(call)
+        for call in self._calls if self._workers is not None else ():
+            self._take(call)
         rows: list[list[Tensor]] = [[] for _ in self.rewards.functions]
         for call in self._calls:  # of each function in the order of the samples
-            assert call.values is not None
             rows[call.function].append(call.values)
         values = torch.stack([torch.cat(row) for row in rows])
         failed = torch.zeros(values.shape[1], dtype=torch.bool, device=values.device)
         for call in self._calls:
             failed[call.first : call.end] |= call.failed
-        results, first = [], 0
-        for size in self._sizes:
-            results.append(self._result(values[:, first : first + size], failed[first : first + size], first))
-            first += size
+        ends = list(itertools.accumulate(self._sizes))
+        results = [self._result(values, failed, end - size, end) for size, end in zip(self._sizes, ends, strict=True)]
         self._calls, self._sizes = [], []
         return results
 
-    def _result(self, values: Tensor, failed: Tensor, first: int) -> RewardResult:
+    def _result(self, values: Tensor, failed: Tensor, first: int, end: int) -> RewardResult:
         """Of one batch. What a call of several batches (a group's) returned beside its values counts to the batch where it ends."""
-        rewards = self.rewards
-        ended = [call for call in self._calls if first < call.end <= first + values.shape[1]]
+        ended = [call for call in self._calls if first < call.end <= end]
         notes: dict[str, Any] = {}
-        for number, name in enumerate(rewards.names):
+        for number, name in enumerate(self.rewards.names):
             calls = [call for call in ended if call.function == number]
-            notes[name] = merge_notes([call.notes for call in calls], [len(call.prompts) for call in calls]) if calls else {}
-        return RewardResult(rewards.combine(values, failed), values, notes, errors=sum(call.failed for call in ended))
+            notes[name] = checks.merge_notes([call.notes for call in calls], [len(call.prompts) for call in calls]) if calls else {}
+        total = self.rewards.combine(values[:, first:end], failed[first:end])
+        return RewardResult(total, values[:, first:end], notes, errors=sum(call.failed for call in ended))
 
     def close(self) -> None:
         """Drops calls that have not begun; those that have, end by themselves."""
@@ -344,27 +317,10 @@ def _part(batch: _Batch, start: int, stop: int) -> _Batch:
     return images[start:stop], prompts[start:stop], metadata[start:stop]
 
 
-def _explain(error: Exception, name: str, call: _Call) -> RewardError:
-    """The error with the place where it happened."""
-    place = f"{f'in {call.where}, ' if call.where else ''}on {len(call.prompts)} prompts: {_shown(call.prompts)}"
-    if isinstance(error, RewardError) and str(error).startswith(f"reward {name!r}"):
-        return RewardError(f"{error} ({place})")
-    return RewardError(f"reward {name!r} raised {type(error).__name__}: {error} ({place})")
-
-
-def _shown(prompts: Sequence[str]) -> str:
-    """The first few prompts, and how many more."""
-    shown = ", ".join(f"{prompt!r:.80}" for prompt in prompts[:SHOWN_PROMPTS])
-    return f"{shown} and {len(prompts) - SHOWN_PROMPTS} more" if len(prompts) > SHOWN_PROMPTS else shown
-
-
 def _unique_names(functions: Sequence[RewardFunction]) -> list[str]:
     own = [getattr(function, "__name__", None) or type(function).__name__ for function in functions]
     names: list[str] = []
     for name in own:
-        unique, number = name, 1
-        while unique in names or (number > 1 and unique in own):
-            number += 1
-            unique = f"{name}_{number}"
-        names.append(unique)
+        numbered = (f"{name}_{number}" for number in itertools.count(2) if f"{name}_{number}" not in own)
+        names.append(next(unique for unique in itertools.chain([name], numbered) if unique not in names))
     return names

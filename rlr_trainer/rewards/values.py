@@ -1,13 +1,11 @@
-"""What reward functions get and return: finite pictures; one number per sample, in any numeric form, and notes beside them.
-
-`RewardResult` is what becomes of them.
-"""
+"""What reward functions get and return: finite pictures; one number per sample, in any numeric form, and notes beside them."""
 
 from __future__ import annotations
 
 import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,24 +19,21 @@ class RewardError(ValueError):
 
 
 def check_finite(images: Tensor, prompts: Sequence[str], where: str) -> None:
-    """Refuses pictures with NaN, which a reward might take for "not applicable", and a JPEG file for black.
-
-    Args:
-        images: [B, ...].
-        prompts: B of them, for the message.
-        where: what the batch is, for the message.
-
-    Raises:
-        FloatingPointError: some are not finite; names their prompts.
-    """
-    finite = torch.isfinite(images).flatten(1).all(1)
-    if not finite.all():
-        bad = torch.nonzero(~finite)[:, 0].tolist()
+    """Raises `FloatingPointError` for pictures [B, ...] with NaN: a mean of them would say "not applicable", and a JPEG file shows black."""
+    finite = torch.isfinite(images).flatten(1).all(1).tolist()
+    if not all(finite):
+        bad = [prompt for prompt, good in zip(prompts, finite, strict=True) if not good]
         raise FloatingPointError(
-            f"{len(bad)} of {len(images)} pictures to be scored have non-finite values ({f'in {where}, ' if where else ''}prompts "
-            f"{', '.join(f'{prompts[i]!r:.80}' for i in bad[:3])}): where they come out of the decoder, use a wider precision (bf16 or "
-            "float32 instead of fp16)"
+            f"{len(bad)} of {len(images)} pictures to be scored have non-finite values ({place(where, bad)}): where they come out of the "
+            "decoder, use a wider precision (bf16 or float32 instead of fp16)"
         )
+
+
+def place(where: str, prompts: Sequence[str]) -> str:
+    """What the batch is, and the first three prompts, for messages."""
+    shown = ", ".join(f"{prompt!r:.80}" for prompt in prompts[:3])
+    more = f" and {len(prompts) - 3} more" if len(prompts) > 3 else ""
+    return f"{f'in {where}, ' if where else ''}on {len(prompts)} prompts: {shown}{more}"
 
 
 def graph_node(tensor: Tensor) -> Any:
@@ -83,16 +78,17 @@ def check_values(name: str, values: Any, count: int, device: torch.device) -> Te
         RewardError: another shape, no numbers, complex or infinite ones; names the reward.
     """
     try:
-        tensor = _from_list(name, values) if isinstance(values, list | tuple) else torch.as_tensor(values)
-    except RewardError:
-        raise
+        if isinstance(values, list | tuple):
+            scalars = [torch.as_tensor(torch.nan if v is None else v, dtype=torch.float32, device=device) for v in values]
+            values = torch.stack([scalar.reshape(()) for scalar in scalars])  # fails for more than one number in an entry
+        tensor = torch.as_tensor(values)
+        if tensor.is_complex():
+            raise TypeError("complex numbers")
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
-            f"reward {name!r} returned {type(values).__name__} ({values!r:.80}): must be a tensor, array or list of {count} numbers, "
-            "or a pair (rewards, reward_metadata)"
+            f"reward {name!r} returned {type(values).__name__} ({values!r:.80}): must be a tensor, array or list of {count} real numbers "
+            "(None where it does not apply), or a pair (rewards, reward_metadata)"
         ) from error
-    if tensor.is_complex():
-        raise RewardError(f"reward {name!r} returned complex numbers ({tensor.dtype}): return real ones")
     if tensor.shape == (count, 1):  # as heads of one output return
         tensor = tensor.squeeze(1)
     if tensor.shape != (count,):
@@ -106,24 +102,10 @@ def check_values(name: str, values: Any, count: int, device: torch.device) -> Te
     return tensor
 
 
-def _from_list(name: str, values: Sequence[Any]) -> Tensor:
-    for value in values:
-        if value is not None and not hasattr(value, "__float__"):
-            raise RewardError(
-                f"reward {name!r} returned a list with {value!r:.80} ({type(value).__name__}): each entry must be a number or None"
-            )
-    scalars = [v if isinstance(v, Tensor) else torch.tensor(torch.nan if v is None else float(v)) for v in values]
-    return torch.stack([scalar.reshape(()).float() for scalar in scalars])  # fails for more than one number in an entry
-
-
 def merge_notes(notes: Sequence[Any], counts: Sequence[int]) -> Any:
-    """Notes of several calls as if one call had been made, where that can be told; otherwise a list with those of each call.
+    """Notes of several calls, of `counts` samples, as of one call where that can be told; otherwise a list with those of each.
 
     Lists, tuples, arrays and tensors with one entry per sample are joined; dicts with the same keys are merged key by key.
-
-    Args:
-        notes: one entry per call.
-        counts: samples of each call.
     """
     first = notes[0]
     if len(notes) == 1:
@@ -131,7 +113,7 @@ def merge_notes(notes: Sequence[Any], counts: Sequence[int]) -> Any:
     if all(isinstance(note, dict) and note.keys() == first.keys() for note in notes):
         return {key: merge_notes([note[key] for note in notes], counts) for key in first}
     for kind, join in _JOINS.items():
-        if all(isinstance(note, kind) for note in notes) and [_length(note) for note in notes] == list(counts):
+        if all(isinstance(note, kind) and getattr(note, "ndim", 1) for note in notes) and list(map(len, notes)) == list(counts):
             return join(notes)
     return list(notes)
 
@@ -140,14 +122,9 @@ def merge_notes(notes: Sequence[Any], counts: Sequence[int]) -> Any:
 _JOINS: dict[type, Callable[..., Any]] = {
     Tensor: torch.cat,
     np.ndarray: np.concatenate,
-    list: lambda notes: [item for note in notes for item in note],
-    tuple: lambda notes: tuple(item for note in notes for item in note),
+    list: lambda notes: list(chain(*notes)),
+    tuple: lambda notes: tuple(chain(*notes)),
 }
-
-
-def _length(note: Any) -> int:
-    """Entries of an array or list; -1 of a single number."""
-    return len(note) if getattr(note, "ndim", 1) else -1
 
 
 @dataclasses.dataclass(frozen=True)

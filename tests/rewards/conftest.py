@@ -10,5 +10,5 @@ from rlr_trainer.rewards import HPSv2, ImageReward
 def _tiny_networks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HPSv2, "CONFIG", tiny_rewards.open_clip_config())
-        patch.setattr(ImageReward, "VISION", tiny_rewards.BLIP_VISION)
+        patch.setattr(ImageReward, "CONFIG", (tiny_rewards.BLIP_VISION, tiny_rewards.MED))
         yield

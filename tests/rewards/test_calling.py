@@ -107,7 +107,7 @@ def test_a_group_wise_reward_sees_whole_groups_however_they_are_sampled(sizes, a
 def test_groups_that_cannot_be():
     with pytest.raises(RewardError, match="whole groups of num_images_per_prompt=4 .* 2 are left over"):
         score(rank, batch(6, prompts=["a"] * 6), group_size=4)
-    with pytest.raises(RewardError, match="got the prompts 'p0', 'p1'; it cannot score pictures of different prompts"):
+    with pytest.raises(RewardError, match=r"got different prompts \(on 2 prompts: 'p0', 'p1'\)"):
         score(rank, batch(2), group_size=2)
 
 
@@ -356,7 +356,7 @@ def test_a_cancelled_task_in_a_reward_is_a_failure_like_others(options):
     for function in (reward, coroutine):
         with pytest.raises(RewardError, match=r"raised CancelledError: .*\(on 1 prompts") as caught:
             score(function, batch(1, 0), **options)
-        assert isinstance(caught.value.__cause__, concurrent.futures.CancelledError)
+        assert isinstance(caught.value.__cause__, asyncio.CancelledError | concurrent.futures.CancelledError)
         skipped, other = score(function, batch(1, 0), batch(1, 1), on_error="skip", **options)
         assert torch.isnan(skipped.total).all()
         assert other.total.tolist() == [1]

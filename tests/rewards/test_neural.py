@@ -126,7 +126,7 @@ def test_half_precision_leaves_pickscores_scale(tmp_path):
 
 def test_wrong_batches_are_refused(loaded, pictures):
     name, _, reward = loaded
-    with pytest.raises(ImageRangeError, match=f"reward '{name}': images has values from"):
+    with pytest.raises(ImageRangeError, match=f"reward '{name}': images is torch.float32 .* from 0.4 to 1.6"):
         reward(2 * pictures, tiny_rewards.PROMPTS, METADATA)
     with pytest.raises(ValueError, match="2 prompts for 3 images"):
         reward(pictures, ("a", "b"), METADATA)
@@ -147,6 +147,8 @@ def test_impossible_options_are_refused():
         HPSv2.from_pretrained(version="v3")
     with pytest.raises(TypeError, match="batchsize"):
         NeuralReward(model, torch.nn.Identity(), name="mine", batchsize=1)
+    with pytest.raises(TypeError, match=r"eight_bit=True: needs preprocess to be an ImagePreprocessor, not Identity"):
+        NeuralReward(model, torch.nn.Identity(), name="mine", eight_bit=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")

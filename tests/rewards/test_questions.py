@@ -234,10 +234,10 @@ def test_something_that_is_no_chat_endpoint(endpoint):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"question": "{}"}, r"\{\} must be \{prompt\} or a key"),
+        ({"question": "{}"}, r"each pair of braces must be \{prompt\} or a key"),
         ({"question": "{0}"}, "must be {prompt} or a key"),
         ({"question": "{prompt.x}"}, "must be {prompt} or a key"),
-        ({"question": "{prompt"}, "cannot be read as a template"),
+        ({"question": "{prompt"}, "must be {prompt} or a key"),
         ({"answer": "maybe"}, "answer='maybe'"),
         ({"score_range": (5, 5)}, "score_range"),
         ({"concurrency": 0}, "concurrency=0"),

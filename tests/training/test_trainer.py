@@ -262,7 +262,7 @@ def test_prompt_sources(make_trainer, pipeline, seven):
         RLRTrainer(config, seven, *PROMPTS)
     with pytest.raises(TypeError, match="prompt_function='words'"):
         RLRTrainer(config, seven, "words", pipeline)
-    with pytest.raises(ValueError, match="reward_weights has 2 entries for 1"):
+    with pytest.raises(ValueError, match="reward_weights=.*must be 1 finite numbers, one per reward function"):
         RLRTrainer(RLRConfig(output_dir="x", use_cpu=True, reward_weights=[1.0, 2.0]), seven, *PROMPTS, pipeline)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlr_trainer.rewards.neural.preprocessing import check_images
+from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor, check_images
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class ModelOptions(TypedDict, total=False):
     dtype: torch.dtype | None
     batch_size: int | None
     recompute: bool
+    eight_bit: bool
 
 
 class NeuralReward:
@@ -71,12 +74,15 @@ class NeuralReward:
         batch_size: pictures per pass of the network; None: all at once.
         recompute: with a graph, keep the activations of one pass at a time and compute them again in the backward pass: the
             memory of `batch_size` pictures for a third more time.
+        eight_bit: round pictures as the reference does, for an `ImagePreprocessor`, which explains it.
 
     Raises:
         ValueError: batch_size below 1, or a model without parameters.
+        TypeError: eight_bit with another `preprocess`.
     """
 
     reads_prompts = False
+    full_precision: str | None = None  # name of the module that stays at least in float32
 
     def __init__(
         self,
@@ -88,27 +94,29 @@ class NeuralReward:
         dtype: torch.dtype | None = None,
         batch_size: int | None = None,
         recompute: bool = False,
+        eight_bit: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1, or None for all pictures at once")
         if next(model.parameters(), None) is None:
             raise ValueError(f"reward {name!r}: {type(model).__name__} has no parameters; pass a plain function as it is")
         self.model: Any = model.requires_grad_(False).eval()
-        self.preprocess = preprocess
+        if eight_bit and not isinstance(preprocess, ImagePreprocessor):
+            raise TypeError(f"eight_bit=True: needs preprocess to be an ImagePreprocessor, not {preprocess!r}; leave eight_bit out")
+        self.preprocess = dataclasses.replace(preprocess, eight_bit=True) if eight_bit else preprocess  # type: ignore[type-var]
         self.batch_size = batch_size
         self.recompute = recompute
         self.device = None if device is None else torch.device(device)
         self.__name__ = name
         self.model.to(device=self.device)
         if dtype is not None:
-            self.cast(dtype)
+            for key, tensor in chain(model.named_parameters(), model.named_buffers()):
+                kept = key.split(".")[0] == self.full_precision
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(torch.promote_types(dtype, torch.float32) if kept else dtype)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.__name__!r}>"
-
-    def cast(self, dtype: torch.dtype) -> None:
-        """Brings the parameters to `dtype`."""
-        self.model.to(dtype=dtype)
 
     def conditions(self, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor | None:
         """What each sample is scored against, [B, ...], or None if pictures alone are scored."""
@@ -119,12 +127,7 @@ class NeuralReward:
         raise NotImplementedError
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
-        """Scores [B], on the images' device.
-
-        Args:
-            images: [B, 3, H, W] float in [0, 1]; a graph of theirs is kept.
-            prompts: B of them; each picture is scored against its own.
-            metadata: B of them.
+        """Scores [B] of images [B, 3, H, W] in [0, 1], each against its own prompt, on the images' device; a graph of theirs is kept.
 
         Raises:
             ImageRangeError: images of another shape, type or range.
@@ -160,11 +163,7 @@ class NeuralReward:
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, *, pad_to_length: bool) -> Any:
-    """Tokens of prompts, cut at `length` as the references do; a prompt that is cut is named in the log.
-
-    Returns:
-        the tokenizer's output, with `input_ids` and `attention_mask` [B, L].
-    """
+    """The tokenizer's output [B, L] for prompts, cut at `length` as the references do; a prompt that is cut is named in the log."""
     tokens = tokenizer(
         list(prompts), padding="max_length" if pad_to_length else True, truncation=True, max_length=length, return_tensors="pt"
     )
@@ -174,3 +173,19 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int, *, pad_to_len
                 "prompt %.60r... is longer than the %d tokens that the reward model reads: the rest is cut", prompt, length
             )
     return tokens
+
+
+class ScoreHead(nn.Module):
+    """The head of the aesthetic predictor and of ImageReward: five linear layers with nothing but dropout between them; [B, D] -> [B].
+
+    The layers have the numbers of the published files. They stay in float32: in bfloat16, scores around 5 would be multiples of 1/32.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        linear = [nn.Linear(*sizes) for sizes in ((features, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))]
+        drop = [nn.Dropout(share) for share in (0.2, 0.2, 0.1)]
+        self.layers = nn.Sequential(*chain(*zip(linear, drop, strict=False)), *linear[3:])
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features.to(next(self.parameters()).dtype)).squeeze(-1)

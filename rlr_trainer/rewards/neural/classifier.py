@@ -19,14 +19,12 @@ class ClassifierScore(NeuralReward):
 
     Args:
         model: pixels [B, 3, h, w] -> logits [B, K], or an object that has them as `logits`.
-        target: number of the class, or its label (of `labels`); exactly one of `target` and `target_key` is given.
-        target_key: the metadata entry that has the number or the label of each sample's own class. Samples without it get NaN:
-            the reward does not apply to them.
+        target: number or label of the class; exactly one of `target` and `target_key` is given.
+        target_key: the metadata entry with the number or label of each sample's own class; NaN, "does not apply", for samples without.
         output: "probability" (softmax; saturates, and its gradient with it), "log_probability", or "logit".
         labels: label -> number. Default: the model's `config.label2id`, if it has one.
         preprocess: images [B, 3, H, W] in [0, 1] -> pixels; default: none.
-        name: of the metric.
-        options: device, dtype, batch_size, recompute; as `NeuralReward`.
+        name, options: as `NeuralReward`.
 
     Raises:
         ValueError: an unknown output or label, or not exactly one of the two targets.
@@ -54,7 +52,7 @@ class ClassifierScore(NeuralReward):
             raise ValueError(f"output={output!r}: must be one of {', '.join(self.OUTPUTS)}")
         if (target is None) == (target_key is None):
             raise ValueError(f"target={target!r}, target_key={target_key!r}: give exactly one of them")
-        super().__init__(model, preprocess if preprocess is not None else nn.Identity(), name=name, **options)
+        super().__init__(model, preprocess or nn.Identity(), name=name, **options)
         self.output = output
         self.target_key = target_key
         self.labels = dict(getattr(getattr(model, "config", None), "label2id", None) or {}) if labels is None else dict(labels)
@@ -79,14 +77,13 @@ class ClassifierScore(NeuralReward):
         return torch.where(targets < 0, torch.nan, chosen)
 
     def _number(self, target: int | str) -> int:
-        if isinstance(target, str):
-            if target not in self.labels:
-                known = ", ".join(list(self.labels)[:10]) or "none"
-                raise ValueError(f"reward {self.__name__!r}: no class {target!r}; labels: {known}")
-            return int(self.labels[target])
-        if target < 0:
-            raise ValueError(f"reward {self.__name__!r}: class {target} must be at least 0")
-        return int(target)
+        number = self.labels.get(target, -1) if isinstance(target, str) else target
+        if number < 0:
+            known = ", ".join(list(self.labels)[:10]) or "none"
+            raise ValueError(
+                f"reward {self.__name__!r}: no class {target!r}; must be a number from 0 or one of the labels: {known}"
+            )
+        return int(number)
 
     @classmethod
     def from_pretrained(
@@ -96,15 +93,13 @@ class ClassifierScore(NeuralReward):
         *,
         preprocess: Callable[[Tensor], Tensor] | None = None,
         name: str = "classifier",
-        eight_bit: bool = False,
         **options: Any,
     ) -> ClassifierScore:
         """Loads any transformers image classifier, with the steps of its image processor unless `preprocess` is given.
 
         Args:
             source: folder or hub id.
-            eight_bit: see `ImagePreprocessor`.
-            options: target_key, output, labels, device, dtype, batch_size, recompute; these and the others as the class.
+            target, preprocess, name, options: as the class.
 
         Raises:
             WeightsError: something is missing or damaged, or the image processor has a step without a counterpart.
@@ -113,5 +108,5 @@ class ClassifierScore(NeuralReward):
 
         model = load_model(AutoModelForImageClassification, source, name)
         if preprocess is None:
-            preprocess = load_pretrained(ImagePreprocessor, source, name, eight_bit=eight_bit)
+            preprocess = load_pretrained(ImagePreprocessor, source, name)
         return cls(model, target, preprocess=preprocess, name=name, **options)

@@ -1,12 +1,13 @@
-"""Rewards that are a cosine of CLIP embeddings: CLIP score, PickScore and HPSv2.
+"""Rewards on CLIP embeddings: CLIP score, PickScore and HPSv2, which are a cosine, and LAION's aesthetic score, a linear head.
 
 With unit image and text embeddings u and v of a picture and its prompt:
 
-| reward    | formula              | reference                                                                            |
-|-----------|----------------------|--------------------------------------------------------------------------------------|
-| CLIPScore | max(100 u.v, 0)      | arXiv:2104.08718, equation 1, with w = 100 as torchmetrics has it (the paper: w = 2.5) |
-| PickScore | exp(logit_scale) u.v | arXiv:2305.01569; github.com/yuvalkirstain/PickScore, README                            |
-| HPSv2     | u.v                  | arXiv:2306.09341; github.com/tgxs002/HPSv2, hpsv2/img_score.py                         |
+| reward         | formula              | reference                                                                              |
+|----------------|----------------------|----------------------------------------------------------------------------------------|
+| CLIPScore      | max(100 u.v, 0)      | arXiv:2104.08718, equation 1, with w = 100 as torchmetrics has it (the paper: w = 2.5) |
+| PickScore      | exp(logit_scale) u.v | arXiv:2305.01569; github.com/yuvalkirstain/PickScore, README                           |
+| HPSv2          | u.v                  | arXiv:2306.09341; github.com/tgxs002/HPSv2, hpsv2/img_score.py                         |
+| AestheticScore | w.u + b              | github.com/christophschuhmann/improved-aesthetic-predictor                             |
 """
 
 from __future__ import annotations
@@ -17,20 +18,12 @@ from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward, PromptCache, token_ids
+from rlr_trainer.rewards.neural import weights
+from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward, PromptCache, ScoreHead, token_ids
 from rlr_trainer.rewards.neural.open_clip import VIT_H_14, convert_open_clip
 from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor
-from rlr_trainer.rewards.neural.weights import (
-    companion,
-    find_file,
-    load_model,
-    load_pretrained,
-    load_strictly,
-    load_tokenizer,
-    read_state_dict,
-)
 
 CLIP_L14 = "openai/clip-vit-large-patch14"
 CLIP_H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -85,26 +78,13 @@ class CosineReward(NeuralReward):
 
 
 class _TransformersCosine(CosineReward):
-    """A CLIP model in transformers' layout.
-
-    Attributes:
-        NAME: of the metric.
-        HUB_ID: of the published weights.
-        PARTS: hub id of the tokenizer and the image processor where the weights have none beside them; None: that of the weights.
-    """
-
-    NAME: str
+    NAME: str  # of the metric
     HUB_ID: str
-    PARTS: str | None = None
+    PARTS: str | None = None  # hub id of the tokenizer and the image processor, if those are another's
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path | None = None,
-        *,
-        processor: str | Path | None = None,
-        eight_bit: bool = False,
-        **options: Unpack[ModelOptions],
+        cls, source: str | Path | None = None, *, processor: str | Path | None = None, **options: Unpack[ModelOptions]
     ) -> Self:
         """Loads a transformers CLIP model with its tokenizer and image processor.
 
@@ -112,26 +92,20 @@ class _TransformersCosine(CosineReward):
             source: folder or hub id of the weights; None: the published ones.
             processor: folder or hub id of tokenizer and image processor; None: `source`, if it is a folder that has them, else
                 those that the published weights were trained with.
-            eight_bit: see `ImagePreprocessor`.
-            options: device, dtype, batch_size, recompute; see `NeuralReward`.
+            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
 
         Raises:
             WeightsError: something is missing or damaged.
         """
         from transformers import AutoTokenizer, CLIPModel
 
-        source = cls.HUB_ID if source is None else source
-        model = load_model(CLIPModel, source, cls.NAME)
-        words, pixels = (
-            companion(source, processor, cls.PARTS or str(source), files) for files in (TOKENIZER_FILES, PROCESSOR_FILES)
-        )
-        return cls(
-            model,
-            load_tokenizer(AutoTokenizer, words, cls.NAME, model.config.text_config.vocab_size),
-            load_pretrained(ImagePreprocessor, pixels, cls.NAME, eight_bit=eight_bit),
-            name=cls.NAME,
-            **options,
-        )
+        source, default = source or cls.HUB_ID, cls.PARTS or str(source or cls.HUB_ID)
+        model = weights.load_model(CLIPModel, source, cls.NAME)
+        words = weights.companion(source, processor, default, TOKENIZER_FILES)
+        pixels = weights.companion(source, processor, default, PROCESSOR_FILES)
+        tokenizer = weights.load_tokenizer(AutoTokenizer, words, cls.NAME, model.config.text_config.vocab_size)
+        preprocess = weights.load_pretrained(ImagePreprocessor, pixels, cls.NAME)
+        return cls(model, tokenizer, preprocess, name=cls.NAME, **options)
 
 
 class CLIPScore(_TransformersCosine):
@@ -175,7 +149,6 @@ class HPSv2(CosineReward):
         *,
         version: str = "v2.1",
         tokenizer: str | Path | None = None,
-        eight_bit: bool = False,
         **options: Unpack[ModelOptions],
     ) -> HPSv2:
         """Loads a checkpoint in OpenCLIP's layout into a transformers `CLIPModel`.
@@ -184,8 +157,7 @@ class HPSv2(CosineReward):
             source: folder or hub id that has the version's file, or the file itself.
             version: "v2.0" or "v2.1".
             tokenizer: folder or hub id; None: the weights' folder, if it has one, else laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
-            eight_bit: see `ImagePreprocessor`.
-            options: device, dtype, batch_size, recompute; see `NeuralReward`.
+            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
 
         Raises:
             ValueError: another version.
@@ -196,13 +168,68 @@ class HPSv2(CosineReward):
         if version not in cls.FILES:
             raise ValueError(f"version={version!r}: must be {' or '.join(cls.FILES)}")
         name = cls.NAMES[version]
-        path = find_file(source, name, cls.FILES[version])
-        text, place = cls.CONFIG["text_config"], companion(source, tokenizer, CLIP_H14, TOKENIZER_FILES)
-        words = load_tokenizer(AutoTokenizer, place, name, text["vocab_size"])
+        path = weights.find_file(source, name, cls.FILES[version])
+        text, place = cls.CONFIG["text_config"], weights.companion(source, tokenizer, CLIP_H14, TOKENIZER_FILES)
+        words = weights.load_tokenizer(AutoTokenizer, place, name, text["vocab_size"])
         end = words.eos_token_id  # its position gives the text's embedding
         tokens = {"bos_token_id": words.bos_token_id, "eos_token_id": end, "pad_token_id": end}
         model = CLIPModel(CLIPConfig(**cls.CONFIG | {"text_config": text | tokens}))
-        state = convert_open_clip(read_state_dict(path, name))
-        load_strictly(model, state, path, name, unused=r"attn_mask|.*position_ids")
-        preprocess = ImagePreprocessor.hpsv2(cls.CONFIG["vision_config"]["image_size"], eight_bit=eight_bit)
+        state = convert_open_clip(weights.read_state_dict(path, name))
+        weights.load_strictly(model, state, path, name, unused=r"attn_mask|.*position_ids")
+        preprocess = ImagePreprocessor.hpsv2(cls.CONFIG["vision_config"]["image_size"])
         return cls(model, words, preprocess, name=name, **options)
+
+
+class _AestheticModel(nn.Module):
+    def __init__(self, clip: Any, head: ScoreHead) -> None:
+        super().__init__()
+        self.vision_model, self.visual_projection = clip.vision_model, clip.visual_projection
+        self.head = head
+
+
+class AestheticScore(NeuralReward):
+    """Aesthetic score: the head on the unit image embedding; trained on ratings from 1 to 10, mostly 4 to 7. Prompts are not read.
+    Differentiable.
+
+    Args:
+        clip: a transformers `CLIPModel` (its text tower is not kept).
+        head: the head on its embedding.
+        preprocess, name, options: as `NeuralReward`.
+    """
+
+    HUB_ID = "trl-lib/ddpo-aesthetic-predictor"
+    FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")  # the same weights: TRL's name and LAION's
+    full_precision = "head"
+
+    def __init__(
+        self, clip: Any, head: ScoreHead, preprocess: Callable[[Tensor], Tensor], *, name: str = "aesthetic", **options: Any
+    ) -> None:
+        super().__init__(_AestheticModel(clip, head), preprocess, name=name, **options)
+
+    def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
+        return self.model.head(image_embeddings(self.model, pixels))
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path = HUB_ID, *, clip: str | Path | None = None, **options: Unpack[ModelOptions]
+    ) -> AestheticScore:
+        """Loads the head, and the CLIP model that it stands on.
+
+        Args:
+            source: folder or hub id of the head, or its file.
+            clip: folder or hub id of the CLIP model; None: the folder `clip` beside the head or the head's own folder, if one of
+                them has a config.json, else openai/clip-vit-large-patch14.
+            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
+
+        Raises:
+            WeightsError: something is missing or damaged, or the head is for embeddings of another size.
+        """
+        from transformers import CLIPModel
+
+        name = "aesthetic"
+        path = weights.find_file(source, name, *cls.FILES)
+        model = weights.load_model(CLIPModel, weights.companion(source, clip, CLIP_L14, ("config.json",), "clip"), name)
+        head = ScoreHead(model.config.projection_dim)
+        weights.load_strictly(head, weights.read_state_dict(path, name), path, name)
+        preprocess = ImagePreprocessor.torchvision_clip(model.config.vision_config.image_size)
+        return cls(model, head, preprocess, name=name, **options)

@@ -6,7 +6,6 @@ encoder's names are those of transformers; the projections of BLIP, vision_proj 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,18 +13,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from rlr_trainer.rewards.neural.aesthetic import ScoreHead, cast_all_but_head
-from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward, PromptCache, token_ids
+from rlr_trainer.rewards.neural import weights
+from rlr_trainer.rewards.neural.base import ModelOptions, NeuralReward, PromptCache, ScoreHead, token_ids
+from rlr_trainer.rewards.neural.open_clip import tower
 from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor
-from rlr_trainer.rewards.neural.weights import (
-    WeightsError,
-    companion,
-    find_file,
-    load_strictly,
-    load_tokenizer,
-    read_state_dict,
-    rename,
-)
 
 # The head's mean and standard deviation over the reference's data: the reward is standardised by them.
 SCORE_MEAN = 0.16717362830052426
@@ -34,20 +25,8 @@ PROMPT_TOKENS = 35
 BERT = "google-bert/bert-base-uncased"
 BERT_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
 UNUSED_KEYS = r"(vision|text)_proj\.(weight|bias)|text\.embeddings\.position_ids"
-VIT_L_16: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 16,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-}
-TEXT_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-    "hidden_act", "layer_norm_eps", "pad_token_id",
-)  # fmt: skip
+VIT_L_16 = tower(1024, layers=24, heads=16, image_size=224, patch_size=16, layer_norm_eps=1e-6)
+BERT_BASE = tower(768, layers=12, heads=12, vocab_size=30524, max_position_embeddings=512, layer_norm_eps=1e-12, pad_token_id=0)
 
 # BLIP's names -> those of `ImageRewardModel`.
 BLIP_NAMES = {
@@ -88,26 +67,20 @@ class ImageReward(NeuralReward):
     Args:
         model: the network.
         tokenizer: BERT's.
-        options: device, dtype, batch_size, recompute; as `NeuralReward`.
-        eight_bit: see `ImagePreprocessor`.
+        options: device, dtype, batch_size, recompute, eight_bit; as `NeuralReward`.
     """
 
     HUB_ID = "THUDM/ImageReward"
     FILE = "ImageReward.pt"
-    TEXT_CONFIG = "med_config.json"
-    VISION = VIT_L_16
+    CONFIG = (VIT_L_16, BERT_BASE)
     reads_prompts = True
+    full_precision = "head"
 
-    def __init__(
-        self, model: ImageRewardModel, tokenizer: Any, *, eight_bit: bool = False, **options: Unpack[ModelOptions]
-    ) -> None:
-        preprocess = ImagePreprocessor.torchvision_clip(model.vision.config.image_size, eight_bit=eight_bit)
+    def __init__(self, model: ImageRewardModel, tokenizer: Any, **options: Unpack[ModelOptions]) -> None:
+        preprocess = ImagePreprocessor.torchvision_clip(model.vision.config.image_size)
         super().__init__(model, preprocess, name="image_reward", **options)
         self.tokenizer = tokenizer
         self.prompt_cache = PromptCache(self._tokens)
-
-    def cast(self, dtype: torch.dtype) -> None:
-        cast_all_but_head(self.model, dtype)
 
     def conditions(self, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
         """Tokens and mask, [B, 2, 35]."""
@@ -123,20 +96,14 @@ class ImageReward(NeuralReward):
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path = HUB_ID,
-        *,
-        tokenizer: str | Path | None = None,
-        eight_bit: bool = False,
-        **options: Unpack[ModelOptions],
+        cls, source: str | Path = HUB_ID, *, tokenizer: str | Path | None = None, **options: Unpack[ModelOptions]
     ) -> ImageReward:
         """Loads the published checkpoint into transformers' BLIP classes.
 
         Args:
-            source: folder or hub id with ImageReward.pt and med_config.json.
+            source: folder or hub id with ImageReward.pt, or the file itself.
             tokenizer: folder or hub id of BERT's; None: `source`, if it is a folder that has one, else google-bert/bert-base-uncased.
-            eight_bit: see `ImagePreprocessor`.
-            options: device, dtype, batch_size, recompute; see `NeuralReward`.
+            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
 
         Raises:
             WeightsError: something is missing, damaged, or not in BLIP's layout.
@@ -144,37 +111,21 @@ class ImageReward(NeuralReward):
         from transformers import BertTokenizer
 
         name = "image_reward"
-        path = find_file(source, name, cls.FILE)
-        config = find_file(path.parent if path == Path(source).expanduser() else source, name, cls.TEXT_CONFIG)
-        state = rename(read_state_dict(path, name), BLIP_NAMES)
-        model = build_model(cls.VISION, config)
-        load_strictly(model, state, path, name, unused=UNUSED_KEYS)
-        place = companion(source, tokenizer, BERT, BERT_FILES)
-        words = load_tokenizer(BertTokenizer, place, name, model.text.config.vocab_size)
-        return cls(model, words, eight_bit=eight_bit, **options)
+        path = weights.find_file(source, name, cls.FILE)
+        state = weights.rename(weights.read_state_dict(path, name), BLIP_NAMES)
+        model = build_model(*cls.CONFIG)
+        weights.load_strictly(model, state, path, name, unused=UNUSED_KEYS)
+        place = weights.companion(source, tokenizer, BERT, BERT_FILES)
+        words = weights.load_tokenizer(BertTokenizer, place, name, model.text.config.vocab_size)
+        return cls(model, words, **options)
 
 
-def build_model(vision: dict[str, Any], config: Path) -> ImageRewardModel:
-    """An `ImageRewardModel`, not yet loaded.
-
-    Args:
-        vision: options of `BlipVisionConfig`.
-        config: med_config.json, which describes the text encoder.
-
-    Raises:
-        WeightsError: the file is no such configuration.
-    """
+def build_model(vision: dict[str, Any], text: dict[str, Any]) -> ImageRewardModel:
+    """An `ImageRewardModel`, not yet loaded, of options of `BlipVisionConfig` and `BlipTextConfig`."""
     from transformers import BlipVisionConfig, BlipVisionModel
     from transformers.models.blip.configuration_blip import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-    try:
-        med = json.loads(config.read_text())
-        text = {key: med[key] for key in TEXT_SIZES}
-    except (KeyError, ValueError) as error:
-        raise WeightsError(
-            f"reward 'image_reward': {str(config)!r} is not ImageReward's text configuration: {type(error).__name__} {error}"
-        ) from error
-    special = {"bos_token_id": med["vocab_size"] - 2, "sep_token_id": None, "eos_token_id": None}
+    special = {"bos_token_id": text["vocab_size"] - 2, "sep_token_id": None, "eos_token_id": None}
     text_config = BlipTextConfig(**text, **special, encoder_hidden_size=vision["hidden_size"], is_decoder=True, use_cache=False)
     return ImageRewardModel(BlipVisionModel(BlipVisionConfig(**vision)), BlipTextModel(text_config, add_pooling_layer=False))

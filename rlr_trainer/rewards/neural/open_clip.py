@@ -9,25 +9,16 @@ from torch import Tensor
 
 from rlr_trainer.rewards.neural.weights import rename
 
+
+def tower(width: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+    """Options of transformers' configuration of a transformer with exact GELU and a hidden layer four times as wide."""
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {**sizes, "hidden_act": "gelu", **others}
+
+
 VIT_H_14: dict[str, Any] = {
-    "vision_config": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "patch_size": 14,
-        "hidden_act": "gelu",
-    },
-    "text_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "vocab_size": 49408,
-        "max_position_embeddings": 77,
-        "hidden_act": "gelu",
-    },
+    "vision_config": tower(1280, layers=32, heads=16, image_size=224, patch_size=14),
+    "text_config": tower(1024, layers=24, heads=16, vocab_size=49408, max_position_embeddings=77),
     "projection_dim": 1024,
 }
 

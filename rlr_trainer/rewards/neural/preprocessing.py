@@ -1,12 +1,8 @@
 """From pictures in [0, 1] to the pixels that a reward model was trained on, differentiable in the pictures.
 
-The reference pipelines of the reward models work on 8-bit pictures with PIL or torchvision. The same steps on float tensors:
-
-| step of the reference                          | here                                                                      |
-|------------------------------------------------|---------------------------------------------------------------------------|
-| PIL bicubic (a = -1/2, support grows with 1/s) | `F.interpolate(mode="bicubic", antialias=True)`, across, then down, as PIL |
-| PIL clips to [0, 255] after each pass          | `clip=True`                                                               |
-| PIL rounds to 8 bits after each pass           | `eight_bit=True`: the same values, gradient of the unrounded resize       |
+The references work on 8-bit pictures with PIL or torchvision. The same steps on float tensors: PIL's bicubic (a = -1/2, with a support
+that grows with the reduction) is `F.interpolate(mode="bicubic", antialias=True)`, across, then down; PIL clips to [0, 255] after each
+pass (`clip`) and rounds to 8 bits (`eight_bit`).
 
 Shape suffixes: B pictures, C = 3 colours, H x W pixels.
 """
@@ -25,9 +21,14 @@ from torch import Tensor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's CLIP, and OpenCLIP's default
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RANGE_TOLERANCE = 0.01  # a picture outside [0, 1] by more is in another range, not rounded
-FOREIGN_STEPS = ("do_pad", "crop_pct", "do_flip_channel_order", "include_top", "rescale_offset")
 # Of PIL.Image.Resampling; the others have no differentiable counterpart in torch.
 PIL_RESAMPLE: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+# Settings of transformers' image processors -> the values that have a counterpart here; the first where there is no such setting.
+OFF, ON = (None, False), (True,)
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("do_pad", "crop_pct", "do_flip_channel_order", "include_top", "rescale_offset"), OFF),
+    **{"do_resize": ON, "do_rescale": ON, "resample": (3, 2)},
+}
 
 
 class ImageRangeError(ValueError):
@@ -36,18 +37,16 @@ class ImageRangeError(ValueError):
 
 def check_images(name: str, images: Tensor) -> None:
     """Raises `ImageRangeError` unless the images are a float tensor [B, 3, H, W] in [0, 1]; `name` is the reward's."""
-    is_float = isinstance(images, Tensor) and images.is_floating_point()
-    if not is_float or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-        found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+    found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+    fits = isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3 and len(images)
+    if fits:
+        low, high = (float(x) for x in images.detach().aminmax())
+        found = f"{found} from {low:.3g} to {high:.3g}"
+        fits = low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE
+    if not fits:
         raise ImageRangeError(
             f"reward {name!r}: images is {found}, but must be a floating-point tensor [B, 3, H, W] in [0, 1]; divide 8-bit pictures "
-            "by 255, and score a video frame by frame (images.flatten(0, 1), each prompt repeated)"
-        )
-    low, high = (float(x) for x in images.detach().aminmax())
-    if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
-        raise ImageRangeError(
-            f"reward {name!r}: images has values from {low:.3g} to {high:.3g}, but must be in [0, 1]; pictures in [-1, 1] are brought "
-            "there by (images / 2 + 0.5).clamp(0, 1)"
+            "by 255, bring [-1, 1] there by (images / 2 + 0.5).clamp(0, 1), and score a video frame by frame (images.flatten(0, 1))"
         )
 
 
@@ -59,14 +58,12 @@ class ImagePreprocessor:
         size: of the resized picture: a number for its shorter side, or (height, width) whatever the aspect ratio.
         pad: the number is for the longer side instead, and black is added on both sides to a square.
         crop: (height, width) cut out of the middle, or None.
-        middle: the middle's first pixel when an odd number is cut: `math.floor` as transformers has it, `round` (half to even) as
-            torchvision. They differ by one pixel.
+        middle: the middle's first pixel when an odd number is cut: `math.floor` as transformers, `round` (half to even) as torchvision.
         resample: "bicubic" or "bilinear", both antialiased.
         mean, std: per colour, on the scale of [0, 1].
         clip: cut values outside [0, 1] that the bicubic kernel makes at edges, after each pass, as PIL does with 8-bit pictures.
-        eight_bit: round to multiples of 1/255 wherever the reference does (the picture itself; with `clip` also after each pass of
-            the resize). The values are then the reference's, but for ties (Pillow 13 also rounds elsewhere where it squeezes a
-            picture more down than across); the gradient is that without the rounding. For evaluation: training needs none.
+        eight_bit: round to multiples of 1/255 wherever the reference does: the picture, and with `clip` each pass of the resize. The
+            values are then the reference's, but for ties; the gradient is that without the rounding. For evaluation.
     """
 
     size: int | tuple[int, int]
@@ -80,38 +77,36 @@ class ImagePreprocessor:
     eight_bit: bool = False
 
     @classmethod
-    def torchvision_clip(cls, size: int, *, eight_bit: bool = False) -> ImagePreprocessor:
+    def torchvision_clip(cls, size: int) -> ImagePreprocessor:
         """Resize(size, bicubic), CenterCrop(size), Normalize of a PIL picture: OpenAI's CLIP package and ImageReward."""
-        return cls(size=size, crop=(size, size), middle=round, eight_bit=eight_bit)
+        return cls(size=size, crop=(size, size), middle=round)
 
     @classmethod
-    def hpsv2(cls, size: int, *, eight_bit: bool = False) -> ImagePreprocessor:
+    def hpsv2(cls, size: int) -> ImagePreprocessor:
         """HPSv2's inference transform: the longer side to `size`, black padding; resized as a float tensor, so nothing is clipped."""
-        return cls(size=size, pad=True, clip=False, eight_bit=eight_bit)
+        return cls(size=size, pad=True, clip=False)
 
     @classmethod
-    def from_processor(cls, processor: Any, source: str, *, eight_bit: bool = False) -> ImagePreprocessor:
+    def from_processor(cls, processor: Any, source: str) -> ImagePreprocessor:
         """The steps of a transformers image processor.
 
         Raises:
             ValueError: a step that has no counterpart here; names `source` and the setting.
         """
-        wrong = [name for name in FOREIGN_STEPS if getattr(processor, name, None)]
-        wrong += [name for name in ("do_resize", "do_rescale") if not getattr(processor, name, True)]
-        if abs(getattr(processor, "rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
-            wrong.append("rescale_factor")
-        if getattr(processor, "resample", 3) not in PIL_RESAMPLE:
-            wrong.append("resample")
         size = _sides(processor.size)
+        settings = {name: getattr(processor, name, allowed[0]) for name, allowed in ALLOWED.items()}
+        wrong = {name: value for name, value in settings.items() if value not in ALLOWED[name]}
+        if abs(getattr(processor, "rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+            wrong["rescale_factor"] = processor.rescale_factor
         if size is None:
-            wrong.append("size")
-        crop = _sides(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
+            wrong["size"] = processor.size
         if wrong or size is None:
-            settings = ", ".join(f"{name}={getattr(processor, name)!r}" for name in wrong)
+            found = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
             raise ValueError(
-                f"image processor of {source!r} ({type(processor).__name__}): {settings} has no differentiable counterpart here; pass "
+                f"image processor of {source!r} ({type(processor).__name__}): {found} has no differentiable counterpart here; pass "
                 "preprocess=, a function from images [B, 3, H, W] in [0, 1] to the model's pixels"
             )
+        crop = _sides(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
         normalized = getattr(processor, "do_normalize", True)
         return cls(
             size=size,
@@ -119,20 +114,15 @@ class ImagePreprocessor:
             resample=PIL_RESAMPLE[processor.resample],
             mean=tuple(processor.image_mean) if normalized else (0.0,),
             std=tuple(processor.image_std) if normalized else (1.0,),
-            eight_bit=eight_bit,
         )
 
     @classmethod
-    def from_pretrained(cls, source: str, *, eight_bit: bool = False) -> ImagePreprocessor:
-        """The steps of the image processor in a local folder or a hub repository.
-
-        Raises:
-            OSError: it is not there. ValueError: as `from_processor`.
-        """
+    def from_pretrained(cls, source: str) -> ImagePreprocessor:
+        """The steps of the image processor in a local folder or a hub repository."""
         from transformers import AutoImageProcessor, __version__
 
         pil = {"backend": "pil"} if int(__version__.split(".")[0]) >= 5 else {"use_fast": False}  # torchvision is not required
-        return cls.from_processor(AutoImageProcessor.from_pretrained(source, **pil), source, eight_bit=eight_bit)
+        return cls.from_processor(AutoImageProcessor.from_pretrained(source, **pil), source)
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Pixels [B, 3, h, w] in the images' dtype, at least float32 (a resize in half precision loses more than an 8-bit step)."""

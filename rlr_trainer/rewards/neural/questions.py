@@ -40,16 +40,14 @@ class QuestionReward:
     Args:
         url: of the API, such as "http://127.0.0.1:8000/v1"; `/chat/completions` is added.
         model: its name there.
-        question: template; `{prompt}` stands for the prompt and any other name for a key of the metadata. Double braces stand for braces.
+        question: template; `{prompt}` is the prompt, any other name a key of the metadata. Double braces stand for braces.
         answer: "yes_no", "score", or a function text -> float or None (None: cannot be read).
         score_range: lowest and highest score, for answer="score".
         system: system message, or None.
-        logprobs: ask for log-probabilities; only for "yes_no". False for an endpoint that refuses the option.
-        request_options: fields of the request's body that replace or join the usual ones (temperature 0, max_tokens 16); one with
-            the value None is left out. A model that thinks aloud needs more max_tokens, and logprobs=False.
+        logprobs: ask for log-probabilities, for "yes_no". False for an endpoint that refuses them, or a model that thinks aloud.
+        request_options: fields of the request's body that replace or join temperature 0 and max_tokens 16; None leaves one out.
         concurrency: questions under way at the same time.
-        timeout: seconds for each of connecting, sending, waiting for the answer, and reading it.
-        retries, backoff: as for `RemoteReward`.
+        timeout, retries, backoff: as for `RemoteReward`.
         token: API key; none is taken from the environment.
         name: of the reward in logs.
 
@@ -77,8 +75,7 @@ class QuestionReward:
     ) -> None:
         if not (callable(answer) or answer in ("yes_no", "score")):
             raise ValueError(f"answer={answer!r}: must be 'yes_no', 'score', or a function text -> number or None")
-        low, high = score_range
-        if not low < high:
+        if not score_range[0] < score_range[1]:
             raise ValueError(f"score_range={score_range}: must be (lowest, highest)")
         if concurrency < 1:
             raise ValueError(f"concurrency={concurrency!r}: must be at least 1")
@@ -87,7 +84,7 @@ class QuestionReward:
             self.client.url += CHAT_PATH
         self.model, self.question, self.system = model, question, system
         self.fields = _fields(question)
-        self.answer, self.score_range = answer, (float(low), float(high))
+        self.answer, self.score_range = answer, score_range
         self.concurrency = concurrency
         self.options: dict[str, Any] = {"temperature": 0, "max_tokens": 16}
         if logprobs and answer == "yes_no":
@@ -103,10 +100,7 @@ class QuestionReward:
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
     ) -> tuple[list[float | None], dict[str, list[str]]]:
-        """Rewards, one per picture, and the answers.
-
-        Args:
-            images: [B, 3, H, W], or [B, F, 3, H, W]: all frames of a video go into one message.
+        """Rewards and answers, one per picture of [B, 3, H, W] or video of [B, F, 3, H, W], whose frames all go into one message.
 
         Raises:
             RemoteRewardError: the endpoint does not answer, or not as its protocol says.
@@ -114,15 +108,13 @@ class QuestionReward:
         """
         questions = [self._fill_in(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
         bodies = [self._body(question, picture) for question, picture in zip(questions, images, strict=True)]
-        rewards, texts = [], []
-        for choice in self._ask_all(bodies):
-            # what the model wrote; the reason instead when it refused
-            text = str(choice["message"].get("content") or choice["message"].get("refusal") or "")
-            reward = self._read(text, choice)
+        choices = self._ask_all(bodies)
+        # what the model wrote; the reason instead when it refused
+        texts = [str(choice["message"].get("content") or choice["message"].get("refusal") or "") for choice in choices]
+        rewards = [self._read(text, choice) for text, choice in zip(texts, choices, strict=True)]
+        for reward in rewards:
             self._unreadable_in_a_row = 0 if reward is not None else self._unreadable_in_a_row + 1
             self._readable += reward is not None
-            rewards.append(reward)
-            texts.append(text)
         self._check_readable(rewards, texts)
         return rewards, {"answers": texts}
 
@@ -149,46 +141,36 @@ class QuestionReward:
     def _ask_all(self, bodies: Sequence[bytes]) -> list[dict[str, Any]]:
         """The first choice of each answer, in the order of the questions; the first failure in time ends the others' attempts."""
         stop = threading.Event()
-        failures: list[RemoteRewardError] = []
-
-        def ask(body: bytes) -> dict[str, Any]:
-            if failures:
-                raise failures[0]
+        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
+            asked = [pool.submit(lambda body: self._first_choice(self.client.post(body, stop)), body) for body in bodies]
             try:
-                return self._first_choice(self.client.post(body, stop))
+                for done in concurrent.futures.as_completed(asked):
+                    done.result()
+                return [done.result() for done in asked]
             except RemoteRewardError as error:
-                failures.append(error)
-                stop.set()
-                raise
-
-        with concurrent.futures.ThreadPoolExecutor(min(self.concurrency, max(1, len(bodies)))) as pool:
-            try:
-                return list(pool.map(ask, bodies))
-            except RemoteRewardError:
-                error = failures[0]
                 if error.status in (400, 422) and "logprob" in str(error):
                     raise RemoteRewardError(f"{error}; set logprobs=False", error.url, error.status, error.attempts) from error
-                raise error from None
+                raise
             finally:  # at an interrupt, too: leaving the pool waits for what is under way
                 stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _first_choice(self, answer: Any) -> dict[str, Any]:
         try:
             choice = answer["choices"][0]
-            if isinstance(choice["message"], dict):
-                return choice
-        except (LookupError, TypeError):
-            pass
-        said = json.dumps(answer)[:200]
-        message = f"{self.client.url}: answered with {said}, which has no choices[0].message: is it a chat endpoint?"
-        raise RemoteRewardError(message, self.client.url, 200)
+            choice["message"].get("content")
+        except (LookupError, TypeError, AttributeError) as error:
+            said = f"answered with {json.dumps(answer)[:200]}, which has no choices[0].message: is it a chat endpoint?"
+            raise RemoteRewardError(f"{self.client.url}: {said}", self.client.url, 200) from error
+        return choice
 
     def _read(self, text: str, choice: dict[str, Any]) -> float | None:
         if callable(self.answer):
             return self.answer(text)
         if self.answer == "score":
-            score = parse_score(text, *self.score_range)
-            return None if score is None else (score - self.score_range[0]) / (self.score_range[1] - self.score_range[0])
+            low, high = self.score_range
+            score = parse_score(text, low, high)
+            return None if score is None else (score - low) / (high - low)
         probability = yes_probability(choice.get("logprobs"))
         return parse_yes_no(text) if probability is None else probability
 
@@ -200,24 +182,25 @@ class QuestionReward:
         if self._readable and self._unreadable_in_a_row < MAX_UNREADABLE_IN_A_ROW:
             logger.warning("reward %r: %d of %d answers could not be read: %s", self.__name__, len(unreadable), len(rewards), shown)
             return
-        wanted = {"yes_no": "yes or no", "score": f"one number from {self.score_range[0]:g} to {self.score_range[1]:g}"}
-        needed = wanted[self.answer] if isinstance(self.answer, str) else "something that the given function reads"
+        low, high = self.score_range
+        wanted = {"yes_no": "yes or no", "score": f"one number from {low:g} to {high:g}"}
         raise RewardError(
             f"reward {self.__name__!r}: the last {self._unreadable_in_a_row} answers of {self.model} could not be read, such as {shown}; "
-            f"they must be {needed}: say so in the question, or raise max_tokens (request_options) if they are cut off"
+            f"they must be {wanted.get(str(self.answer), 'something that the given function reads')}: say so in the question, or raise "
+            "max_tokens (request_options) if they are cut off"
         )
 
 
 def _fields(template: str) -> set[str]:
     """Names in a template's braces."""
-    braces = "write {{ and }} for braces"
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    except ValueError as error:
-        raise ValueError(f"question={template!r}: cannot be read as a template ({error}); {braces}") from error
-    wrong = [name for name in names if not re.fullmatch(r"(?!\d+$)\w+", name)]
-    if wrong:
-        raise ValueError(f"question={template!r}: {{{wrong[0]}}} must be {{prompt}} or a key of the metadata; {braces}")
+    except ValueError:
+        names = {""}
+    if not all(re.fullmatch(r"(?!\d+$)\w+", name) for name in names):
+        raise ValueError(
+            f"question={template!r}: each pair of braces must be {{prompt}} or a key of the metadata; write {{{{ and }}}} for braces"
+        )
     return names
 
 
@@ -241,8 +224,8 @@ def parse_score(text: str, low: float, high: float) -> float | None:
 def yes_probability(logprobs: Any) -> float | None:
     """P(yes) / (P(yes) + P(no)) from a choice's `logprobs`, or None without usable ones.
 
-    Taken at the first token of the answer that holds a letter. All spellings count ("Yes", " yes", "YES"). If only one of the two words
-    is among the listed tokens, the other counts as 0: its probability is below the smallest that is listed.
+    Taken at the first token that holds a letter, over all spellings ("Yes", " yes", "YES"). A word that is not listed counts as 0: its
+    probability is below the smallest that is.
     """
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     for token in content if isinstance(content, list) else []:
