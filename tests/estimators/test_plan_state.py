@@ -25,5 +25,5 @@ def test_what_was_learnt_is_taken_up_where_the_chain_is_the_same(caplog):
     fresh = other.state_dict()
     other.load_state_dict(learnt.state_dict())
     assert other.state_dict() == fresh
-    assert "ho_start='grad_norm' draws by: the checkpoint has it for another chain" in caplog.text
-    assert "the scale of the control variate: the checkpoint has it for another chain" in caplog.text
+    assert "ho_start='grad_norm': what the checkpoint learned is of another chain" in caplog.text
+    assert "control_variate: what the checkpoint learned is of another chain" in caplog.text

@@ -196,7 +196,7 @@ def test_prompts_of_a_file_and_wrong_options(capsys):
     assert main([*arguments, "--batch_size", "3", "--num_images", "2", "--output_dir", "out"]) == 0
     assert sorted(path.name for path in Path("out").glob("0*.png")) == ["000.png", "001.png", "002.png", "003.png"]
     wrong = {
-        "--output_dir out": "holds 5 pictures already",
+        "--output_dir out": "holds 5 pictures",
         "--output_dir a --num_images 0": "--num_images 0: must be at least 1",
         "--output_dir b --lora out": "has no pytorch_lora_weights.safetensors; give a folder that save_model",
         "--output_dir c --reward good": "reward='good'",
