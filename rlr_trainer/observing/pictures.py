@@ -126,13 +126,13 @@ def write_pictures(images: Tensor, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{number:03d}.png" for number in range(len(images))]
     for name, image in zip(names, images, strict=True):
-        frames = image if image.dim() == 4 else image[None]
-        Image.fromarray(pixels(torch.cat(list(frames), dim=-1))).save(folder / name)
+        Image.fromarray(pixels(image)).save(folder / name)
     return names
 
 
 def pixels(image: Tensor) -> np.ndarray:
-    """[3, H, W] in [0, 1] -> bytes [H, W, 3]."""
+    """[3, H, W] in [0, 1] -> bytes [H, W, 3]; of a batch [N, 3, H, W] the pictures side by side."""
+    image = torch.cat(list(image), dim=-1) if image.dim() == 4 else image
     return (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
