@@ -21,10 +21,6 @@ PIXELATED_BELOW = 97  # pixels: smaller pictures are enlarged without smoothing,
 NEGLIGIBLE = 1e-4  # of the largest reward of the grid: shown as about 0
 
 
-class UnreadablePicture(ValueError):
-    """The file is not there or is no picture."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """A picture as a data URI, with its size as shown."""
@@ -102,18 +98,11 @@ def grid_of(run: Run, most_bytes: int = MOST_BYTES, most_columns: int = MOST_COL
 
 def _cell(step: int, reward: float, file: Path | None, largest: float) -> Cell:
     text = "\N{ALMOST EQUAL TO} 0" if 0 < abs(reward) < NEGLIGIBLE * largest else number(reward)
-    try:
-        return Cell(None if file is None else encode(file), step, text)
-    except UnreadablePicture:
-        return Cell(None, step, text)
+    return Cell(None if file is None else encode(file), step, text)
 
 
-def encode(path: Path) -> Picture:
-    """Reads a PNG file and embeds it, reduced where it is large.
-
-    Raises:
-        UnreadablePicture: missing, no PNG, damaged, or absurdly large.
-    """
+def encode(path: Path) -> Picture | None:
+    """Reads a PNG file, reduced where it is large; None for one that is missing, no PNG, damaged, or absurdly large."""
     from PIL import Image
 
     try:
@@ -121,8 +110,8 @@ def encode(path: Path) -> Picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=["PNG"]) as opened:  # Pillow starts other programs for some formats
                 image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadablePicture(f"{path}: {error}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     pixelated = max(image.size) < PIXELATED_BELOW
     buffer = io.BytesIO()

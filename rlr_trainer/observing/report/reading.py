@@ -211,7 +211,7 @@ def floats(values: list[Any]) -> Floats:
 
 
 def as_list(value: Any) -> list[Any]:
-    """What is no list as an empty one."""
+    """The value, or an empty list for what is none."""
     return value if isinstance(value, list) else []
 
 
