@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from statistics import fmean, variance
 from typing import Any
 
 # Diversity: the mean of the last lines is compared with that of the first ones.
@@ -30,12 +31,6 @@ WAYS_OUT = (
     "Look at the pictures in samples/. What helps: stop at an earlier checkpoint, raise kl_coef, lower learning_rate, add a second reward "
     "for what is lost, evaluate with a reward that is not trained on (eval_reward_function)"
 )
-
-
-def find_signs(lines: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
-    """(log line, what was seen) for every sign in a log, each with the line at which it is first seen; see `HackingSigns`."""
-    signs = HackingSigns()
-    return [(line, text) for line in lines for text in signs.read(line)]
 
 
 class HackingSigns:
@@ -62,57 +57,52 @@ class HackingSigns:
         """Takes the next log line; returns what is seen now for the first time."""
         self._take(line)
         rules = {"diversity": self._check_diversity, "kl": self._check_kl, "evaluation": self._check_evaluations}
-        texts = {rule: check() for rule, check in rules.items() if rule not in self.found}
-        new = {rule: text for rule, text in texts.items() if text is not None}
+        new = {rule: text for rule, check in rules.items() if rule not in self.found and (text := check())}
         self.found |= new
         return list(new.values())
 
     def _take(self, line: Mapping[str, Any]) -> None:
-        reward = _finite(line.get("reward"))
-        if reward is not None:
+        numbers = {name: float(v) for name, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
+        if "reward" in numbers:
+            reward = numbers["reward"]
             self._first_reward = reward if self._first_reward is None else self._first_reward
             self._since_evaluation.append(reward)
-            self._reward_std = _finite(line.get("reward_std")) or self._reward_std
+            self._reward_std = numbers.get("reward_std") or self._reward_std
             for name, kept in (("diversity", self._diversity), ("kl", self._kl)):
-                value = _finite(line.get(name))
-                if value is not None:
-                    kept.append((value, reward))
-        found = [(name, _finite(value)) for name, value in line.items() if EVAL_REWARD.fullmatch(name)]
-        for name, value in found:
-            if value is not None:
-                trained = _mean(self._since_evaluation) if self._since_evaluation else self._first_reward
-                self._evaluations.setdefault(name, []).append((value, _finite(line.get(f"{name}_std")) or 0.0, trained))
-        if found and "reward" not in line:
+                if name in numbers:
+                    kept.append((numbers[name], reward))
+        evaluations = [name for name in line if EVAL_REWARD.fullmatch(name)]
+        for name in (name for name in evaluations if name in numbers):
+            trained = fmean(self._since_evaluation) if self._since_evaluation else self._first_reward
+            self._evaluations.setdefault(name, []).append((numbers[name], numbers.get(f"{name}_std", 0.0), trained))
+        if evaluations and "reward" not in line:
             self._since_evaluation = self._since_evaluation[-1:]  # several datasets are evaluated one after the other
 
     def _check_diversity(self) -> str | None:
         if len(self._diversity) < 2 * DIVERSITY_LINES:
             return None
-        (first, reward_before), (last, reward_after) = (
-            (_mean([d for d, _ in part]), _mean([r for _, r in part]))
-            for part in (self._diversity[:DIVERSITY_LINES], self._diversity[-DIVERSITY_LINES:])
+        first, reward_before = map(fmean, zip(*self._diversity[:DIVERSITY_LINES], strict=True))
+        last, reward_after = map(fmean, zip(*self._diversity[-DIVERSITY_LINES:], strict=True))
+        if last >= DIVERSITY_FRACTION * first or reward_after <= reward_before:
+            return None
+        return (
+            f"loss of diversity: pictures of one prompt differ by {last:.3g} now and by {first:.3g} at first (metric diversity), while the "
+            f"reward went from {reward_before:.4g} to {reward_after:.4g}"
         )
-        if last < DIVERSITY_FRACTION * first and reward_after > reward_before:
-            return (
-                f"loss of diversity: pictures of one prompt differ by {last:.3g} now and by {first:.3g} at first (metric diversity), while the "
-                f"reward went from {reward_before:.4g} to {reward_after:.4g}"
-            )
-        return None
 
     def _check_kl(self) -> str | None:
         if len(self._kl) < KL_FIRST_LINE:
             return None
-        before, after = self._kl[-2 * KL_WINDOW : -KL_WINDOW], self._kl[-KL_WINDOW:]
-        kl_before, kl_after = (_mean([kl for kl, _ in part]) for part in (before, after))
-        rewards_before, rewards_after = ([reward for _, reward in part] for part in (before, after))
-        rise = _mean(rewards_after) - _mean(rewards_before)
-        error = math.sqrt((_variance(rewards_before) + _variance(rewards_after)) / KL_WINDOW)
-        if kl_after > KL_FACTOR * max(kl_before, 0.0) and rise <= KL_STANDARD_ERRORS * error:
-            return (
-                f"the model moves away from the reference without gain: kl went from {kl_before:.3g} to {kl_after:.3g} within "
-                f"{KL_WINDOW} log lines, the reward from {_mean(rewards_before):.4g} to {_mean(rewards_after):.4g}"
-            )
-        return None
+        kl_before, rewards_before = zip(*self._kl[-2 * KL_WINDOW : -KL_WINDOW], strict=True)
+        kl_after, rewards_after = zip(*self._kl[-KL_WINDOW:], strict=True)
+        rise = fmean(rewards_after) - fmean(rewards_before)
+        error = math.sqrt((variance(rewards_before) + variance(rewards_after)) / KL_WINDOW)
+        if fmean(kl_after) <= KL_FACTOR * max(fmean(kl_before), 0.0) or rise > KL_STANDARD_ERRORS * error:
+            return None
+        return (
+            f"the model moves away from the reference without gain: kl went from {fmean(kl_before):.3g} to {fmean(kl_after):.3g} within "
+            f"{KL_WINDOW} log lines, the reward from {fmean(rewards_before):.4g} to {fmean(rewards_after):.4g}"
+        )
 
     def _check_evaluations(self) -> str | None:
         for name, history in self._evaluations.items():
@@ -121,30 +111,13 @@ class HackingSigns:
             best, spread, trained_then = max(history[:-EVAL_PATIENCE], key=lambda entry: entry[0])
             recent = history[-EVAL_PATIENCE:]
             trained_now = recent[-1][2]
-            below = all(value < best - EVAL_DROP * spread for value, _, _ in recent)
             then = self._first_reward if trained_then is None else trained_then
-            if (
-                below
-                and spread > 0
-                and trained_now is not None
-                and then is not None
-                and trained_now > then + EVAL_DROP * self._reward_std
-            ):
+            if spread == 0 or trained_now is None or then is None:
+                continue
+            below = all(value < best - EVAL_DROP * spread for value, _, _ in recent)
+            if below and trained_now > then + EVAL_DROP * self._reward_std:
                 return (
                     f"the training reward rises while the evaluation reward falls: {name} was {best:.4g} and is {recent[-1][0]:.4g}, the "
                     f"training reward went from {then:.4g} to {trained_now:.4g}"
                 )
         return None
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _variance(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import json
 import math
 import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,11 @@ class FixedSamples:
 class SampleLog(TrainerCallback):
     """Writes `samples/step_<updates>.json`, a grid beside it and the single pictures, and sends the grid to the trackers.
 
-    Before the first update, every `every` updates, and at the end, with the weights that the training ends with. It must come before
-    the trackers' callbacks, which close when training ends.
+    Before the first update, every `every` updates (None: no others), and at the end, with the weights that the training ends with. It must
+    come before the trackers' callbacks, which close when training ends.
 
     Args:
         sample: makes the pictures; called on every process.
-        every: updates between two, or None for the beginning and the end alone.
         seconds: training time so far.
         trackers: what to send grids to, as it is at that moment.
         stopped: whether the training was stopped from outside: then there is no time for pictures at the end.
@@ -126,13 +125,13 @@ def write_pictures(images: Tensor, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{number:03d}.png" for number in range(len(images))]
     for name, image in zip(names, images, strict=True):
-        frames = image if image.dim() == 4 else image[None]
-        Image.fromarray(pixels(torch.cat(list(frames), dim=-1))).save(folder / name)
+        Image.fromarray(pixels(image)).save(folder / name)
     return names
 
 
 def pixels(image: Tensor) -> np.ndarray:
-    """[3, H, W] in [0, 1] -> bytes [H, W, 3]."""
+    """[3, H, W] in [0, 1] -> bytes [H, W, 3]; of a batch [N, 3, H, W] the pictures side by side."""
+    image = torch.cat(list(image), dim=-1) if image.dim() == 4 else image
     return (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
@@ -147,15 +146,18 @@ def picture_grid(images: Tensor, texts: Sequence[str]) -> Any:
 
     Args:
         images: [N, 3, H, W] in [0, 1], or [N, F, 3, H, W].
-        texts: N; a line that is too wide is wrapped, and cut after two lines.
+        texts: N; the first line and two of the rest are shown.
     """
-    from PIL import Image, ImageDraw
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
 
     images = images[:, images.shape[1] // 2] if images.dim() == 5 else images
     height, width = images.shape[-2:]
     factor = max(1, -(-TILE[0] // width)) if width < TILE[1] else TILE[1] / width
     size = (round(width * factor), round(height * factor))
-    font, line = _font(), 15
+    # matplotlib brings fonts with Greek, Cyrillic and more, which PIL's own lacks; letters of one width make wrapping a matter of counting
+    font, line = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf", 11), 15
+    letters = int(size[0] / font.getlength("x"))
     columns = math.ceil(math.sqrt(len(images)))
     rows = -(-len(images) // columns)
     cell = (size[0] + 8, size[1] + 8 + 3 * line)
@@ -165,40 +167,10 @@ def picture_grid(images: Tensor, texts: Sequence[str]) -> Any:
         x, y = number % columns * cell[0] + 4, number // columns * cell[1] + 4
         smooth = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
         grid.paste(Image.fromarray(pixels(image)).resize(size, smooth), (x, y))
-        for row, part in enumerate(_fit(text, font, size[0])):
-            draw.text((x, y + size[1] + row * line), part, fill="black", font=font)
+        first, _, rest = text.partition("\n")
+        lines = [first[:letters], *textwrap.wrap(rest, letters, max_lines=2, placeholder="...")]
+        draw.text((x, y + size[1]), "\n".join(lines), fill="black", font=font, spacing=line - 11)
     return grid
-
-
-def _fit(text: str, font: Any, width: int) -> list[str]:
-    """At most three lines: the text's first, and two of the rest."""
-    first, _, rest = text.partition("\n")
-    lines, words = [""], " ".join(rest.split()).split(" ")
-    for word in words:
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > 2:
-        lines = [lines[0], f"{lines[1]}..."]
-    return [cut(part, font, width) for part in (first, *lines)]
-
-
-def cut(text: str, font: Any, width: int) -> str:
-    """A text as it is where it fits into `width` pixels, otherwise its longest beginning that fits with "..." behind it."""
-    if font.getlength(text) <= width:
-        return text
-    fitting = bisect.bisect_right(range(len(text)), width, key=lambda length: font.getlength(f"{text[:length]}..."))
-    return f"{text[: max(0, fitting - 1)]}..."
-
-
-def _font() -> Any:
-    """The sans-serif font that matplotlib brings: it has Greek, Cyrillic and more, which PIL's own lacks."""
-    import matplotlib
-    from PIL import ImageFont
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 11)
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -211,12 +183,8 @@ def thumbnails(images: Tensor) -> Tensor:
 def diversity(images: Tensor, prompts: Sequence[str]) -> float:
     """How much pictures of one prompt differ: 0 for copies; independent uniform noise gives 0.41. NaN without two of one prompt.
 
-    The root mean square difference of the pixels of two pictures (of their thumbnails, see `thumbnails`), averaged over the pairs of
-    pictures that share a prompt, then over the prompts that have such pairs.
-
-    Args:
-        images: [N, 3, H, W] or [N, F, 3, H, W] in [0, 1].
-        prompts: N.
+    The root mean square difference of the pixels of two pictures (of their `thumbnails`), averaged over the pairs of pictures that share
+    a prompt, then over the prompts that have such pairs. Images are [N, 3, H, W] or [N, F, 3, H, W] in [0, 1].
     """
     return vector_diversity(thumbnails(images), prompts)
 

@@ -1,21 +1,17 @@
 """Pictures of a run."""
 
-from rlr_trainer.observing.pictures import cut
+import numpy as np
+import pytest
+import torch
+
+from rlr_trainer.observing.pictures import picture_grid
 
 
-class CountingFont:
-    """Every character is 7 pixels wide; counts the characters that it has measured."""
-
-    measured = 0
-
-    def getlength(self, text):
-        self.measured += len(text)
-        return 7.0 * len(text)
-
-
-def test_a_long_prompt_is_cut_in_a_few_looks():
-    font = CountingFont()
-    assert cut("x" * 12_000, font, 128) == "x" * 15 + "..."
-    assert font.measured < 20 * 12_000  # cutting character by character measures millions
-    assert cut("short", font, 128) == "short"
-    assert cut("too long", font, 7) == "..."
+@pytest.mark.parametrize("prompt", ["x" * 12_000, "word " * 3_000])
+def test_a_long_prompt_stays_below_its_picture(prompt):
+    grid = np.asarray(picture_grid(torch.ones(2, 3, 32, 32), [f"0.5\n{prompt}", "short"]))
+    dark = (grid < 128).any(axis=(0, 2))
+    places = np.flatnonzero(dark[: len(dark) // 2])
+    assert places.max() - places.min() > 100  # the line is used
+    assert places.max() < 4 + 128
+    assert (grid[-4:] == 255).all()

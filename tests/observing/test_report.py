@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +19,24 @@ from PIL import EpsImagePlugin, Image
 from rlr_trainer.cli import main
 from rlr_trainer.observing.monitor import RewardHackingMonitor
 from rlr_trainer.observing.report import ReportError, write_report
-from rlr_trainer.observing.report.charts import Charts, before_and_after
 from rlr_trainer.observing.report.drawing import Series, line_chart
-from rlr_trainer.observing.report.facts import Mean, facts_of, remarks_of, reward_at
-from rlr_trainer.observing.report.pictures import LARGEST_SIDE, UnreadablePicture, encode, grid_of
+from rlr_trainer.observing.report.facts import facts_of, remarks_of, reward_at
+from rlr_trainer.observing.report.page import comparison, differing_settings
+from rlr_trainer.observing.report.pictures import LARGEST_SIDE, encode, grid_of
 from rlr_trainer.observing.report.reading import read_run
-from rlr_trainer.observing.report.series import BUCKETS, ends, mean_of, moving_mean, robust_range, thin
-from rlr_trainer.observing.report.tables import comparison, differing_settings
-from rlr_trainer.observing.report.wording import duration, letters, number, value_text, with_error
+from rlr_trainer.observing.report.series import (
+    BUCKETS,
+    Mean,
+    duration,
+    ends,
+    letters,
+    mean_of,
+    moving_mean,
+    number,
+    robust_range,
+    thin,
+    value_text,
+)
 
 HOSTILE = """<script>document.title = 'taken'</script><img src=x onerror="alert(1)">' " & </style> </title> {{ 7 * 7 }}"""
 
@@ -136,34 +145,28 @@ def text_of(page):
 # ---- numbers ----
 
 
-def test_the_moving_mean_neither_lags_nor_shifts():
-    line = np.linspace(2.0, 5.0, 31)
-    np.testing.assert_allclose(moving_mean(line, 7), line, atol=1e-12)
+def test_the_moving_mean_is_over_the_values_that_there_are():
     noisy = np.random.default_rng(0).normal(size=31)
-    np.testing.assert_allclose(moving_mean(noisy, 7)[10], noisy[7:14].mean(), atol=1e-12)
+    smooth = moving_mean(noisy, 7)
+    np.testing.assert_allclose(smooth[[0, 10, 30]], [noisy[:4].mean(), noisy[7:14].mean(), noisy[-4:].mean()], atol=1e-12)
     np.testing.assert_array_equal(moving_mean(noisy, 1), noisy)
-    first = np.polynomial.Polynomial.fit(np.arange(4), noisy[:4], 1)(0)
-    np.testing.assert_allclose(moving_mean(noisy, 7)[0], first, atol=1e-12)
 
 
 def test_thinning_keeps_extremes_and_ends():
     y = np.random.default_rng(0).normal(size=5000)
     y[1234], y[4321], y[77] = 50.0, -50.0, np.nan
     line = thin(np.arange(5000.0), y)
-    assert line.count == 4999
     assert len(line.x) == BUCKETS and len(line.raw_x) <= 2 * BUCKETS + 2
     assert {50.0, -50.0, y[0], y[-1]} <= set(line.raw_y)
     assert (np.diff(line.raw_x) > 0).all()
 
 
 def test_means_and_ends():
-    assert mean_of(np.array([np.nan])) is None
+    assert math.isnan(mean_of(np.array([np.nan])).value)
     mean = mean_of(np.array([1.0, 2.0, 3.0, 4.0, np.nan]))
-    assert mean is not None and (mean.value, mean.count) == (2.5, 4)
-    assert mean.error == pytest.approx(np.std([1, 2, 3, 4], ddof=1) / 2)
-    assert mean_of(np.array([1.0, 2.0])).error is None
-    first, last = ends(np.arange(100.0))
-    assert (first.value, last.value, first.count) == (4.5, 94.5, 10)
+    assert (mean.value, mean.error) == (2.5, pytest.approx(np.std([1, 2, 3, 4], ddof=1) / 2))
+    assert math.isnan(mean_of(np.array([1.0, 2.0])).error)
+    assert [mean.value for mean in ends(np.arange(100.0))] == [4.5, 94.5]
     assert ends(np.array([3.0]))[1].value == 3.0
 
 
@@ -174,12 +177,14 @@ def test_one_spike_does_not_flatten_the_others():
 
 
 def test_wording():
-    texts = [number(v) for v in (None, math.nan, 0, 0.12345, 0.9999, 1234567, 1.5e-9, -2.0)]
-    assert texts == ["\N{EN DASH}", "\N{EN DASH}", "0", "0.123", "1", "1,234,567", "1.5e-09", "\N{MINUS SIGN}2"]
-    assert with_error(Mean(0.9948, 0.0052, 5)) == "0.9948 ± 0.0052"
-    assert with_error(Mean(12.0, None, 1)) == "12"
-    assert with_error(Mean(-1234.5, 67.8, 5)) == "\N{MINUS SIGN}1,234 ± 68"
-    assert [duration(s) for s in (None, 59.7, 20320)] == ["\N{EN DASH}", "0:01:00", "5:38:40"]
+    texts = [number(v) for v in (math.nan, 0, 0.12345, 0.9999, 1234567, 1.5e-9, -2.0)]
+    assert texts == ["\N{EN DASH}", "0", "0.123", "1", "1,234,567", "1.5e-09", "-2"]
+    assert [str(Mean(*pair)) for pair in ((0.9948, 0.0052), (12.0, math.nan), (-1234.5, 67.8))] == [
+        "0.9948 ± 0.0052",
+        "12",
+        "-1,234 ± 68",
+    ]
+    assert [duration(s) for s in (math.nan, 59.7, 20320)] == ["\N{EN DASH}", "0:01:00", "5:38:40"]
     assert [letters(i) for i in (0, 25, 26, 27)] == ["A", "Z", "A1", "B1"]
     assert [value_text(v) for v in (None, True, 3e-4, [1, 2], "x")] == ["none", "true", "0.0003", "[1, 2]", "x"]
 
@@ -209,10 +214,10 @@ def test_a_folder_with_metrics_alone_gives_a_report_that_says_what_is_missing(ma
     lines = [{"step": row["step"], "reward": row["reward"]} for row in rising()[:2]]
     page = report(make_run(lines=lines))
     text = text_of(page)
-    for part in ("log_images_steps", "rewards.jsonl", "kl_coef", "run.json", "eval_dataset", "no seconds in metrics.jsonl"):
+    for part in ("log_images_steps", "kl_coef", "eval_dataset", "no seconds in metrics.jsonl"):
         assert part in text
     assert "noise not known" in text
-    assert "Fixed prompts over time" not in text and "Distribution of rewards before" not in text
+    assert "Fixed prompts over time" not in text
     assert page.count(" disabled>") == 2  # the axes that nobody recorded
     chart = page[page.index('class="on-updates"') : page.index('class="on-queries"')]
     assert {"1", "2"} >= set(re.findall(r'text-anchor="middle"[^>]*>([^<]+)<', chart)) - {"updates"}  # marks at whole numbers
@@ -220,11 +225,9 @@ def test_a_folder_with_metrics_alone_gives_a_report_that_says_what_is_missing(ma
 
 def test_rewards_that_are_not_finite_at_the_end(make_run):
     lines = [row | {"reward": None} if row["step"] > 30 else row for row in rising()]
-    run = read_run(make_run(lines=lines))
-    assert remarks_of(run, facts_of(run))[0].text.startswith("reward in 10 log lines. The last finite reward is that of update 30")
-    assert "10 values that are not finite left out." in Charts([run]).reward()[0].caption
-    middle = read_run(make_run("middle", [*lines[:30], *rising()[35:]]))
-    assert not any("The last finite reward" in remark.text for remark in remarks_of(middle, facts_of(middle)))
+    remark = remarks(make_run(lines=lines))["Values that are not finite"]
+    assert remark.startswith("reward in 10 log lines. The last finite reward is that of update 30")
+    assert "The last finite" not in remarks(make_run("middle", [*lines[:32], *rising()[35:]]))["Values that are not finite"]
 
 
 def test_several_evaluations_of_one_update(make_run):
@@ -244,16 +247,15 @@ def test_damaged_files_are_left_out_with_a_note(make_run):
     (folder / "samples" / "step_000020.json").write_text('{"prompts": 3}')
     (folder / "samples" / "step_000040" / "001.png").write_bytes(b"no picture")
     run = read_run(folder)
-    for note in (
-        "metrics.jsonl: 3 damaged lines left out (line 41, 42, 43), as a run leaves that is killed.",
-        "rewards.jsonl: 1 damaged line left out (line 41), as a run leaves that is killed.",
-        "summary.json: left out, it holds no object.",
+    assert run.notes == [
+        "metrics.jsonl: 3 damaged lines left out, as a run leaves that is killed.",
+        "run.json: left out, it is no JSON object.",
         "samples/step_000020.json: left out, it has no step.",
-    ):
-        assert note in run.notes, note
-    assert any(note.startswith("run.json: left out, it is no JSON") for note in run.notes)
-    assert grid_of(run).notes == ["1 picture files are missing, damaged, or no PNG."]
-    assert titles(folder)[-1] == "No closing line"
+        "rewards.jsonl: 1 damaged lines left out, as a run leaves that is killed.",
+        "summary.json: left out, it is no JSON object.",
+    ]
+    assert grid_of(run).notes == ["1 picture files are missing, damaged, no PNG, or outside the folder."]
+    assert "No closing line" in remarks(folder)
 
 
 def test_nothing_outside_the_folder_is_read(make_run, tmp_path):
@@ -268,12 +270,13 @@ def test_nothing_outside_the_folder_is_read(make_run, tmp_path):
         (folder / name).unlink()
         (folder / name).symlink_to(tmp_path / "secret.json")
     run = read_run(folder)
-    assert [len(pictures.files) for pictures in run.pictures] == [1, 2]
-    assert run.summary is None and not run.options
-    assert sum("outside its folder" in note for note in run.notes) == 4
+    assert [file for *_, file in run.pictures[0].rows] == [None, None]
+    assert [pictures.step for pictures in run.pictures] == [0, 40]
+    assert not run.summary and not run.info["options"]
+    assert sum("no plain file inside the folder" in note for note in run.notes) == 3
     (tmp_path / "away").mkdir()
     (tmp_path / "away/metrics.jsonl").symlink_to(folder / "metrics.jsonl")
-    with pytest.raises(ReportError, match=r"has no metrics.jsonl \(metrics.jsonl: left out, it leads outside"):
+    with pytest.raises(ReportError, match=r"has no metrics.jsonl.*metrics.jsonl: left out, it is no plain file inside"):
         read_run(tmp_path / "away")
 
 
@@ -298,8 +301,8 @@ def test_a_pipe_is_not_waited_for(make_run):
         (folder / name).unlink()
         os.mkfifo(folder / name)
     run = read_run(folder)
-    assert "summary.json: left out, it is no plain file." in run.notes
-    assert grid_of(run).notes == ["1 picture files are missing, damaged, or no PNG."]
+    assert "summary.json: left out, it is no plain file inside the folder." in run.notes
+    assert grid_of(run).notes == ["1 picture files are missing, damaged, no PNG, or outside the folder."]
 
 
 def test_only_png_files_are_opened(tmp_path, monkeypatch):
@@ -309,26 +312,16 @@ def test_only_png_files_are_opened(tmp_path, monkeypatch):
     (tmp_path / "000.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     Image.new("RGB", (9, 9)).save(tmp_path / "001.png", "BMP")
     for name in ("000.png", "001.png", "none.png", "long" * 1000):
-        with pytest.raises(UnreadablePicture):
-            encode(tmp_path / name, 0, "1")
+        assert encode(tmp_path / name) is None
     assert started == []
-
-
-def test_a_file_left_out_does_not_shift_the_others(make_run):
-    folder = add_everything(make_run())
-    path = folder / "samples" / "step_000000.json"
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"files": [7, record["files"][1]]}))
-    pictures = read_run(folder).pictures[0]
-    assert (pictures.prompts, pictures.rewards, [f.name for f in pictures.files]) == (["a lighthouse"], [None], ["001.png"])
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no metrics.jsonl"),
-        ("", "no line with a finite reward"),
-        ('{"step": 1, "reward": null}\n', "no line with a finite reward"),
+        (None, "has no metrics.jsonl with a finite reward"),
+        ("", "with a finite reward"),
+        ('{"step": 1, "reward": null}\n', "with a finite reward"),
     ],
 )
 def test_a_folder_without_a_run_is_an_error(tmp_path, content, message):
@@ -365,20 +358,19 @@ def test_the_command(make_run, tmp_path, monkeypatch, capsys):
 # ---- what it says ----
 
 
-def titles(folder):
+def remarks(folder):
     run = read_run(folder)
-    return [remark.title for remark in remarks_of(run, facts_of(run))]
+    return dict(remarks_of(run, facts_of(run)))
 
 
 def test_a_healthy_run_has_no_remarks(make_run):
-    assert titles(make_run(lines=rising(diversity=lambda p: 0.3, clip_ratio=lambda p: 0.1, kl=lambda p: p))) == []
+    assert remarks(make_run(lines=rising(diversity=lambda p: 0.3, clip_ratio=lambda p: 0.1, kl=lambda p: p))) == {}
 
 
 @pytest.mark.parametrize(
     ("more", "title"),
     [
         ({"diversity": lambda p: 0.3 - 0.28 * p}, "Signs of reward hacking"),
-        ({"clip_ratio": lambda p: p}, "Many ratios clipped"),
         ({"loss": lambda p: None if p == 0.5 else 0.0}, "Values that are not finite"),
         ({"reward": lambda p: -p + 0.01 * math.sin(99 * p)}, "The reward fell"),
         ({"reward": lambda p: min(p, 1.4 - p) + 0.01 * math.sin(99 * p)}, "The reward fell at the end"),
@@ -386,7 +378,7 @@ def test_a_healthy_run_has_no_remarks(make_run):
     ],
 )
 def test_remarks(make_run, more, title):
-    assert title in titles(make_run(lines=rising(**more)))
+    assert title in remarks(make_run(lines=rising(**more)))
 
 
 def test_the_remark_on_hacking_is_the_monitors_warning(make_run):
@@ -398,9 +390,8 @@ def test_the_remark_on_hacking_is_the_monitors_warning(make_run):
         monitor.on_log(None, state, None, logs=lines[state.global_step - 1])
         if monitor.warnings:
             break
-    run = read_run(make_run(lines=lines))
-    (remark,) = [remark for remark in remarks_of(run, facts_of(run)) if remark.title == "Signs of reward hacking"]
-    assert remark.text.startswith(f"At update {state.global_step}: {monitor.warnings['diversity']}.")
+    text = remarks(make_run(lines=lines))["Signs of reward hacking"]
+    assert text.startswith(f"At update {state.global_step}: {monitor.warnings['diversity']}.")
 
 
 def test_noise_alone_is_seldom_called_a_fall(make_run):
@@ -408,7 +399,7 @@ def test_noise_alone_is_seldom_called_a_fall(make_run):
     found = []
     for seed in range(100):
         noise = np.random.default_rng(seed).normal(size=60)
-        found += titles(make_run(f"run{seed}", [{"step": step + 1, "reward": value} for step, value in enumerate(noise)]))
+        found += remarks(make_run(f"run{seed}", [{"step": step + 1, "reward": value} for step, value in enumerate(noise)]))
     assert found.count("The reward fell at the end") <= 5
     assert found.count("No clear change of the reward") >= 80
 
@@ -416,13 +407,7 @@ def test_noise_alone_is_seldom_called_a_fall(make_run):
 def test_remarks_from_other_files(make_run):
     lines = rising() + [{"step": step, "eval_reward": 1 - step / 40, "eval_reward_std": 0.2} for step in (10, 20, 30, 40)]
     folder = add_everything(make_run(lines=lines, closing=False))
-    (folder / "summary.json").write_text(json.dumps({"judge_before": 0.5, "judge_after": 0.2}))
-    assert titles(folder) == [
-        "Many samples dropped",
-        "No closing line",
-        "Signs of reward hacking",
-        "The reward rose, the independent judge's score fell",
-    ]
+    assert list(remarks(folder)) == ["Many samples dropped", "No closing line", "Signs of reward hacking"]
 
 
 def test_facts(make_run):
@@ -434,14 +419,7 @@ def test_facts(make_run):
     assert facts.best == pytest.approx(95.5) and facts.best_step == 95
     assert reward_at(run, "reward_queries", 500).value == 45.5  # lines 41 to 50
     assert reward_at(run, "seconds", 40).value == 15.5
-    assert reward_at(run, "seconds", 1) is None
-
-
-def test_before_and_after_are_the_two_ends(make_run):
-    folder = make_run()
-    write_lines(folder / "rewards.jsonl", [{"rollout": n, "step": n, "rewards": [float(n), None]} for n in range(40)])
-    before, after = before_and_after(read_run(folder))
-    assert list(before) == list(range(10)) and list(after) == list(range(30, 40))
+    assert math.isnan(reward_at(run, "seconds", 1).value)
 
 
 def test_runs_are_compared_at_equal_queries_and_time(make_run):
@@ -451,14 +429,14 @@ def test_runs_are_compared_at_equal_queries_and_time(make_run):
         changed = {"learning_rate": rate, "output_dir": folder.name} | ({"max_steps": 20} if folder is fast else {})
         (folder / "run.json").write_text(json.dumps({"options": {"fo_steps": None}, "changed": changed}))  # as a run writes it
     runs = [read_run(folder) for folder in (slow, fast)]
-    rows = {row[0]: row[1:] for row in comparison(runs, [facts_of(run) for run in runs]).rows}
+    rows = comparison(runs, [facts_of(run) for run in runs])
     assert "Reward after 640 queries" in rows and "Reward after 0:00:10" in rows
     assert rows["Training time"] == ["0:01:00", "0:00:10"]
-    assert rows["KL, start → end"] == ["0.1 → 0.1", "\N{EN DASH}"]
-    assert differing_settings(runs).rows == [["learning_rate", "0.001", "0.0001"], ["max_steps", "default", "20"]]
+    assert rows["KL, start → end"] == ["0.1 → 0.1", "\N{EN DASH} → \N{EN DASH}"]
+    assert differing_settings(runs) == {"learning_rate": ["0.001", "0.0001"], "max_steps": ["default", "20"]}
     namesake = make_run("other/slow", rising()[:2])
     text = text_of(report(slow, fast, namesake))
-    for part in ("3 runs compared", "run/slow", "other/slow", "extra", "KL from the initial model"):
+    for part in ("3 runs compared", "run/slow", "other/slow", "extra"):
         assert part in text
 
 
@@ -468,11 +446,11 @@ def test_runs_are_compared_at_equal_queries_and_time(make_run):
 def test_pictures_are_reduced_and_small_ones_kept(tmp_path):
     Image.new("RGB", (1024, 512), "red").save(tmp_path / "large.png")
     Image.new("L", (32, 32)).save(tmp_path / "small.png")
-    cell = encode(tmp_path / "large.png", 0, "1")
-    assert cell.reduced and (cell.width, cell.height) == (LARGEST_SIDE, LARGEST_SIDE // 2) and not cell.pixelated
-    assert cell.source.startswith("data:image/jpeg;base64,")
-    cell = encode(tmp_path / "small.png", 0, "1")
-    assert not cell.reduced and cell.pixelated and cell.source.startswith("data:image/png;base64,")
+    picture = encode(tmp_path / "large.png")
+    assert (picture.width, picture.height) == (LARGEST_SIDE, LARGEST_SIDE // 2) and not picture.pixelated
+    assert picture.source.startswith("data:image/jpeg;base64,")
+    picture = encode(tmp_path / "small.png")
+    assert picture.pixelated and picture.source.startswith("data:image/png;base64,")
 
 
 def test_the_pictures_size_is_capped(make_run):
@@ -481,7 +459,7 @@ def test_the_pictures_size_is_capped(make_run):
     assert len(whole.rows) == 2 and whole.steps == [0, 20, 40] and whole.notes == []
     capped = grid_of(run, most_bytes=1000, most_columns=2)
     assert len(capped.rows) == 1 and capped.steps == [0, 40]
-    assert "1 of 2 pictures are shown at each" in " ".join(capped.notes)
+    assert "1 of 2 pictures at 2 of 3 points in time are shown" in " ".join(capped.notes)
 
 
 # ---- the page ----
@@ -512,14 +490,13 @@ def test_the_whole_page(pages):
         assert "hf_abc" not in page and "(hidden)" in text
     for part in (
         "Fixed prompts over time",
-        "Distribution of rewards before and after",
-        "Gradient norm of the parts",
+        "Gradient norm, first order",
         "negative_prompt",
         "2.13.0",
         "trained parameters: 9,984",
         "times resumed: 1",
         "Changed when resumed",
-        "max_grad_norm default 0.5 17",
+        "max_grad_norm (update 17) default 0.5",
         "40 (12 %)",
         "Summary",
     ):
@@ -532,14 +509,6 @@ def test_it_loads_no_heavy_library():
     program = "import sys, rlr_trainer.observing.report; print(*{'torch', 'transformers', 'datasets'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.strip() == ""
-
-
-def test_a_long_run_gives_a_small_file_in_seconds(make_run):
-    folder = make_run(lines=rising(20_000, kl=lambda p: p, diversity=lambda p: 0.3))
-    started = time.monotonic()
-    path = write_report([folder], folder / "report.html")
-    assert time.monotonic() - started < 60  # some 3 s on a quiet machine
-    assert path.stat().st_size < 2_000_000
 
 
 @pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed (apt-get install chromium)")

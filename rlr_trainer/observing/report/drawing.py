@@ -14,15 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from rlr_trainer.observing.report.reading import Floats
 from rlr_trainer.observing.report.series import Line, robust_range
 
 COLOURS = 8
 PALETTE = ("#0068ad", "#c44e00", "#00835f", "#a6447f", "#a87900", "#5a6b7a", "#6a4fc0", "#b3261e")
-SOFT, GRID, BEFORE = "#5b636d", "#eceef0", "#7b838c"
-VARIABLES = {colour: f"c{number}" for number, colour in enumerate(PALETTE)} | {SOFT: "soft", GRID: "grid", BEFORE: "before"}
+SOFT, GRID = "#5b636d", "#eceef0"
+VARIABLES = {colour: f"c{number}" for number, colour in enumerate(PALETTE)} | {SOFT: "soft", GRID: "grid"}
 LABEL_GAP = 14  # pixels between two labels at the ends of lines
-BINS = 24
 STYLE: Any = {"svg.fonttype": "none", "font.size": 9.5, "text.parse_math": False, "axes.unicode_minus": True, "path.simplify": True}
 
 
@@ -34,14 +32,12 @@ class Series:
         label: short, shown at the end of the line.
         colour: index, taken modulo `COLOURS`; the second round is dashed.
         markers: dots on the values, which are then joined without smoothing.
-        joined: whether dots are joined.
     """
 
     label: str
     colour: int
     line: Line
     markers: bool = False
-    joined: bool = True
 
 
 def line_chart(series: list[Series], *, title: str, x_label: str, size: tuple[int, int], log: bool, identity: str) -> Markup:
@@ -82,33 +78,14 @@ def y_range(series: list[Series], log: bool) -> tuple[float, float]:
     return (10 ** (low - room), 10 ** (high + room)) if log else (low - room, high + room)
 
 
-def histogram(before: Floats, after: Floats, *, value_range: tuple[float, float], title: str, colour: int, identity: str) -> Markup:
-    """Two distributions as shares of their samples: `before` as an outline in grey, `after` filled, their means as triangles."""
-    with mpl.rc_context(STYLE | {"svg.hashsalt": identity}):
-        figure, axes = _axes((440, 230), "reward")
-        low, high = value_range
-        edges = np.linspace(low, high, BINS + 1) if high > low else np.linspace(low - 0.5, low + 0.5, BINS + 1)
-        paint = PALETTE[colour % COLOURS]
-        shares = [np.histogram(values, edges)[0] / len(values) for values in (before, after)]
-        axes.stairs(shares[1], edges, fill=True, color=paint, alpha=0.4)
-        axes.stairs(shares[1], edges, color=paint, linewidth=1.5)
-        axes.stairs(shares[0], edges, color=BEFORE, linewidth=2, linestyle=(0, (2.5, 1.5)))
-        for values, tone in ((before, BEFORE), (after, paint)):
-            axes.plot(values.mean(), 1.03, "v", color=tone, transform=axes.get_xaxis_transform(), clip_on=False)
-        axes.set_xlim(edges[0], edges[-1])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-        return _svg(figure, title)
-
-
 def _axes(size: tuple[int, int], x_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
     axes = figure.add_subplot()
-    for side in ("left", "top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(BEFORE)
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(SOFT)
     axes.grid(axis="y", color=GRID)
     axes.set_axisbelow(True)
-    axes.tick_params(labelcolor=SOFT, color=BEFORE)
+    axes.tick_params(labelcolor=SOFT, color=SOFT)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(x_label, color=SOFT)
     axes.xaxis.set_major_formatter(_tick)
@@ -124,8 +101,8 @@ def _draw(axes: Axes, series: Series) -> None:
     """Faint raw line with the smoothed one over it; or dots."""
     line, colour = series.line, PALETTE[series.colour % COLOURS]
     style = "--" if series.colour >= COLOURS else "-"
-    dots = series.markers or line.count == 1
-    if series.joined and (dots or line.window > 1):
+    dots = series.markers or len(line.raw_x) == 1
+    if dots or line.window > 1:
         axes.plot(line.raw_x, line.raw_y, style, color=colour, alpha=0.4, linewidth=1)
     if dots:
         axes.plot(line.raw_x, line.raw_y, "o", color=colour, markersize=5, clip_on=False)
@@ -136,24 +113,14 @@ def _draw(axes: Axes, series: Series) -> None:
 def _label_ends(axes: Axes, series: list[Series], height: int) -> None:
     """Labels right of the lines' ends, moved upwards where they would touch."""
     to_share = axes.transScale + axes.transLimits
-    ends = [(float(s.line.x[-1]), float(s.line.y[-1]), s) for s in series if s.label]
-    low = axes.get_ylim()[0]
-    places = [(min(max(float(to_share.transform((x, max(y, low)))[1]), 0.0), 1.0), x, s) for x, y, s in ends]
+    bottom, top = axes.get_ylim()
+    shares = [float(to_share.transform((0.0, min(max(float(s.line.y[-1]), bottom), top)))[1]) for s in series]
     lowest = 0.0
-    for share, x, s in sorted(places, key=lambda place: place[0]):
-        share = max(share, lowest)
-        lowest = share + LABEL_GAP / (height - 50)
-        colour = PALETTE[s.colour % COLOURS]
-        axes.annotate(
-            s.label,
-            (x, share),
-            (6, 0),
-            xycoords=axes.get_xaxis_transform(),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            annotation_clip=False,
-        )
+    for share, s in sorted(zip(shares, series, strict=True), key=lambda place: place[0]):
+        place = (float(s.line.x[-1]), max(share, lowest))
+        lowest = place[1] + LABEL_GAP / (height - 50)
+        options: Any = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
+        axes.annotate(s.label, place, (6, 0), color=PALETTE[s.colour % COLOURS], va="center", **options)
 
 
 def _svg(figure: Figure, title: str) -> Markup:

@@ -6,20 +6,29 @@ import base64
 import datetime
 import functools
 import hashlib
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from rlr_trainer.observing.report import tables, wording
-from rlr_trainer.observing.report.charts import STEP_PROFILE, Charts, Figure
+from rlr_trainer.observing.report import series
+from rlr_trainer.observing.report.charts import recorded_axes, reward_figure, section_figures
 from rlr_trainer.observing.report.drawing import COLOURS
-from rlr_trainer.observing.report.facts import facts_of, is_clear, remarks_of
-from rlr_trainer.observing.report.pictures import MOST_BYTES, MOST_COLUMNS, MOST_ROWS, Grid, grid_of
-from rlr_trainer.observing.report.reading import Run
+from rlr_trainer.observing.report.facts import Facts, facts_of, remarks_of, reward_at
+from rlr_trainer.observing.report.pictures import MOST_BYTES, MOST_COLUMNS, MOST_ROWS, grid_of
+from rlr_trainer.observing.report.reading import Run, as_list, hide_secrets
 
 ASSETS = Path(__file__).parent / "assets"
+NAMES_OF_PLACES = {"output_dir", "logging_dir", "run_name", "overwrite"}  # differ between any two runs
+# Value that may be missing -> what gives it.
+MISSING = {
+    "seconds": "Rewards against time: no seconds in metrics.jsonl, which runs of this version log.",
+    "kl": "KL: not logged. Train with kl_coef set; 0 logs it without using it.",
+    "diversity": "Diversity: not logged; runs of this version log it where two pictures share a prompt.",
+}
 
 
 def render(runs: list[Run], version: str) -> str:
@@ -28,21 +37,20 @@ def render(runs: list[Run], version: str) -> str:
     Args:
         version: of this library, for the last line.
     """
-    charts = Charts(runs)
-    views = [_view(run, i, len(runs)) for i, run in enumerate(runs)]
-    facts = [view["facts"] for view in views]
+    several = len(runs) > 1
+    facts = [facts_of(run) for run in runs]
     style = Markup((ASSETS / "style.css").read_text(encoding="utf-8"))
     context: dict[str, Any] = {
-        "views": views,
-        "several": len(runs) > 1,
-        "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}",
-        "axes": charts.axes,
-        "reward": charts.reward(),
-        "sections": _sections(charts),
-        "comparison": tables.comparison(runs, facts) if len(runs) > 1 else None,
-        "differing": tables.differing_settings(runs) if len(runs) > 1 else None,
+        "views": [_view(run, facts[i], i, len(runs)) for i, run in enumerate(runs)],
+        "several": several,
+        "title": f"{len(runs)} runs: {', '.join(run.name for run in runs)}" if several else runs[0].name,
+        "axes": recorded_axes(runs),
+        "reward": reward_figure(runs),
+        "sections": section_figures(runs),
+        "comparison": comparison(runs, facts) if several else {},
+        "differing": differing_settings(runs) if several else {},
         "style": style,
-        "style_hash": _hash(style),
+        "style_hash": base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         "made": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": version,
     }
@@ -52,98 +60,120 @@ def render(runs: list[Run], version: str) -> str:
 @functools.cache
 def _environment() -> jinja2.Environment:
     """Escapes everything but what is `Markup`; an undefined name is an error."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": wording.number,
-        "count": wording.count,
-        "with_error": wording.with_error,
-        "duration": wording.duration,
-        "shorten": wording.shorten,
-        "dropped": tables.dropped_text,
-    }
-    environment.tests["clear"] = is_clear
+    options: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), **options)
+    filters: list[Callable[..., str]] = [
+        series.number,
+        series.count,
+        series.duration,
+        series.shorten,
+        series.value_text,
+        dropped_text,
+    ]
+    environment.filters |= {function.__name__: function for function in filters}
     return environment
 
 
-def _hash(text: str) -> str:
-    """As a content security policy names an inline style."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _sections(charts: Charts) -> dict[str, list[Figure]]:
-    """Heading -> its charts."""
-    found = {
-        "Distribution of rewards before and after": charts.distributions(),
-        "Rewards in detail": charts.rewards(),
-        "KL and diversity": charts.drift(),
-        "Estimator": charts.estimator(),
-        "Time and losses of samples": charts.costs(),
-        "Other logged values": charts.others(),
-    }
-    return {title: figures for title, figures in found.items() if figures}
-
-
-def _view(run: Run, index: int, total: int) -> dict[str, Any]:
-    """A run as the template shows it."""
-    facts = facts_of(run)
-    summary = {name: wording.number(value, 4) if isinstance(value, float) else value for name, value in (run.summary or {}).items()}
+def _view(run: Run, facts: Facts, index: int, total: int) -> dict[str, Any]:
+    """A run as the template shows it; its tables are dicts of a row's name to its cells."""
+    info = run.info
     columns, rows = (MOST_COLUMNS, MOST_ROWS) if total == 1 else (4, 5) if total <= 3 else (3, 3)
     grid = grid_of(run, MOST_BYTES // total, columns, rows)
+    versions = info["versions"] if isinstance(info.get("versions"), dict) else {}
+    versions = dict(sorted(versions.items())) | {name: info[name] for name in ("device", "processes") if name in info}
+    missing = [text for name, text in MISSING.items() if name not in run.names]
+    if not run.evals.columns:
+        missing.append("Evaluation: none. Give an eval_dataset and set eval_strategy and eval_steps.")
+    if not grid:
+        missing.append("Pictures: none in samples/. Train with num_log_images above 0; log_images_steps adds points in time.")
     return {
         "run": run,
-        "letter": wording.letters(index),
+        "letter": series.letters(index),
         "colour": index % COLOURS,
         "facts": facts,
-        "remarks": remarks_of(run, facts),
-        "subtitle": _subtitle(run),
-        "plan": wording.shorten(wording.value_text(run.info["plan"]), 500) if run.info.get("plan") else "",
+        "remarks": list(remarks_of(run, facts)),
+        "subtitle": _subtitle(info),
+        "plan": series.value_text(info.get("plan") or ""),
         "grid": grid,
-        "changed": tables.settings(run.changed),
-        "options": tables.settings(run.options),
-        "resumed": tables.changed_on_resuming(run),
-        "versions": tables.versions(run),
-        "summary": tables.settings(summary),
-        "missing": _missing(run, grid),
+        "changed": _rows(info["changed"]),
+        "options": _rows(info["options"]),
+        "resumed": changed_on_resuming(info),
+        "versions": _rows(versions),
+        "summary": _rows(run.summary),
+        "missing": missing,
     }
 
 
-def _subtitle(run: Run) -> list[str]:
-    info = run.info
-    rewards, parameters, resumed = (info.get(name) for name in ("rewards", "trainable_parameters", "resumed"))
+def _subtitle(info: dict[str, Any]) -> list[str]:
     parts = {
         "model": "/".join(Path(str(info.get("model") or "")).parts[-2:]),  # a hub id as it is; of a folder the last two names
-        "reward": ", ".join(map(str, rewards)) if isinstance(rewards, list) else "",
-        "estimator": run.options.get("estimator"),
-        "trained parameters:": f"{parameters:,}" if isinstance(parameters, int) else "",
+        "reward": ", ".join(map(str, as_list(info.get("rewards")))),
+        "estimator": info["options"].get("estimator"),
+        "trained parameters:": info.get("trainable_parameters"),
         "started": str(info.get("started") or "").replace("T", " ").replace("+00:00", " UTC"),
-        "times resumed:": len(resumed) if isinstance(resumed, list) else 0,
+        "times resumed:": len(as_list(info.get("resumed"))),
     }
-    return [f"{name} {wording.shorten(str(value), 80)}" for name, value in parts.items() if value]
+    return [
+        f"{name} {series.shorten(f'{value:,}' if isinstance(value, int) else str(value), 80)}"
+        for name, value in parts.items()
+        if value
+    ]
 
 
-def _missing(run: Run, grid: Grid | None) -> list[str]:
-    """Parts that the folder has no data for, and what gives them."""
-    names = run.train.columns
-    absent = {
-        "Pictures over time: none in samples/. Train with num_log_images above 0; log_images_steps adds points in time.": not grid,
-        "Rewards against queries: no reward_queries in metrics.jsonl.": "reward_queries" not in names,
-        "Rewards against time: no seconds in metrics.jsonl, which runs of this version log.": "seconds" not in names,
-        "Distribution of rewards: no rewards.jsonl, which runs of this version write.": len(run.rollouts) < 2,
-        "KL: not logged. Train with kl_coef set; 0 logs it without using it.": "kl" not in names,
-        "Diversity: not logged; runs of this version log it where two pictures share a prompt.": "diversity" not in names,
-        "Gradient norms of the estimator's parts: not logged. Train with log_estimator_norms=True.": not any(
-            name.startswith("estimator/") for name in names
-        ),
-        "Gradient norms of the single denoising steps: not logged. Train with log_step_norms=True.": not any(
-            name.startswith(STEP_PROFILE) for name in names
-        ),
-        "Evaluation: none. Give an eval_dataset and set eval_strategy and eval_steps.": not len(run.evals),
-        "Settings and versions: no run.json, which runs of this version write.": not run.info.get("versions"),
+def _rows(values: dict[str, Any]) -> dict[str, list[str]]:
+    return {name: [series.value_text(values[name])] for name in sorted(values)}
+
+
+def comparison(runs: list[Run], facts: list[Facts]) -> dict[str, list[str]]:
+    """Key facts, one column a run; the rewards at equal queries and at equal time among them."""
+    rows = {
+        "Reward, start": [str(f.start) for f in facts],
+        "Reward, end": [str(f.end) for f in facts],
+        "Best mean": [f"{series.number(f.best)} at {f.best_step}" for f in facts],
     }
-    return [text for text, is_absent in absent.items() if is_absent]
+    for axis, totals, text in (
+        ("reward_queries", [f.queries for f in facts], lambda value: f"{series.count(value)} queries"),
+        ("seconds", [f.seconds for f in facts], series.duration),
+    ):
+        known = [total for total in totals if not math.isnan(total)]
+        for limit in (min(known) / 2, min(known)) if len(known) > 1 else ():
+            rows[f"Reward after {text(limit)}"] = [str(reward_at(run, axis, limit)) for run in runs]
+    rows |= {
+        "Updates": [series.count(f.updates) for f in facts],
+        "Reward queries": [series.count(f.queries) for f in facts],
+        "Training time": [series.duration(f.seconds) for f in facts],
+        "Samples dropped": [dropped_text(f) for f in facts],
+    }
+    for name, title in (("kl", "KL"), ("diversity", "Diversity"), ("eval_reward", "Evaluation")):
+        if any(name in run.names for run in runs):
+            pairs = [series.ends(run.points(name)[1]) for run in runs]
+            rows[f"{title}, start → end"] = [f"{series.number(first.value)} → {series.number(last.value)}" for first, last in pairs]
+    return rows
+
+
+def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
+    """The options that are not the same in all runs.
+
+    Of the options that come from TrainingArguments (not this library's own) a run records those that were changed alone.
+    """
+    recorded = [run.info["options"] | run.info["changed"] for run in runs]
+    names = sorted({name for options in recorded for name in options} - NAMES_OF_PLACES)
+    rows = {name: [series.value_text(options[name]) if name in options else "default" for options in recorded] for name in names}
+    return {name: cells for name, cells in rows.items() if len(set(cells)) > 1} if all(recorded) else {}
+
+
+def changed_on_resuming(info: dict[str, Any]) -> dict[str, list[str]]:
+    """What a resumed run did otherwise than before: setting -> before, after, update."""
+    rows = {}
+    for entry in as_list(info.get("resumed")):
+        changed, update = (entry.get("changed"), entry.get("update")) if isinstance(entry, dict) else ({}, None)
+        for name, pair in hide_secrets(changed).items():
+            before, now = pair if isinstance(pair, list) and len(pair) == 2 else (pair, pair)
+            cells = ["default" if value is None else series.value_text(value) for value in (before, now)]
+            rows[f"{name} (update {update})"] = cells
+    return rows
+
+
+def dropped_text(facts: Facts) -> str:
+    """`12 (0.4 %)`."""
+    return series.count(facts.dropped) + (f" ({series.number(100 * facts.dropped_share, 2)} %)" if facts.dropped > 0 else "")

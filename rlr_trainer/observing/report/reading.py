@@ -8,11 +8,9 @@ The folder may be someone else's: only plain files inside it are read.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from rlr_trainer.observing.hacking import EVAL_REWARD
 
 Floats = NDArray[np.float64]
 
-METRICS_FILE = "metrics.jsonl"
 LARGEST = 1e100
 SECRETS = {"token", "password", "secret", "key"}  # words in option names whose values are not shown
 
@@ -38,7 +35,7 @@ class Table:
 
     Attributes:
         steps: [N] updates, increasing.
-        columns: name -> [N]; NaN where a line lacks the value or has one that is not finite.
+        columns: name -> [N]; NaN where a line lacks the value or has one that is not finite. At least one is finite.
         not_finite: name -> lines in which the value was there but not finite.
     """
 
@@ -46,38 +43,26 @@ class Table:
     columns: dict[str, Floats]
     not_finite: dict[str, int]
 
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def get(self, name: str) -> Floats | None:
-        """A column, or None if it has no finite value."""
-        column = self.columns.get(name)
-        return None if column is None or np.isnan(column).all() else column
-
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """The pictures of the fixed prompts after `step` updates. Lists of equal length; a reward may be None."""
+    """The pictures of the fixed prompts after `step` updates: (prompt, reward or NaN, file or None where it cannot be read)."""
 
     step: int
-    prompts: list[str]
-    rewards: list[float | None]
-    files: list[Path]
-    diversity: float | None
+    rows: list[tuple[str, float, Path | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run's folder. What is absent is None or empty.
+    """One run's folder. What is absent is empty.
 
     Attributes:
         name: how the report calls the run.
         lines: of metrics.jsonl, as they are.
-        train, evals: log lines of the training, and of evaluations.
-        closing: the line that Trainer logs at the end.
-        rollouts: rewards of each, NaN for dropped samples.
+        train, evals, fixed: values by update: of the training, of evaluations, and of the fixed prompts' pictures.
+        rewards: of all samples, NaN for dropped ones.
         pictures: by step.
-        info: `run.json`.
+        info: `run.json`; "options" and "changed" are dicts with secrets masked.
         summary: `summary.json` of the demo.
         notes: what was left out of the report, and why.
     """
@@ -86,22 +71,22 @@ class Run:
     lines: list[dict[str, Any]]
     train: Table
     evals: Table
-    closing: dict[str, Any] | None = None
-    rollouts: list[Floats] = dataclasses.field(default_factory=list)
-    pictures: list[Pictures] = dataclasses.field(default_factory=list)
-    info: dict[str, Any] = dataclasses.field(default_factory=dict)
-    summary: dict[str, Any] | None = None
-    notes: list[str] = dataclasses.field(default_factory=list)
+    fixed: Table
+    rewards: Floats
+    pictures: list[Pictures]
+    info: dict[str, Any]
+    summary: dict[str, Any]
+    notes: list[str]
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Every recorded option, secrets masked."""
-        return hide_secrets(self.info.get("options"))
+    def names(self) -> set[str]:
+        """Of all logged values."""
+        return {name for table in (self.train, self.evals, self.fixed) for name in table.columns}
 
-    @property
-    def changed(self) -> dict[str, Any]:
-        """The options that differ from their defaults, secrets masked."""
-        return hide_secrets(self.info.get("changed"))
+    def points(self, name: str) -> tuple[Floats, Floats]:
+        """(updates, values) of a logged value; empty where there are none."""
+        found = [(table.steps, table.columns[name]) for table in (self.train, self.evals, self.fixed) if name in table.columns]
+        return found[0] if found else (np.array([]), np.array([]))
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -113,83 +98,121 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     if not folder.is_dir():
         raise ReportError(f"{folder}: no such folder; name the output_dir of a run")
     notes: list[str] = []
-    lines = _read_lines(folder, METRICS_FILE, notes, _is_log_line)
-    if lines is None:
-        reason = f" ({notes[0]})" if notes else ""
-        raise ReportError(f"{folder}: has no {METRICS_FILE}{reason}; name the output_dir of a run that has begun to train")
+    lines = _read_lines(folder, "metrics.jsonl", notes)
     train = _table([line for line in lines if "reward" in line])
-    if train.get("reward") is None:
+    if "reward" not in train.columns:
         raise ReportError(
-            f"{folder / METRICS_FILE}: has no line with a finite reward; a run writes the first after logging_steps updates"
+            f"{folder}: has no metrics.jsonl with a finite reward; name the output_dir of a run that has logged (every logging_steps "
+            f"updates). {' '.join(notes)}"
         )
-    closing = [line for line in lines if "train_runtime" in line]
-    rollouts = _read_lines(folder, "rewards.jsonl", notes, _is_rollout) or []
-    info = _read_object(folder, "run.json", notes)
-    if info is None:
-        info = {"options": _read_object(folder, "rlr_config.json", notes)}
+    info = _read_object(folder, "run.json", notes) or {"options": _read_object(folder, "rlr_config.json", notes)}
+    sets = _read_sets(folder, notes)
     return Run(
         name=name or folder.resolve().name,
         lines=lines,
         train=train,
         evals=_table([line for line in lines if "reward" not in line and any(map(EVAL_REWARD.fullmatch, line))]),
-        closing=closing[-1] if closing else None,
-        rollouts=[floats(line["rewards"]) for line in rollouts],
-        pictures=_read_pictures(folder, notes),
-        info=info,
-        summary=_read_object(folder, "summary.json", notes),
+        fixed=_table(
+            [{"step": line["step"], "fixed/diversity": line.get("diversity"), "fixed/rewards": line["mean"]} for line in sets]
+        ),
+        rewards=floats([reward for line in _read_lines(folder, "rewards.jsonl", notes) for reward in as_list(line.get("rewards"))]),
+        pictures=[Pictures(line["step"], line["rows"]) for line in sets],
+        info=info | {key: hide_secrets(info.get(key)) for key in ("options", "changed")},
+        summary=_read_object(folder, "summary.json", notes) or {},
         notes=notes,
     )
 
 
-def _read(folder: Path, name: str, notes: list[str]) -> str | None:
-    """The text of a file; None, with a note unless it is simply absent, where it is no plain file inside the folder."""
-    path = folder / name
-    if not path.exists():
+def _plain_file(root: Path, name: Any) -> Path | None:
+    """The file of that name if it is a plain one inside `root`; links are followed first."""
+    if not isinstance(name, str) or "\0" in name:
         return None
-    if _inside(folder, folder, name) is None:
-        notes.append(f"{name}: left out, it leads outside its folder.")
-    elif not path.is_file():
-        notes.append(f"{name}: left out, it is no plain file.")
-    else:
-        return path.read_text(encoding="utf-8", errors="replace")
-    return None
+    path = os.path.realpath(root / name)  # unlike Path.resolve, links in a circle are no error
+    return Path(path) if Path(path).is_relative_to(os.path.realpath(root)) and os.path.isfile(path) else None
 
 
-def _read_lines(folder: Path, name: str, notes: list[str], is_valid: Callable[[Any], bool]) -> list[dict[str, Any]] | None:
-    """The valid objects of a JSON-lines file; a killed run leaves half a line, which is counted in a note. None without a file."""
+def _read(folder: Path, name: str, notes: list[str]) -> str:
+    """The text of a file; empty, with a note unless it is simply absent, where it is no plain file inside the folder."""
+    path = _plain_file(folder, name)
+    if path is None and os.path.lexists(folder / name):
+        notes.append(f"{name}: left out, it is no plain file inside the folder.")
+    return "" if path is None else path.read_text(encoding="utf-8", errors="replace")
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    """A JSON object; None for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read_object(folder: Path, name: str, notes: list[str]) -> dict[str, Any] | None:
     text = _read(folder, name, notes)
-    if text is None:
-        return None
-    kept, damaged = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if is_valid(value):
-            kept.append(value)
-        elif line.strip():
-            damaged.append(number)
-    if damaged:
-        lines = "line" if len(damaged) == 1 else "lines"
-        numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        notes.append(f"{name}: {len(damaged)} damaged {lines} left out (line {numbers}), as a run leaves that is killed.")
+    value = _parse(text)
+    if text and value is None:
+        notes.append(f"{name}: left out, it is no JSON object.")
+    return value
+
+
+def _read_lines(folder: Path, name: str, notes: list[str]) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file that have a step; a killed run leaves half a line, which is counted in a note."""
+    parsed = [_parse(line) for line in _read(folder, name, notes).splitlines() if line.strip()]
+    kept = [value for value in parsed if value is not None and _has_step(value)]
+    if len(kept) < len(parsed):
+        notes.append(f"{name}: {len(parsed) - len(kept)} damaged lines left out, as a run leaves that is killed.")
     return kept
+
+
+def _read_sets(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The records of the fixed prompts' pictures, by step; "rows" as in `Pictures`, "mean" of the rewards."""
+    sets = []
+    for name in sorted(f"samples/{path.name}" for path in (folder / "samples").glob("step_*.json")):
+        line = _read_object(folder, name, notes)
+        if line is not None and not _has_step(line):
+            notes.append(f"{name}: left out, it has no step.")
+        elif line is not None:
+            prompts, files = as_list(line.get("prompts")), as_list(line.get("files"))
+            rewards = floats([*as_list(line.get("rewards")), *(None for _ in files)])[: len(files)]
+            paths = [_plain_file(folder, f"samples/{file}") for file in files]
+            rows = [(str(prompt), float(r), path) for prompt, r, path in zip(prompts, rewards, paths, strict=False)]
+            known = rewards[~np.isnan(rewards)]
+            sets.append(line | {"rows": rows, "mean": float(known.mean()) if len(known) else None})
+    return sorted(sets, key=lambda line: line["step"])
+
+
+def _has_step(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("step"), int) and 0 <= line["step"] < 2**53
+
+
+def _table(lines: list[dict[str, Any]]) -> Table:
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in sorted(lines, key=lambda line: line["step"]):  # several lines of one update are several evaluations
+        by_step.setdefault(line["step"], {}).update(line)
+    rows = list(by_step.values())
+    names = sorted({name for row in rows for name in row} - {"step"})
+    columns = {name: floats([row.get(name) for row in rows]) for name in names}
+    bad = {
+        name: sum(name in row and math.isnan(x) for row, x in zip(rows, column, strict=True)) for name, column in columns.items()
+    }
+    known = {name: column for name, column in columns.items() if not np.isnan(column).all()}
+    return Table(np.array(list(by_step), dtype=np.float64), known, {name: count for name, count in bad.items() if count})
 
 
 def as_float(value: Any) -> float:
     """A JSON number as a float; NaN for null, for anything else, and from `LARGEST` on, as good as infinite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        number = float(value)
-    except OverflowError:
-        return math.nan
-    return number if abs(number) < LARGEST else math.nan
+    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else math.nan
 
 
-def _is_not_finite(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isnan(as_float(value)))
+def floats(values: list[Any]) -> Floats:
+    """JSON numbers as an array, NaN for null."""
+    return np.array([as_float(value) for value in values], dtype=np.float64)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The value, or an empty list for what is none."""
+    return value if isinstance(value, list) else []
 
 
 def hide_secrets(options: Any) -> dict[str, Any]:
@@ -198,92 +221,3 @@ def hide_secrets(options: Any) -> dict[str, Any]:
         name: "(hidden)" if value and not SECRETS.isdisjoint(name.lower().split("_")) else value
         for name, value in (options.items() if isinstance(options, dict) else ())
     }
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _is_log_line(value: Any) -> bool:
-    step = value.get("step") if isinstance(value, dict) else None
-    return isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**53
-
-
-def _is_rollout(value: Any) -> bool:
-    return _is_log_line(value) and isinstance(value.get("rewards"), list)
-
-
-def _table(lines: list[dict[str, Any]]) -> Table:
-    by_step: dict[int, dict[str, Any]] = {}
-    for line in sorted(lines, key=lambda line: line["step"]):  # several lines of one update are several evaluations
-        by_step.setdefault(line["step"], {}).update(line)
-    rows = list(by_step.values())
-    names = sorted({name for row in rows for name in row})
-    values = {name: [row.get(name, "absent") for row in rows] for name in names}
-    columns = {name: floats(column) for name, column in values.items()}
-    bad = {name: [_is_not_finite(value) for value in column].count(True) for name, column in values.items()}
-    known = {name: column for name, column in columns.items() if not np.isnan(column).all()}
-    return Table(np.array(sorted(by_step), dtype=np.float64), known, {name: count for name, count in bad.items() if count})
-
-
-def _read_object(folder: Path, name: str, notes: list[str]) -> dict[str, Any] | None:
-    text = _read(folder, name, notes)
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        notes.append(f"{name}: left out, it is no JSON ({error}).")
-        return None
-    if not isinstance(value, dict):
-        notes.append(f"{name}: left out, it holds no object.")
-        return None
-    return value
-
-
-def floats(values: Iterable[Any]) -> Floats:
-    """JSON numbers as an array, NaN for null."""
-    return np.array([as_float(value) for value in values], dtype=np.float64)
-
-
-def _read_pictures(folder: Path, notes: list[str]) -> list[Pictures]:
-    found = []
-    for name in sorted(f"samples/{path.name}" for path in (folder / "samples").glob("step_*.json")):
-        line = _read_object(folder, name, notes)
-        if line is None:
-            continue
-        if not _is_log_line(line):
-            notes.append(f"{name}: left out, it has no step.")
-            continue
-        prompts, names = _list(line.get("prompts")), _list(line.get("files"))
-        rewards = itertools.chain(_list(line.get("rewards")), itertools.repeat(None))
-        rows = [
-            (str(prompt), _known(reward), _inside(folder, folder / "samples", file))
-            for prompt, reward, file in zip(prompts, rewards, names, strict=False)
-        ]
-        kept = [(prompt, reward, file) for prompt, reward, file in rows if file is not None]
-        if len(kept) < len(rows):
-            notes.append(f"{name}: it names files outside its folder; they are left out.")
-        found.append(
-            Pictures(
-                step=line["step"],
-                prompts=[prompt for prompt, _, _ in kept],
-                rewards=[reward for _, reward, _ in kept],
-                files=[file for _, _, file in kept],
-                diversity=_known(line.get("diversity")),
-            )
-        )
-    return sorted(found, key=lambda pictures: pictures.step)
-
-
-def _known(value: Any) -> float | None:
-    number = as_float(value)
-    return None if math.isnan(number) else number
-
-
-def _inside(root: Path, folder: Path, name: Any) -> Path | None:
-    """The file of that name in `folder`; None for a name or a link that leads out of `root`."""
-    if not isinstance(name, str) or "\0" in name:
-        return None
-    path = Path(os.path.realpath(folder / name))  # unlike Path.resolve, links in a circle are no error
-    return path if path.is_relative_to(os.path.realpath(root)) else None

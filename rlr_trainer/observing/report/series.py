@@ -1,10 +1,14 @@
-"""Numbers for charts and facts: thinning, smoothing, means of a window with their errors, ranges of axes."""
+"""Numbers for charts and facts: thinning, smoothing, means of a window with their errors, ranges of axes; and numbers as text."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import itertools
+import json
 import math
+import string
+from typing import Any
 
 import numpy as np
 
@@ -13,15 +17,26 @@ from rlr_trainer.observing.report.reading import Floats
 BUCKETS = 240  # points of a drawn line at most: about one per two pixels
 SMOOTHING = 1 / 15  # width of the moving mean, as a share of the line
 LEAST_FOR_ERROR = 4  # values from whose scatter a standard error is taken
+LOG_RATIO = 50  # values that span more than this may get a logarithmic axis
+UNKNOWN = "\N{EN DASH}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A mean, its standard error (None: too few values) and the number of values."""
+    """A mean and its standard error; NaN: there are too few values."""
 
     value: float
-    error: float | None
-    count: int
+    error: float
+
+    def __sub__(self, other: Mean) -> Mean:
+        return Mean(self.value - other.value, math.hypot(self.error, other.error))
+
+    def __str__(self) -> str:
+        """`0.123 ± 0.004`: as many decimals as two digits of the error have."""
+        if not 1e-6 < self.error < 1e6:
+            return number(self.value)
+        decimals = max(0, 1 - math.floor(math.log10(self.error)))
+        return f"{self.value:,.{decimals}f} ± {self.error:,.{decimals}f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +45,8 @@ class Line:
 
     Attributes:
         raw_x, raw_y: [<= 2 * BUCKETS + 2] the values, thinned to the least and the largest of each bucket, and the ends.
-        x, y: [<= BUCKETS] moving mean, see `moving_mean`.
+        x, y: [<= BUCKETS] moving mean.
         window: log lines in the moving mean; 1: not smoothed.
-        count: values before thinning.
     """
 
     raw_x: Floats
@@ -40,16 +54,13 @@ class Line:
     x: Floats
     y: Floats
     window: int
-    count: int
 
 
-def mean_of(values: Floats) -> Mean | None:
-    """Mean and standard error of the values that are not NaN, taken as independent; None if there are none."""
+def mean_of(values: Floats) -> Mean:
+    """Mean and standard error of the values that are not NaN, taken as independent."""
     valid = values[~np.isnan(values)]
-    if not len(valid):
-        return None
-    error = float(valid.std(ddof=1) / math.sqrt(len(valid))) if len(valid) >= LEAST_FOR_ERROR else None
-    return Mean(float(valid.mean()), error, len(valid))
+    error = float(valid.std(ddof=1) / math.sqrt(len(valid))) if len(valid) >= LEAST_FOR_ERROR else math.nan
+    return Mean(float(valid.mean()) if len(valid) else math.nan, error)
 
 
 def window_size(count: int) -> int:
@@ -57,32 +68,19 @@ def window_size(count: int) -> int:
     return max(1, min(max(count // 10, 5), 50, count // 2))
 
 
-def ends(values: Floats) -> tuple[Mean, Mean] | None:
+def ends(values: Floats) -> tuple[Mean, Mean]:
     """Means over the first and the last window of the values that are not NaN."""
     valid = values[~np.isnan(values)]
-    if not len(valid):
-        return None
     size = window_size(len(valid))
-    first, last = mean_of(valid[:size]), mean_of(valid[-size:])
-    assert first is not None and last is not None
-    return first, last
+    return mean_of(valid[:size]), mean_of(valid[-size:])
 
 
 def moving_mean(values: Floats, width: int) -> Floats:
-    """Mean over `width` (odd) values around each, [N].
-
-    Near the ends, where half of the window is missing, it is the value there of the straight line fitted to the rest of the window, within
-    the rest's range (in the middle of a whole window the line's value is the mean): no lag, and no jump to the last value.
-    """
-    half = width // 2
-    result = np.empty(len(values))
-    for i in range(len(values)):
-        part = values[max(0, i - half) : i + half + 1]
-        place = np.arange(len(part)) - (len(part) - 1) / 2
-        spread = float((place**2).sum())
-        slope = float((place * part).sum()) / spread if spread else 0.0
-        result[i] = min(max(part.mean() + slope * place[min(half, i)], part.min()), part.max())
-    return result
+    """Mean over `width` (odd) values around each, [N]; over those that there are near the ends."""
+    if not len(values):
+        return values
+    sums, counts = (np.convolve(part, np.ones(width)) for part in (values, np.ones(len(values))))
+    return (sums / counts)[width // 2 : width // 2 + len(values)]
 
 
 def thin(x: Floats, y: Floats) -> Line:
@@ -92,19 +90,12 @@ def thin(x: Floats, y: Floats) -> Line:
     count = len(x)
     if count <= BUCKETS:
         width = int(count * SMOOTHING) | 1
-        return Line(x, y, x, moving_mean(y, width), width, count)
-    edges = np.linspace(0, count, BUCKETS + 1).astype(int)
-    parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        return Line(x, y, x, moving_mean(y, width), width)
+    parts = [slice(a, b) for a, b in itertools.pairwise(np.linspace(0, count, BUCKETS + 1).astype(int))]
     extremes = sorted({0, count - 1, *(p.start + int(pick(y[p])) for p in parts for pick in (np.argmin, np.argmax))})
     width = int(BUCKETS * SMOOTHING) | 1
-    return Line(
-        raw_x=x[extremes],
-        raw_y=y[extremes],
-        x=np.array([x[p].mean() for p in parts]),
-        y=moving_mean(np.array([y[p].mean() for p in parts]), width),
-        window=round(width * count / BUCKETS),
-        count=count,
-    )
+    means = [np.array([values[p].mean() for p in parts]) for values in (x, y)]
+    return Line(x[extremes], y[extremes], means[0], moving_mean(means[1], width), round(width * count / BUCKETS))
 
 
 def robust_range(values: Floats) -> tuple[float, float]:
@@ -118,3 +109,47 @@ def robust_range(values: Floats) -> tuple[float, float]:
         low = low if low >= inner_low - room else inner_low - room / 6
         high = high if high <= inner_high + room else inner_high + room / 6
     return low, high
+
+
+def spans_decades(values: Floats) -> bool:
+    """Whether values suit a logarithmic axis: nearly all positive, over more than `LOG_RATIO`."""
+    positive = values[values > 0]
+    if not len(positive) or len(positive) < 0.9 * len(values):
+        return False
+    low, high = np.quantile(positive, (0.02, 0.98))
+    return bool(high > LOG_RATIO * low)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`digits` significant digits, from there on a whole number with its thousands separated; a dash for NaN."""
+    if not math.isfinite(value):
+        return UNKNOWN
+    return f"{value:,.0f}" if 10**digits <= abs(value) < 1e9 else f"{value:.{digits}g}"
+
+
+def count(value: float) -> str:
+    """A whole number, thousands separated."""
+    return f"{value:,.0f}" if math.isfinite(value) else UNKNOWN
+
+
+def duration(seconds: float) -> str:
+    """`0:03:20`, `2 days, 3:00:00`."""
+    return str(datetime.timedelta(seconds=round(seconds))) if math.isfinite(seconds) else UNKNOWN
+
+
+def value_text(value: Any) -> str:
+    """An option's value as a reader writes it."""
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    text = value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return shorten(text, 400)
+
+
+def shorten(text: str, length: int) -> str:
+    """At most `length` characters."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def letters(index: int) -> str:
+    """A, B, ..., Z, A1, B1, ...: short names of runs."""
+    return f"{string.ascii_uppercase[index % 26]}{index // 26 or ''}"
