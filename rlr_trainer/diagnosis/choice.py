@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlr_trainer.diagnosis.plans import LONG_FO_SHARE
-from rlr_trainer.diagnosis.step_profile import Deadline, build_profile, measure_step_costs
+from rlr_trainer.diagnosis.step_profile import Deadline, VarianceProfile, build_profile, measure_step_costs
 from rlr_trainer.diagnosis.workbench import Workbench, untouched
 
 # variances this close (relative) count as equal: measured from few batches they differ by as much by chance
@@ -20,9 +20,8 @@ AUTO_SECONDS = 60.0
 def auto_fo_steps(trainer: Any, *, num_batches: int = 16, time_limit: float = AUTO_SECONDS) -> int:
     """K for FO(K) + LR on the rest: the least measured variance among K up to half of the chain (`choose_fo_steps`).
 
-    Longer first order is not considered, however little its variance: its risk (reward hacking) does not show in it. A K above half
-    is returned only where the chain's last steps add no noise and leave no other choice. All plans of this family take one backward
-    pass per step, so time does not enter. 0 for a black-box reward.
+    Longer first order has a risk (reward hacking) that does not show in its variance; it is returned only where the chain's last steps
+    add no noise. 0 for a black-box reward.
 
     Args:
         trainer: the `RLRTrainer`.
@@ -32,14 +31,11 @@ def auto_fo_steps(trainer: Any, *, num_batches: int = 16, time_limit: float = AU
         ValueError: too little time for the two batches that a variance needs; more than one process.
     """
     with measuring(trainer, time_limit) as (bench, deadline):
-        profile = build_profile(bench, deadline, num_batches, zeroth=False).build()
+        profile = build_profile(bench, deadline, num_batches).build()
     variances = [math.inf if v is None else v for v in profile.total_variance]
     possible = [k for k, variance in enumerate(variances) if variance < math.inf]
     if not possible:
-        raise ValueError(
-            f"fo_steps='auto': only {profile.num_batches} batch fitted into {time_limit:g} s, and a variance needs two; give a number for "
-            "fo_steps, or more time"
-        )
+        raise ValueError(_too_few("fo_steps", profile, time_limit))
     return choose_fo_steps(variances, max(possible[0], int(LONG_FO_SHARE * (len(variances) - 1))))
 
 
@@ -60,22 +56,21 @@ def auto_ho_length(
     with measuring(trainer, time_limit) as (bench, deadline):
         builder = build_profile(bench, deadline, num_batches)
         builder.add_zeroth(2)  # a variance needs two, whatever the time
+        builder.add_zeroth(num_batches, lambda: deadline.left > 0)
         costs = measure_step_costs(bench, bench.collect(0, builder.reference), differentiable=False)
-        profile = builder.build()
+    profile = builder.build()
     if profile.std_ho is None or profile.std_zo is None:
-        raise ValueError(
-            f"ho_length='auto': the noise of half-order steps could not be measured ({profile.num_batches} batches in {time_limit:g} s; it "
-            "takes two, and steps with noise); give a number for ho_length, or more time"
-        )
-    length = choose_ho_length(
-        bench.num_steps,
-        memory_budget_gb * GIGABYTE,
-        max(1, costs["ho"].held_bytes),
-        max(1, costs["zo"].peak_bytes),
-        profile.std_ho,
-        profile.std_zo,
-    )
+        raise ValueError(_too_few("ho_length", profile, time_limit))
+    budget, memory_ho, memory_zo = memory_budget_gb * GIGABYTE, max(1, costs["ho"].held_bytes), max(1, costs["zo"].peak_bytes)
+    length = choose_ho_length(bench.num_steps, budget, memory_ho, memory_zo, profile.std_ho, profile.std_zo)
     return min(length, bench.num_steps - fo_steps)
+
+
+def _too_few(option: str, profile: VarianceProfile, time_limit: float) -> str:
+    return (
+        f"{option}='auto': {profile.num_batches} batch(es) fitted into {time_limit:g} s, and a variance needs two; give a number for "
+        f"{option}, or more time"
+    )
 
 
 @contextlib.contextmanager
@@ -104,9 +99,8 @@ def choose_ho_length(num_steps: int, memory_budget: float, memory_ho: float, mem
 
         h* = min( floor( (B - B_z (T - 1)) / (B_h - B_z) ), floor( T V_z / (2 (V_z - V_h)) - 1 ) )
 
-    The first term is what fits in memory when the graph of the whole sub-chain is held (`recompute="graph"`); the recursive mode
-    holds one step's whatever h is. The second balances the noise of HO against that of the ZO steps which it replaces: it has a
-    meaning only for `rest_estimator="zo"`. Against single likelihood-ratio steps ("lr") a longer sub-chain is noisier, not quieter.
+    The first term is what fits in memory when the graph of the whole sub-chain is held (`recompute="graph"`). The second balances the
+    noise of HO against that of the ZO steps which it replaces: it has a meaning only for `rest_estimator="zo"`.
 
     Args:
         num_steps: T.
@@ -115,8 +109,7 @@ def choose_ho_length(num_steps: int, memory_budget: float, memory_ho: float, mem
         std_ho, std_zo: V_h and V_z, standard deviation of one step's share of the gradient.
 
     Returns:
-        h from 1 to T. Where a half-order step takes no more memory than a zeroth-order one the first term is no limit; where it is
-        no quieter (V_h >= V_z) the second allows only 1; where not even h = 1 fits the budget, 1 is still the least there is.
+        h from 1 to T. If B_h <= B_z, memory is no limit; if V_h >= V_z, or not even h = 1 fits, it is 1.
 
     Raises:
         ValueError: a number that is not positive and finite; names it.

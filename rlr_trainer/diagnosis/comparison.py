@@ -27,13 +27,13 @@ class Measured:
     """What the updates of one candidate left behind.
 
     Attributes:
-        candidate: the plan.
+        candidate, control_scale: the plan, and what its control variate has learned.
         is_composed: whether its updates are put together from the per-step shares that all such plans have in common.
-        control_scale: of its control variate.
         gradients: batch number -> update [P].
         sweep_seconds: of every timed update, without sampling and reward.
         sample_seconds: of the rollouts that it sampled itself, because it perturbs parameters.
         sweep_bytes: most memory of an update beyond weights and rollouts (with sampling, if it samples itself); 0: not measured.
+        cost: seconds of its last round.
     """
 
     candidate: Candidate
@@ -43,6 +43,7 @@ class Measured:
     sweep_seconds: list[float] = dataclasses.field(default_factory=list)
     sample_seconds: list[float] = dataclasses.field(default_factory=list)
     sweep_bytes: int = 0
+    cost: float = math.inf
 
 
 def is_composable(plan: EstimatorPlan) -> bool:
@@ -82,8 +83,7 @@ class Comparison:
         """Measures until the deadline or `max_rounds`; returns notes on what the time did not allow."""
         self.rollout_bytes = first_batch.num_bytes
         shared_cost = self._shared(first_batch)
-        costs = self._round(first_batch, deadline, {}, deadline.left / MINIMUM_BATCHES)
-        notes = self._drop_what_does_not_fit(costs, shared_cost, deadline)
+        notes = self._warm_up(first_batch, deadline, shared_cost)
         self.builder.add_zeroth(ZEROTH_BATCHES, lambda: deadline.left > MINIMUM_BATCHES * shared_cost)
         for number in range(first_batch.number + 1, first_batch.number + max_rounds):
             if deadline.left < shared_cost:
@@ -91,8 +91,29 @@ class Comparison:
             deadline.report(f"batch {number + 1}, shares of the steps")
             batch = self.bench.collect(number, self.builder.reference)
             shared_cost = self._shared(batch) + batch.sample_seconds + batch.reward_seconds
-            costs |= self._round(batch, deadline, costs, deadline.left)
+            for entry in self.measured:
+                if not entry.is_composed and entry.cost < deadline.left:
+                    self._measure(entry, batch, deadline)
         return notes
+
+    def _warm_up(self, batch: Batch, deadline: Deadline, spent: float) -> list[str]:
+        """Keeps the most important candidates for which the time allows `MINIMUM_BATCHES` rounds; composed ones cost nothing.
+
+        Args:
+            spent: seconds of what is shared, per round.
+        """
+        allowed, dropped = deadline.left / MINIMUM_BATCHES, []
+        reserved = deadline.left - allowed
+        for entry in [e for e in self.measured if not e.is_composed]:
+            if deadline.left > reserved:
+                self._measure(entry, batch, deadline, warm_up=True)
+            if spent + entry.cost > allowed:
+                self.measured.remove(entry)
+                dropped.append(entry.candidate.name)
+            else:
+                spent += entry.cost
+        note = f"not measured, because time_limit={deadline.seconds:g} s does not allow it: {', '.join(dropped)}"
+        return [note] if dropped else []
 
     def _shared(self, batch: Batch) -> float:
         """Updates of the reference and of all composed plans on a batch; returns the seconds."""
@@ -104,24 +125,9 @@ class Comparison:
                 entry.gradients[batch.number] = compose(entry.candidate.plan, first_order, ratio)
         return self.bench.clock() - started
 
-    def _round(self, batch: Batch, deadline: Deadline, costs: Mapping[str, float], seconds: float) -> dict[str, float]:
-        """Updates of the candidates that are not composed, while `seconds` allow it; returns the seconds of each by name.
-
-        Args:
-            costs: of the round before; without any the round warms up.
-        """
-        started, spent = self.bench.clock(), {}
-        for entry in self.measured:
-            begun, name = self.bench.clock(), entry.candidate.name
-            if entry.is_composed or begun - started + costs.get(name, 0.0) > seconds:
-                continue
-            deadline.report(f"batch {batch.number + 1}, {name}")
-            self._measure(entry, batch, warm_up=not costs)
-            spent[name] = self.bench.clock() - begun
-        return spent
-
-    def _measure(self, entry: Measured, batch: Batch, warm_up: bool) -> None:
-        plan, scale = entry.candidate.plan, entry.control_scale
+    def _measure(self, entry: Measured, batch: Batch, deadline: Deadline, warm_up: bool = False) -> None:
+        plan, scale, started = entry.candidate.plan, entry.control_scale, self.bench.clock()
+        deadline.report(f"batch {batch.number + 1}, {entry.candidate.name}")
         fitted = scale is None or int(scale.updates.max()) >= FITTED
         with measuring_memory(self.bench.device) if warm_up else contextlib.nullcontext() as meter:
             # a plan that perturbs parameters needs rollouts of its own, from the same noise
@@ -134,19 +140,7 @@ class Comparison:
             entry.sample_seconds.append(own.sample_seconds)
         if fitted:
             entry.gradients[batch.number] = gradient
-
-    def _drop_what_does_not_fit(self, costs: Mapping[str, float], spent: float, deadline: Deadline) -> list[str]:
-        """Keeps the most important candidates for which the time allows `MINIMUM_BATCHES` rounds; composed ones cost nothing."""
-        allowed, dropped = deadline.left / (MINIMUM_BATCHES - 1), []
-        for entry in list(self.measured):
-            cost = 0.0 if entry.is_composed else costs.get(entry.candidate.name, math.inf)
-            if cost and spent + cost > allowed:
-                self.measured.remove(entry)
-                dropped.append(entry.candidate.name)
-            else:
-                spent += cost
-        note = f"not measured, because time_limit={deadline.seconds:g} s does not allow it: {', '.join(dropped)}"
-        return [note] if dropped else []
+        entry.cost = self.bench.clock() - started
 
     def seconds(self, entry: Measured, costs: Mapping[str, StepCost]) -> float | None:
         """Wall time of one update: sampling, reward and backward sweep; medians. Of composed plans the sum of their steps' times."""
@@ -168,12 +162,10 @@ class Comparison:
 
     def products(self, entry: Measured) -> Products:
         """Of the updates of a candidate and of the reference on the same batches."""
-        reference = torch.stack(list(self.reference.values()))
-        if entry.candidate.plan == self.builder.reference:
-            return Products(reference, reference)
-        empty = reference.new_zeros(0, reference.shape[1])
-        paired = [(update, self.reference[number]) for number, update in entry.gradients.items()]
-        return Products(*map(torch.stack, zip(*paired, strict=True))) if paired else Products(empty, empty)
+        updates = self.reference if entry.candidate.plan == self.builder.reference else entry.gradients
+        if not updates:
+            return Products.of(*torch.zeros(2, 0, self.bench.reader.size))
+        return Products.of(torch.stack(list(updates.values())), torch.stack([self.reference[number] for number in updates]))
 
 
 def _steps_by_kind(plan: EstimatorPlan) -> dict[str, int]:

@@ -13,10 +13,8 @@ MAX_ENTRIES = 2**16  # gradients with more entries are sketched to this many
 class GradientReader:
     """Reads the gradients of all parameters as one vector, float32 on the CPU.
 
-    Above `max_entries` entries the vector is a count sketch: entry i is added with a random sign to a random one of `max_entries` places.
-    Inner products keep their expectation; that of two gradients a, b gets a relative error of about |a||b| / sqrt(max_entries), and
-    since the sketch is the same for all gradients, squared norms of means are right within sqrt(2 / max_entries), 0.6 %.
-    Source: Charikar, Chen, Farach-Colton, "Finding frequent items in data streams", 2002.
+    Above `max_entries` entries it is a count sketch (Charikar, Chen, Farach-Colton 2002): entry i is added with a random sign to a random
+    place, the same for all gradients. Inner products keep their expectation, squared norms are right within sqrt(2 / max_entries), 0.6 %.
 
     Args:
         params: name -> parameter.
@@ -49,8 +47,7 @@ class GradientReader:
         for number, (name, p) in enumerate(self.params.items()):
             if name in gradients:
                 # seeded by the parameter's number: the same places and signs for every gradient
-                drawn = torch.randint(
-                    2 * self.size, (p.numel(),), generator=torch.Generator(device).manual_seed(number), device=device
-                )
+                generator = torch.Generator(device).manual_seed(number)
+                drawn = torch.randint(2 * self.size, (p.numel(),), generator=generator, device=device)
                 sketch.index_add_(0, drawn // 2, (1 - 2 * (drawn % 2)) * gradients[name].detach().float().flatten())
         return sketch.cpu()

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 
-@dataclasses.dataclass(frozen=True)
-class MemoryMeter:
-    """What `measuring_memory` yields.
-
-    Attributes:
-        held: () -> bytes held now, beyond those at the start.
-        peak: () -> most bytes held at any time since the start, beyond those at the start.
-    """
+class MemoryMeter(NamedTuple):
+    """Bytes beyond those at the start: held now, and the most since the start."""
 
     held: Callable[[], int]
     peak: Callable[[], int]
@@ -31,9 +24,8 @@ class MemoryMeter:
 def measuring_memory(device: torch.device) -> Iterator[MemoryMeter]:
     """Measures the memory of the tensors that the block makes.
 
-    On CUDA: the allocator's own counters (`torch.cuda.memory_allocated`, `max_memory_allocated`, whose peak it resets). Elsewhere
-    every operation's new storages are counted when they are made and when they die (as torch.distributed._tools.mem_tracker does it):
-    exact for tensors, blind to workspace inside one operation. That makes every operation slower: do not time the block.
+    On CUDA: the allocator's own counters, whose peak it resets. Elsewhere every operation's new storages are followed: exact for
+    tensors, blind to workspace inside one operation. That makes every operation slower: do not time the block.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -44,7 +36,7 @@ def measuring_memory(device: torch.device) -> Iterator[MemoryMeter]:
         )
         return
     with _LiveStorages() as storages:
-        yield MemoryMeter(lambda: storages.live, lambda: storages.peak)
+        yield MemoryMeter(storages.live, lambda: storages.peak)
 
 
 class _LiveStorages(TorchDispatchMode):
@@ -52,28 +44,21 @@ class _LiveStorages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
         self.peak = 0
-        self._known: dict[int, weakref.ref] = {}  # address of the storage -> a reference that tells of its end
+        self._bytes: Any = WeakIdKeyDictionary()  # storage -> its size
+
+    def live(self) -> int:
+        return sum(self._bytes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {id(storage) for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _address(tensor) not in self._known and _address(tensor) not in inputs:
-                storage = tensor.untyped_storage()
-                self._known[_address(tensor)] = weakref.ref(storage, self._forget(_address(tensor), storage.nbytes()))
-                self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
+        for storage in _storages(result):
+            if id(storage) not in given:
+                self._bytes[storage] = storage.nbytes()
+        self.peak = max(self.peak, self.live())
         return result
 
-    def _forget(self, address: int, size: int) -> Callable[[Any], None]:
-        def forget(reference: Any) -> None:
-            self.live -= size
-            self._known.pop(address, None)
 
-        return forget
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _storages(tree: Any) -> list[Any]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

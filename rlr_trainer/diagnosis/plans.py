@@ -15,13 +15,7 @@ LONG_FO_SHARE = 0.5  # first-order steps on more than this share of the chain co
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A plan under a name.
-
-    Attributes:
-        name: short, unique.
-        plan: the plan.
-        options: the options of `RLRConfig` that make it.
-    """
+    """A plan under a short, unique name, with the options of `RLRConfig` that make it."""
 
     name: str
     plan: EstimatorPlan
@@ -52,7 +46,7 @@ def default_candidates(
         own: the configured plan.
         stds: T standard deviations of the transitions; a plan that would score a step without noise is left out.
         batch_size, group_size: samples of one sampling batch, and of one prompt.
-        differentiable: whether the reward has a gradient; plans that need one are left out without.
+        differentiable: whether the reward has a gradient.
 
     Returns:
         Candidates with different plans, and a note for each plan left out.
@@ -63,8 +57,9 @@ def default_candidates(
     chosen: list[Candidate] = []
     notes: list[str] = []
     for name, options in [(YOURS, own.options), *usual.items()]:
+        of_plan = {key: value for key, value in options.items() if key not in ("estimator", "advantage")}
         try:
-            plan = own.plan if name == YOURS else _plan_of(options, num_steps)
+            plan = own.plan if name == YOURS else EstimatorPlan.from_preset(options["estimator"], num_steps, **of_plan)
             plan.check_noise(stds)
         except PlanError as error:
             notes.append(f"{name} was left out: {error}")
@@ -80,25 +75,20 @@ def default_candidates(
     return chosen, notes
 
 
-def _plan_of(options: Mapping[str, Any], num_steps: int) -> EstimatorPlan:
-    of_plan = {name: value for name, value in options.items() if name not in ("estimator", "advantage")}
-    return EstimatorPlan.from_preset(options["estimator"], num_steps, **of_plan)
-
-
 def _usual(num_steps: int, zeroth: dict[str, Any]) -> dict[str, dict[str, Any]]:
     third, half = math.ceil(0.3 * num_steps), math.ceil(0.5 * num_steps)
     return {
         "full_bp": {"estimator": "full_bp"},
         "ddpo": {"estimator": "ddpo", "advantage": "leave_one_out"},
-        f"rlr K={third}": {"estimator": "rlr", "fo_steps": third, "ho_length": 1},
+        f"rlr K={third}": _rlr(third, 1),
         "sqdf": {"estimator": "sqdf"},
-        "rlr K=1": {"estimator": "rlr", "fo_steps": 1, "ho_length": 1},
-        f"rlr K={half}": {"estimator": "rlr", "fo_steps": half, "ho_length": 1},
-        f"rlr K={third} control variate": {"estimator": "rlr", "fo_steps": third, "ho_length": 1, "control_variate": True},
+        "rlr K=1": _rlr(1, 1),
+        f"rlr K={half}": _rlr(half, 1),
+        f"rlr K={third} control variate": _rlr(third, 1) | {"control_variate": True},
         "draft K=1": {"estimator": "draft", "fo_steps": 1},
-        f"rlr K={third} h=2": {"estimator": "rlr", "fo_steps": third, "ho_length": 2},
-        "rlr K=1 h=2": {"estimator": "rlr", "fo_steps": 1, "ho_length": 2},
-        f"rlr K={half} h=2": {"estimator": "rlr", "fo_steps": half, "ho_length": 2},
+        f"rlr K={third} h=2": _rlr(third, 2),
+        "rlr K=1 h=2": _rlr(1, 2),
+        f"rlr K={half} h=2": _rlr(half, 2),
         "rlr_paper": {"estimator": "rlr_paper"} | zeroth,
         "es": {"estimator": "es"} | zeroth,
     }
@@ -106,10 +96,15 @@ def _usual(num_steps: int, zeroth: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _usual_for_black_boxes(num_steps: int, zeroth: dict[str, Any]) -> dict[str, dict[str, Any]]:
     half = max(1, num_steps // 2)
+    ddpo = {"estimator": "ddpo", "advantage": "leave_one_out"}
     return {
-        "ddpo": {"estimator": "ddpo", "advantage": "leave_one_out"},
-        f"ddpo on {half} steps": {"estimator": "ddpo", "rest_num_steps": half, "advantage": "leave_one_out"},
-        "rlr K=0 h=2": {"estimator": "rlr", "fo_steps": 0, "ho_length": 2},
+        "ddpo": ddpo,
+        f"ddpo on {half} steps": ddpo | {"rest_num_steps": half},
+        "rlr K=0 h=2": _rlr(0, 2),
         "rlr_paper K=0": {"estimator": "rlr_paper", "fo_steps": 0, "ho_length": 2} | zeroth,
         "es": {"estimator": "es"} | zeroth,
     }
+
+
+def _rlr(fo_steps: int, ho_length: int) -> dict[str, Any]:
+    return {"estimator": "rlr", "fo_steps": fo_steps, "ho_length": ho_length}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from typing import Any
 
 from rlr_trainer.diagnosis.statistics import MINIMUM_BATCHES, Estimate, RelativeBias
@@ -20,23 +19,19 @@ class PlanRow:
     """One plan's measurements. An `Estimate` has None where the data do not say.
 
     Attributes:
-        name, options: the plan, and the options of `RLRConfig` that make it.
-        is_yours: whether it is the configured plan.
-        fo_steps, ho_length: K (the largest, if random) and h.
-        fo_share: K / T.
-        biases: why the plan is biased by construction; empty for an unbiased one.
-        only_smoothed: zeroth order's smoothing is the only bias.
+        name, options, is_yours: the plan, the options of `RLRConfig` that make it, whether it is the configured one.
+        fo_steps, ho_length, fo_share: K (the largest, if random), h, and K / T.
+        biases, only_smoothed: why it is biased by construction, and whether zeroth order's smoothing is the only reason.
         num_batches: updates measured.
-        bias: measured distance of the mean update from the reference gradient, over the latter's norm.
+        bias: distance of the mean update from the reference gradient, over the latter's norm.
         captured: share of the reference gradient that the mean update contains, along the reference; 1 if unbiased.
         std, relative_std: square root of the total variance of one update, in gradient units; over the reference gradient's norm.
         largest_share: of the total variance, that of the batch which deviates most; about 1 / num_batches without heavy tails.
         cosine_of_mean: of the mean update with the reference gradient.
-        seconds: wall time of one update (sampling, reward, backward); None: not timed.
-        peak_bytes: most memory of an update beyond the weights; None: not measured.
+        seconds, peak_bytes: wall time of one update, and its most memory beyond the weights; None: not measured.
         efficiency: (captured / std)^2 per second, captured = 1 for plans that are unbiased or only smoothed; ranks the plans.
         signal_per_second: efficiency * |reference|^2, the squared signal-to-noise ratio gained per second.
-        speed: efficiency over that of the configured plan: how many times less time it takes to the same signal-to-noise ratio.
+        speed: efficiency over that of the configured plan.
     """
 
     name: str
@@ -75,10 +70,8 @@ class Recommendation:
     """What to use, and what was set aside.
 
     Attributes:
-        plan: name of the recommended row; None: the measurement does not allow a recommendation.
-        options: its options of `RLRConfig`.
-        reason: one sentence.
-        remarks: alternatives and reservations, a sentence or two each.
+        plan, options: of the recommended row; None and empty: the measurement does not allow a recommendation.
+        reason, remarks: one sentence; alternatives and reservations.
     """
 
     plan: str | None
@@ -93,12 +86,11 @@ class Diagnosis:
 
     Attributes:
         rows: one per plan, most signal per second first.
-        profile: size and noise of every step's share.
+        profile: noise of every step's share.
         step_costs: time and memory of one step of each kind; see `measure_step_costs`.
         recommendation: what to use.
-        settings: what was measured, on what.
+        settings, versions: what was measured, on what, with which packages.
         notes: what was left out, and why.
-        versions: of the packages.
     """
 
     rows: list[PlanRow]
@@ -160,11 +152,11 @@ def _plan_cells(rows: list[PlanRow]) -> list[list[str]]:
 
 
 def _step_cells(profile: VarianceProfile) -> list[list[str]]:
-    header = ["step", "std", "|FO share|", "|LR share|", "FO variance", "LR variance", "K", "variance of FO(K) + LR(rest)"]
-    columns = (profile.stds, profile.fo_norm, profile.lr_norm, profile.fo_variance, profile.lr_variance)
+    header = ["step", "std", "FO variance", "LR variance", "K", "variance of FO(K) + LR(rest)"]
+    columns = (profile.stds, profile.fo_variance, profile.lr_variance)
     steps = [[str(step), *map(_number, values)] for step, values in enumerate(zip(*columns, strict=True))]
     totals = map(Estimate, profile.total_variance, profile.total_variance_error)
-    lines = zip([*steps, [""] * 6], totals, strict=True)
+    lines = zip([*steps, [""] * 4], totals, strict=True)
     return [header] + [[*line, str(k), format_estimate(total)] for k, (line, total) in enumerate(lines)]
 
 
@@ -180,7 +172,7 @@ def _align(cells: list[list[str]]) -> list[str]:
 
 
 def format_bias(bias: RelativeBias) -> str:
-    """`0.98 +- 0.03`, `< 0.40`, `?` or `0 (reference)`."""
+    """`0.98 +- 0.03`, `< 0.4`, `< 9?`, `?` or `reference`."""
     if bias.verdict == "reference":
         return "reference"
     if bias.value is not None:
@@ -194,26 +186,8 @@ def format_estimate(estimate: Estimate) -> str:
         return "-"
     if estimate.error is None:
         return f"{_number(estimate.value)}?"
-    unsure = "?" if abs(estimate.value) < 2 * estimate.error else ""
-    if estimate.value == 0 or estimate.error == 0 or _is_extreme(estimate.value):
-        return f"{_number(estimate.value)} +- {_number(estimate.error)}{unsure}"
-    # two digits of the error, but no more than four of the value
-    decimals = max(0, min(1 - _magnitude(estimate.error), 3 - _magnitude(estimate.value)))
-    return f"{estimate.value:.{decimals}f} +- {max(estimate.error, 10.0**-decimals):.{decimals}f}{unsure}"
+    return f"{_number(estimate.value)} +- {estimate.error:.2g}" + ("?" if abs(estimate.value) < 2 * estimate.error else "")
 
 
 def _number(value: float | None) -> str:
-    """Two or three digits that count."""
-    if value is None:
-        return "-"
-    if value == 0:
-        return "0"
-    return f"{value:.1e}" if _is_extreme(value) else f"{value:.{max(1 - _magnitude(value), 0)}f}"
-
-
-def _magnitude(value: float) -> int:
-    return math.floor(math.log10(abs(value)))
-
-
-def _is_extreme(value: float) -> bool:
-    return not -4 <= _magnitude(value) <= 6
+    return "-" if value is None else f"{value:.3g}"

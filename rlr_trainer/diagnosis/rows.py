@@ -70,7 +70,7 @@ def _row(comparison: Comparison, entry: Measured, costs: Mapping[str, StepCost])
         fo_share=plan.fo_range[1] / plan.num_steps,
         biases=plan.biases(),
         only_smoothed=candidate.only_smoothed,
-        num_batches=products.count,
+        num_batches=products.num_batches,
         bias=RelativeBias(None, None, 0.0, "reference")
         if is_reference
         else judge_bias(products, DETECTABLE, CONTRADICTION if by_construction else RESOLVED),
@@ -99,7 +99,7 @@ def _speed(row: PlanRow, own: PlanRow | None) -> Estimate:
 def about_reference(comparison: Comparison) -> dict[str, Any]:
     """What the rows are relative to, and how well it is known."""
     updates = torch.stack(list(comparison.reference.values()))
-    square = jackknife(reference_square, Products(updates, updates))
+    square = jackknife(reference_square, Products.of(updates, updates))
     return {
         "reference": "pathwise (full_bp)" if comparison.builder.differentiable else "likelihood ratio (ddpo)",
         "reference_batches": len(updates),

@@ -58,69 +58,51 @@ def product_of_powers(*factors: tuple[Estimate, float]) -> Estimate:
     return Estimate.of(value, value * math.sqrt(square))
 
 
-class Sum(NamedTuple):
-    """A sum of inner products over pairs of batches, [1 + n]: over all batches, then without each of them.
+class Products(NamedTuple):
+    """Inner products <c_a, c_b>, <c_a, r_b> and <r_a, r_b>, [n, n] each: all that the statistics need of the updates."""
 
-    Attributes:
-        same: over the pairs of a batch with itself.
-        different: over those of two different batches.
-    """
-
-    same: Tensor
-    different: Tensor
+    cc: Tensor
+    cr: Tensor
+    rr: Tensor
 
     @classmethod
-    def of(cls, a: Tensor, b: Tensor) -> Sum:
-        """Of <a_i, b_j>, from [n, P] each."""
-        products = a @ b.mT
-        same = products.diagonal()
-        different = products.sum() - same.sum()
-        without = different - products.sum(0) - products.sum(1) + 2 * same
-        return cls(torch.cat([same.sum()[None], same.sum() - same]), torch.cat([different[None], without]))
-
-
-class Products:
-    """Sums of inner products of the updates: all that the statistics need of them, with leave-one-out values along.
-
-    Args:
-        candidate, reference: updates on the same batches, [n, P].
-
-    Attributes:
-        count: n.
-        n: [1 + n], the number of batches, whole and without each.
-        cc, cr, rr: of <c_a, c_b>, <c_a, r_b> and <r_a, r_b>.
-
-    Raises:
-        ValueError: tensors of different shapes.
-    """
-
-    def __init__(self, candidate: Tensor, reference: Tensor) -> None:
-        if candidate.shape != reference.shape:
-            raise ValueError(
-                f"candidate {tuple(candidate.shape)} and reference {tuple(reference.shape)}: must be updates on the same batches"
-            )
+    def of(cls, candidate: Tensor, reference: Tensor) -> Products:
+        """Of updates on the same batches, [n, P] each."""
         c, r = candidate.double(), reference.double()
-        self.count = len(c)
-        self.n = torch.tensor([self.count, *[self.count - 1] * self.count], dtype=torch.float64)
-        self.cc, self.cr, self.rr = Sum.of(c, c), Sum.of(c, r), Sum.of(r, r)
+        return cls(c @ c.mT, c @ r.mT, r @ r.mT)
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.cc)
+
+    def without(self, batch: int) -> Products:
+        """Of the other batches."""
+        kept = torch.arange(self.num_batches) != batch
+        return Products(*(products[kept][:, kept] for products in self))
 
 
-Statistic = Callable[[Products], Tensor]  # [1 + n], NaN or infinite where the batches do not suffice
+Statistic = Callable[[Products], Tensor]  # a number, NaN or infinite where the batches do not suffice
+
+
+def _over_pairs(products: Tensor) -> Tensor:
+    """Mean over the pairs of different batches."""
+    count = len(products)
+    return (products.sum() - products.trace()) / (count * (count - 1))
 
 
 def mean_square(p: Products) -> Tensor:
     """|E c|^2."""
-    return p.cc.different / (p.n * (p.n - 1))
+    return _over_pairs(p.cc)
 
 
 def reference_square(p: Products) -> Tensor:
     """|E r|^2."""
-    return p.rr.different / (p.n * (p.n - 1))
+    return _over_pairs(p.rr)
 
 
 def mean_product(p: Products) -> Tensor:
     """<E c, E r>."""
-    return p.cr.different / (p.n * (p.n - 1))
+    return _over_pairs(p.cr)
 
 
 def bias_square(p: Products) -> Tensor:
@@ -128,14 +110,9 @@ def bias_square(p: Products) -> Tensor:
     return mean_square(p) - 2 * mean_product(p) + reference_square(p)
 
 
-def _deviations(p: Products) -> Tensor:
-    """Sum of |c_b - mean|^2."""
-    return p.cc.same - (p.cc.same + p.cc.different) / p.n
-
-
 def total_variance(p: Products) -> Tensor:
     """Trace of the covariance of one update c."""
-    return _deviations(p) / (p.n - 1)
+    return p.cc.trace() / p.num_batches - mean_square(p)
 
 
 def largest_share(p: Products) -> float | None:
@@ -143,10 +120,11 @@ def largest_share(p: Products) -> float | None:
 
     About 1 / n without heavy tails. Near 1 the variance is that of one batch, and its jackknife error says little.
     """
-    deviations = _deviations(p)
-    if p.count < 3 or not deviations[0] > 0:
+    # float64 leaves a variance of about 1e-16 of the squares where all updates are equal
+    if p.num_batches < 3 or not total_variance(p) > 1e-12 * p.cc.trace():
         return None
-    return float(1 - deviations[1:].min() / deviations[0])
+    left = min(float(total_variance(p.without(batch))) for batch in range(p.num_batches))
+    return 1 - left * (p.num_batches - 2) / (float(total_variance(p)) * (p.num_batches - 1))
 
 
 def relative_bias_square(p: Products) -> Tensor:
@@ -174,9 +152,11 @@ def jackknife(statistic: Statistic, products: Products) -> Estimate:
 
     For a square whose true value is 0 the error comes out too large by about sqrt(2): on the safe side.
     """
-    values, n = statistic(products), products.count
-    variance = (n - 1) * float(values[1:].var(correction=0)) if n > 2 else math.nan
-    return Estimate.of(float(values[0]), math.sqrt(variance))
+    n, error = products.num_batches, math.nan
+    if n > 2:
+        values = torch.stack([statistic(products.without(batch)) for batch in range(n)])
+        error = math.sqrt((n - 1) * float(values.var(correction=0)))
+    return Estimate.of(float(statistic(products)), error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +185,7 @@ def judge_bias(products: Products, detectable: float, limit: float = RESOLVED) -
     """
     square = jackknife(relative_bias_square, products)
     reference = jackknife(reference_square, products)
-    if square.value is None or square.error is None or products.count < MINIMUM_BATCHES or not reference.resolved:
+    if square.value is None or square.error is None or products.num_batches < MINIMUM_BATCHES or not reference.resolved:
         return RelativeBias(None, None, None, "underpowered")
     upper = math.sqrt(max(square.value, 0.0) + 2 * square.error)
     if square.exceeds(limit):
@@ -214,45 +194,27 @@ def judge_bias(products: Products, detectable: float, limit: float = RESOLVED) -
     return RelativeBias(None, None, upper, "none seen" if upper <= detectable else "underpowered")
 
 
-class RunningMoments:
-    """Mean squares and total variances of a family of vectors over batches, without keeping the batches.
-
-    Takes one tensor [F, P] per batch (F vectors, say one per denoising step). The results are pairs of [F]: values and their standard
-    errors, NaN for too few batches.
-    """
+class RunningVariance:
+    """Total variances of F vectors (say one per denoising step) over batches, without keeping the batches."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.total: Tensor | None = None  # [F, P]
-        self.with_earlier: list[Tensor] = []  # [F] each, inner product of g_b with the sum of the earlier batches
-        self.deviations: list[Tensor] = []  # [F] each, b / (b + 1) |g_b - mean of the earlier batches|^2
+        self._total: Tensor | float = 0.0  # [F, P], sum over the batches
+        self._deviations: list[Tensor] = []  # [F] each, b / (b + 1) |g_b - mean of the earlier batches|^2
 
     def add(self, vectors: Tensor) -> None:
         """Takes in one batch, [F, P]."""
         vectors = vectors.double()
-        total = torch.zeros_like(vectors) if self.total is None else self.total
-        self.with_earlier.append((vectors * total).sum(1))
-        deviation = ((vectors - total / max(self.count, 1)) ** 2).sum(1)
-        self.deviations.append(deviation * self.count / (self.count + 1))
-        self.total = total + vectors
+        deviation = ((vectors - self._total / max(self.count, 1)) ** 2).sum(1)
+        self._deviations.append(deviation * self.count / (self.count + 1))
+        self._total = self._total + vectors
         self.count += 1
 
-    def mean_squares(self) -> tuple[Tensor, Tensor]:
-        """|E g_f|^2, unbiased; errors from `MINIMUM_BATCHES` on.
+    def value(self) -> Tensor:
+        """Total variance of one batch's vectors, [F], unbiased; NaN for fewer than two batches."""
+        return torch.stack(self._deviations)[1:].mean(0)
 
-        The mean square is 2 / (n (n - 1)) times the sum of q_b = <g_b, g_0 + ... + g_(b-1)>. Without a signal the q_b have mean 0
-        whatever came before, so the sum of their squares is the variance of their sum; a signal's own part of q_b is subtracted.
-        """
-        products, pairs = torch.stack(self.with_earlier), self.count * (self.count - 1) / 2
-        squares = products.sum(0) / pairs if pairs else torch.full_like(products[0], math.nan)
-        if self.count < MINIMUM_BATCHES:
-            return squares, torch.full_like(squares, math.nan)
-        signal = torch.arange(self.count).double()[:, None] * squares
-        return squares, ((products - signal) ** 2).sum(0).sqrt() / pairs
-
-    def variances(self) -> tuple[Tensor, Tensor]:
-        """Total variance of one batch's vector, unbiased; errors, from the spread of the deviations, from four batches on."""
-        deviations = torch.stack(self.deviations)[1:]
-        if self.count < 4:
-            return deviations.mean(0), torch.full_like(self.deviations[0], math.nan)
-        return deviations.mean(0), deviations.std(0) / math.sqrt(len(deviations))
+    def error(self) -> Tensor:
+        """Its standard errors, [F], from the spread of the deviations; NaN for fewer than four batches."""
+        deviations = torch.stack(self._deviations)[1:]
+        return deviations.std(0) / math.sqrt(len(deviations)) if self.count >= 4 else torch.full_like(self._deviations[0], math.nan)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from rlr_trainer.diagnosis.memory import measuring_memory
 from rlr_trainer.diagnosis.plans import zeroth_order_options
-from rlr_trainer.diagnosis.statistics import RESOLVED, RunningMoments
+from rlr_trainer.diagnosis.statistics import RunningVariance
 from rlr_trainer.diagnosis.workbench import Batch, Workbench
 from rlr_trainer.estimators.first_order import NonDifferentiableRewardError, pathwise, reward_and_gradient
 from rlr_trainer.estimators.half_order import likelihood_ratio
@@ -24,7 +24,7 @@ from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.zeroth_order import Perturbations
 
 TIMED_REPEATS = 3
-ZEROTH_BATCHES = 6
+ZEROTH_BATCHES = 6  # at most so many for the noise of zeroth-order steps
 DEAD_BATCHES = 4  # batches without any gradient after which a reward counts as a black box
 BLACK_BOX = "the reward has no gradient"
 DEAD_GRADIENT = (
@@ -74,27 +74,22 @@ Numbers = list[float | None]  # None: not there
 
 @dataclasses.dataclass(frozen=True)
 class VarianceProfile:
-    """Size and noise of every step's share of the gradient. Lists of T numbers, steps from the noisy end.
+    """Noise of every step's share of the gradient of the mean reward. Lists of T numbers, steps from the noisy end.
 
-    Gradients are of the mean reward, in reward units per unit of weight. A variance is the trace of a covariance matrix, per
-    sample: that of one update times the samples in it. "fo" is the pathwise share of a step, "lr" the likelihood-ratio share.
+    A variance is the trace of a covariance matrix, per sample (that of one update times the samples in it), in squared reward units per
+    unit of weight. None: not measured.
 
     Attributes:
         num_batches, num_samples: what it was measured on; samples per batch.
         stds: standard deviation of the transition, in latent units.
-        fo_norm, lr_norm: norm of the mean share, noise subtracted (None: not above the noise, or not measured). Both estimate the
-            same thing.
-        fo_variance, lr_variance: per sample.
-        zo_variance: one step's zeroth-order share, per sample, mean over the steps; None: not measured.
-        total_variance: T + 1 numbers, index K: FO on the last K steps + LR on the others, covariances included, per sample.
-        total_variance_error: their standard errors.
+        fo_variance, lr_variance: of the pathwise and of the likelihood-ratio share.
+        zo_variance: one step's zeroth-order share, mean over the steps.
+        total_variance, total_variance_error: T + 1 numbers, index K: FO on the last K steps + LR on the others, covariances included.
     """
 
     num_batches: int
     num_samples: int
     stds: list[float]
-    fo_norm: Numbers
-    lr_norm: Numbers
     fo_variance: Numbers
     lr_variance: Numbers
     zo_variance: float | None
@@ -122,8 +117,7 @@ class ProfileBuilder:
 
     Attributes:
         reference: the plan that others are compared with.
-        shares: moments of the shares of every step, "fo", "ho" and "zo".
-        combinations: moments of FO(K) + LR(rest), for every K.
+        shares, combinations: variances of the steps' shares, "fo", "ho" and "zo", and of FO(K) + LR(rest), for every K.
         seconds: of sampling, and of one step's backward pass.
     """
 
@@ -135,8 +129,8 @@ class ProfileBuilder:
         ratio = EstimatorPlan(steps, fo_steps=self.fewest_fo, rest_estimator="lr")
         self.plans = {"fo": EstimatorPlan.from_preset("full_bp", steps), "ho": ratio}
         self.reference = self.plans["fo" if differentiable else "ho"]
-        self.shares = {kind: RunningMoments() for kind in ("fo", "ho", "zo")}
-        self.combinations = RunningMoments()
+        self.shares = {kind: RunningVariance() for kind in ("fo", "ho", "zo")}
+        self.combinations = RunningVariance()
         self.seconds: dict[str, list[float]] = {"sample": [], "fo": [], "ho": []}
 
     @property
@@ -175,30 +169,11 @@ class ProfileBuilder:
     def build(self) -> VarianceProfile:
         """The profile of what was taken in."""
         samples = self.bench.samples_per_update
-        fo_norm, fo_variance = self._size_and_noise(self.shares["fo"])
-        lr_norm, lr_variance = self._size_and_noise(self.shares["ho"])
-        _, zo_variance = self._size_and_noise(self.shares["zo"])
-        total, error = self.combinations.variances()
-        return VarianceProfile(
-            num_batches=self.count,
-            num_samples=samples,
-            stds=list(self.bench.stds),
-            fo_norm=fo_norm,
-            lr_norm=lr_norm,
-            fo_variance=fo_variance,
-            lr_variance=lr_variance,
-            zo_variance=None if None in zo_variance else statistics.fmean(v for v in zo_variance if v is not None),
-            total_variance=_finite(total * samples),
-            total_variance_error=_finite(error * samples),
-        )
-
-    def _size_and_noise(self, moments: RunningMoments) -> tuple[Numbers, Numbers]:
-        """Norm and variance, per sample, of every step's share."""
-        if not moments.count:
-            return [None] * self.bench.num_steps, [None] * self.bench.num_steps
-        squares, errors = moments.mean_squares()
-        norms = torch.where(squares > RESOLVED * errors, squares.clamp_min(0).sqrt(), math.nan)
-        return _finite(norms), _finite(moments.variances()[0] * self.bench.samples_per_update)
+        absent = torch.full((self.bench.num_steps,), math.nan)
+        fo, lr, zo = (_finite((v.value() if v.count else absent) * samples) for v in self.shares.values())
+        total, error = (_finite(values * samples) for values in (self.combinations.value(), self.combinations.error()))
+        zo_variance = None if None in zo else statistics.fmean(v for v in zo if v is not None)
+        return VarianceProfile(self.count, samples, list(self.bench.stds), fo, lr, zo_variance, total, error)
 
 
 def _finite(values: Tensor) -> Numbers:
@@ -214,14 +189,13 @@ def start_profile(bench: Workbench) -> tuple[ProfileBuilder, Batch, str | None]:
     first_order = EstimatorPlan.from_preset("full_bp", bench.num_steps)
     try:
         batch = bench.collect(0, first_order)
-    except NonDifferentiableRewardError:
-        reason = BLACK_BOX
-    else:
         # a saturated reward may have no gradient on one batch; one that never has any is another thing
         others = (bench.collect(number, first_order) for number in range(1, DEAD_BATCHES))
         if not (batch.has_dead_gradient and all(other.has_dead_gradient for other in others)):
             return ProfileBuilder(bench, differentiable=True), batch, None
         reason = DEAD_GRADIENT
+    except NonDifferentiableRewardError:
+        reason = BLACK_BOX
     builder = ProfileBuilder(bench, differentiable=False)
     if builder.fewest_fo:
         raise ValueError(
@@ -231,14 +205,11 @@ def start_profile(bench: Workbench) -> tuple[ProfileBuilder, Batch, str | None]:
     return builder, bench.collect(0, builder.reference), reason
 
 
-def build_profile(bench: Workbench, deadline: Deadline, max_batches: int, *, zeroth: bool = True) -> ProfileBuilder:
-    """Measures until the deadline or `max_batches`, one batch at least; `zeroth`: also the noise of zeroth-order steps."""
-    started = bench.clock()
+def build_profile(bench: Workbench, deadline: Deadline, max_batches: int) -> ProfileBuilder:
+    """Measures until the deadline or `max_batches`, one batch at least."""
     builder, batch, _ = start_profile(bench)
     builder.add(batch)
-    cost = bench.clock() - started
-    if zeroth:
-        builder.add_zeroth(min(ZEROTH_BATCHES, max_batches), lambda: deadline.left > 3 * cost)
+    cost = deadline.seconds - deadline.left
     while builder.count < max_batches and deadline.left > cost:
         deadline.report("steps")
         started = bench.clock()
@@ -276,10 +247,8 @@ def measure_step_costs(bench: Workbench, batch: Batch, differentiable: bool) -> 
         "reward": sampling(lambda: reward(rollout.sample, False)),
     }
     if differentiable:
-        work |= {
-            "fo": first_order,
-            "reward_gradient": lambda: reward_and_gradient(lambda latents: reward(latents, True), rollout.sample),
-        }
+        work["fo"] = first_order
+        work["reward_gradient"] = lambda: reward_and_gradient(lambda latents: reward(latents, True), rollout.sample)
     return {kind: _cost(bench, run) for kind, run in work.items()}
 
 
@@ -289,16 +258,15 @@ def _cost(bench: Workbench, work: Callable[[], Any]) -> StepCost:
     def run() -> int:
         bench.reader.clear()
         outcome = work()
-        held = meter.held()
         if not (isinstance(outcome, Tensor) and outcome.requires_grad):
             return 0
+        held = meter.held()
         (outcome * bench.factor).backward()
         return held
 
     with measuring_memory(bench.device) as meter:
         held = run()
         peak = meter.peak()
-        bench.reader.clear()
     seconds = []
     for _ in range(TIMED_REPEATS):
         started = bench.clock()

@@ -233,7 +233,7 @@ def row(
 def test_the_most_efficient_unbiased_plan_is_recommended():
     rows = [row("mine", 1.0), row("better", 5.0), row("best", 9.0, fo_share=0.3)]
     assert recommend(rows).plan == "best"
-    assert "9.0 +- 0 times that of your plan" in recommend(rows).reason
+    assert "9 +- 0 times that of your plan" in recommend(rows).reason
     assert "it is your plan" in recommend(rows[:1]).reason
     assert recommend([row("mine", 1.0, batches=4)]).plan is None  # too few batches
 
@@ -292,8 +292,8 @@ def test_an_unbiased_plan_that_measured_biased_is_not_trusted():
     ("bias", "text"),
     [
         (RelativeBias(0.981, 0.031, 1.0, "biased"), "0.981 +- 0.031"),
-        (RelativeBias(None, None, 0.4, "none seen"), "< 0.40"),
-        (RelativeBias(None, None, 9.0, "underpowered"), "< 9.0?"),
+        (RelativeBias(None, None, 0.4, "none seen"), "< 0.4"),
+        (RelativeBias(None, None, 9.0, "underpowered"), "< 9?"),
         (RelativeBias(None, None, None, "underpowered"), "?"),
         (RelativeBias(None, None, 0.0, "reference"), "reference"),
     ],
@@ -305,14 +305,12 @@ def test_biases_say_how_sure_they_are(bias, text):
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [
-        (12.34, 1.0, "12.3 +- 1.0"),
-        (1.0, 0.8, "1.00 +- 0.80?"),
-        (0.99996, 0.00005, "1.0000 +- 0.0001"),
-        (4567.8, 321.0, "4568 +- 321"),
+        (12.34, 1.0, "12.3 +- 1"),
+        (1.0, 0.8, "1 +- 0.8?"),
         (None, None, "-"),
-        (3.0, None, "3.0?"),
+        (3.0, None, "3?"),
         (0.0, 0.0, "0 +- 0"),
-        (1.23e-9, 1e-10, "1.2e-09 +- 1.0e-10"),
+        (1.234e-9, 1e-10, "1.23e-09 +- 1e-10"),
     ],
 )
 def test_numbers_say_how_sure_they_are(value, error, text):
@@ -351,7 +349,7 @@ def test_the_orderings_on_the_bundled_model(digits_pipeline_master, tmp_path):
 def test_a_sketched_gradient_gives_the_same_answers(make_trainer, monkeypatch):
     def total_variance():
         with untouched(make_trainer(reward_function=ink)) as bench:
-            return build_profile(bench, Deadline(600), 3, zeroth=False).build().total_variance
+            return build_profile(bench, Deadline(600), 3).build().total_variance
 
     exact = total_variance()
     monkeypatch.setattr("rlr_trainer.diagnosis.gradients.MAX_ENTRIES", 2**11)
