@@ -40,7 +40,7 @@ def prepare(trainer: Any) -> None:
     if accelerator.device.type == "cpu":
         # Saturated rewards give denormal gradients, which slow a CPU's backward pass by 30 times and more.
         torch.set_flush_denormal(True)
-    if parts.plan_state.plan.scored_steps():
+    if parts.plan.scored_steps():
         lower_loss_scale(accelerator.scaler, math.prod(parts.layout.shape))
     plain = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if trainer.optimizer is None and plain and type(trainer).create_optimizer is Trainer.create_optimizer:

@@ -45,22 +45,19 @@ class RLRTrainer(TRLBaseTrainer):
         image_samples_hook: called after every rollout on the main process with `(batches, global_step, tracker)`, `batches` a
             list of `[images, prompts, metadata, rewards, reward_metadata]`; `tracker.log_images(dict, step=)` always works.
         train_dataset: rows with a "prompt" column, or the path or hub id of such a dataset; the other columns reach the reward as metadata.
-        eval_dataset: the same, for `evaluate()`; sampled with fixed seeds.
-        peft_config: a `peft.LoraConfig` in place of the one made of `config.lora_r`, `lora_alpha`, `lora_target_modules`.
+        eval_dataset: the same, for `evaluate()`.
+        peft_config: a `peft.LoraConfig` in place of the config's.
         callbacks: `TrainerCallback`s; an `RLRCallback` also sees every rollout.
         optimizers: (optimizer, scheduler); by default AdamW of the config.
         eval_reward_function: a reward, or a list of them, for evaluation and logged pictures; by default the training's.
 
     Raises:
-        ValueError, TypeError: before any long work, for input that cannot be; the message names field, rule and way out.
+        ValueError, TypeError: input that cannot be; names field, rule and way out.
     """
 
     _tag_names = ["diffusers", "rlr", "reinforcement-learning", "text-to-image"]
     _name = "RLR"
-    _paper = {
-        "title": "Half-order Fine-Tuning for Diffusion Model: A Recursive Likelihood Ratio Optimizer",
-        "id": "2502.00639",
-    }
+    _paper = {"title": "Half-order Fine-Tuning for Diffusion Model: A Recursive Likelihood Ratio Optimizer", "id": "2502.00639"}
     args: RLRConfig
     _writing_to: Path | None = None  # where a checkpoint is being written
     _resumed_at = 0  # updates of the checkpoint that this run goes on from
@@ -128,13 +125,11 @@ class RLRTrainer(TRLBaseTrainer):
         """Trains, from the start or from a checkpoint.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir`. A bare number is taken as
-                `epochs`, as in `DDPOTrainer.train(epochs)`.
-            epochs: number of epochs, in place of `config.num_train_epochs` and `max_steps`.
+            resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir`; a number is `epochs`, as in DDPOTrainer.
+            epochs: in place of `config.num_train_epochs` and `max_steps`.
 
         Raises:
-            ValueError: `output_dir` holds another run and neither resuming nor `config.overwrite` is asked for.
-            CheckpointError: the checkpoint is incomplete, damaged, or does not fit; names the file.
+            ValueError: `output_dir` holds another run; CheckpointError: the checkpoint cannot be used.
             SystemExit: SIGTERM came; a checkpoint was saved (exit code 143).
         """
         folder = running.start(self, resume_from_checkpoint, epochs)
@@ -155,9 +150,7 @@ class RLRTrainer(TRLBaseTrainer):
             batch = batch.to(self.accelerator.device)
         started, backward = time.perf_counter(), running.Backward(self)
         ends_update = self.accelerator.sync_gradients
-        metrics = parts.updater.accumulate(
-            model, batch, backward, factor=backward.factor, on_policy=on_policy, ends_update=ends_update
-        )
+        metrics = parts.updater.accumulate(model, batch, backward, backward.factor, on_policy, ends_update)
         if ends_update:
             metrics |= parts.updater.finish(batch, backward.set_up(), f"update {self.state.global_step + 1}")
         parts.metrics.add(metrics | {"time/backward": time.perf_counter() - started})
@@ -192,10 +185,9 @@ class RLRTrainer(TRLBaseTrainer):
     def generate(
         self, prompts: Sequence[str | Sequence[str]], negative_prompts: Sequence[str] | None = None, *, seed: int = 0
     ) -> Tensor:
-        """Pictures of the present policy, [N, 3, H, W] in [0, 1] on the CPU, sampled as in training, in which it leaves no trace.
+        """Pictures of the present policy, [N, 3, H, W] in [0, 1] on the CPU, the same on every process. Collective.
 
         Picture i depends on the weights, its prompt, `seed` and i, not on the batch size or the number of processes (up to rounding).
-        Collective: the processes share the work and each gets all pictures.
 
         Args:
             prompts: N strings, or N sequences of strings, one per scale of `prompt_scales`.
@@ -227,16 +219,11 @@ class RLRTrainer(TRLBaseTrainer):
             return {name: value for part in parts for name, value in part.items()}
         return running.evaluate(self, source, metric_key_prefix)
 
-    predict = names.refuses(
-        "predict", "it returns outputs of a model: generate(prompts, seed=...) gives pictures, evaluate(dataset) rewards"
-    )
-    hyperparameter_search = names.refuses(
-        "hyperparameter_search",
-        "the trainer changes its pipeline: let the study's objective build a trainer of its own for every trial",
-    )
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("predict: generate(prompts, seed=...) gives pictures, evaluate(dataset) rewards")
 
     def fixed_samples(self) -> FixedSamples:
-        """`num_log_images` pictures of the same prompts and noise every time; collective."""
+        """`num_log_images` pictures of the same prompts and noise every time. Collective."""
         return self.parts.pictures.take(running.present_model(self), self.args.seed, resumed=self.state.global_step > 0)
 
     # ---- saving ----
@@ -283,11 +270,10 @@ class RLRTrainer(TRLBaseTrainer):
         """Uploads the trained weights and the model card. What fails on the way is logged, not raised.
 
         Args:
-            repo_id: "owner/name" or "name" (of the token's owner), as in DDPOTrainer; None takes `config.hub_model_id`, or the name of
-                `output_dir`. A text with spaces is the commit message, as in Trainer.
-            blocking, token, revision, commit_message: as in Trainer.
+            repo_id: "owner/name" or "name"; None takes `config.hub_model_id`, or the name of `output_dir`. A text with spaces is the commit
+                message, as in Trainer.
+            blocking, token, revision, commit_message: as in Trainer; `branch` is another name of `revision`.
             private: make the repository private when it is created.
-            branch: another name of `revision`, as in DDPOTrainer.
             card: `model_name`, `dataset_name`, `tags`, see `create_model_card`.
         """
         how = {"blocking": blocking, "token": token, "revision": revision or branch, **card}
