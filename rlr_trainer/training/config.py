@@ -371,9 +371,7 @@ class RLRConfig(TrainingArguments):
                 "aggregations would be the same; set advantage='normalize' or 'per_prompt'",
             ),
         ]
-        for applies, message in conflicts:
-            if applies:
-                raise ValueError(message)
+        refuse(*conflicts)
 
     def _check_plan(self) -> None:
         plan = self.plan
@@ -394,6 +392,13 @@ class RLRConfig(TrainingArguments):
                 f"a zeroth-order plan needs one update per rollout, but this has {self.updates_per_rollout}: set num_inner_epochs=1 "
                 "and sample_batch_size * sample_num_batches_per_epoch to the samples of one update"
             )
+
+
+def refuse(*conflicts: tuple[bool, str]) -> None:
+    """Raises ValueError with the message of the first conflict that applies."""
+    for applies, message in conflicts:
+        if applies:
+            raise ValueError(message)
 
 
 def _default(option: Any) -> Any:

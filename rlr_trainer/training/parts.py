@@ -18,7 +18,7 @@ from rlr_trainer.estimators.divergence import check_noise
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.observing.callbacks import BetweenRollouts
-from rlr_trainer.observing.pictures import SAMPLES_FOLDER, FixedSamples, SampleLog
+from rlr_trainer.observing.pictures import FixedSamples, SampleLog
 from rlr_trainer.observing.run_files import RunFiles
 from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared_settings
 from rlr_trainer.persistence.weights import Weights
@@ -34,14 +34,7 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
-from rlr_trainer.training.checks import (
-    check_batches,
-    check_best_metric,
-    check_optimizer,
-    check_precision,
-    check_rewards,
-    check_sharding,
-)
+from rlr_trainer.training.checks import check_batches, check_best_metric, check_launch, check_optimizer, check_rewards
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
 from rlr_trainer.training.interruption import StopOnTermination
@@ -50,8 +43,6 @@ from rlr_trainer.training.trl import configs, names
 from rlr_trainer.training.updater import UpdateOptions, Updater
 
 logger = logging.getLogger(__name__)
-
-PROMPTS_FILE = "prompts.json"
 
 
 class Parts:
@@ -118,8 +109,7 @@ class Parts:
             own_evaluation: whether the trainer's class has an `evaluate` of its own, with metrics of its own.
         """
         config = self.config
-        check_sharding(config, self.plan, accelerator)
-        check_precision(config, accelerator)
+        check_launch(config, self.plan, accelerator)
         check_batches(config, self.plan, accelerator.num_processes)
         check_optimizer(optimizer, self.policy.trainable_parameters())
         self.has_own_optimizer = optimizer is not None
@@ -156,13 +146,9 @@ class Parts:
         self.evaluator = Evaluator(
             self.sampler.apart(), eval_scorer, self.processes, config.sample_batch_size, self.weights.averaged
         )
+        source: Any = next(iter(self.eval_prompts.values())) if isinstance(self.eval_prompts, dict) else self.eval_prompts
         self.pictures = FixedPictures(
-            self.evaluator,
-            self.prompts,
-            self.eval_prompts,
-            config.num_log_images,
-            lambda: self.collector.prompts_per_rollout,
-            lambda: Path(config.output_dir) / SAMPLES_FOLDER / PROMPTS_FILE,
+            self.evaluator, self.prompts if source is None else source, config.num_log_images, self.collector.prompts_per_rollout
         )
         if not own_evaluation:
             check_best_metric(config, self.evaluator, self.eval_prompts)
@@ -341,6 +327,7 @@ class Parts:
             "prompts": self.prompts,
             "plan": self.plan_state,
             "metrics": self.metrics,
+            "pictures": self.pictures,
             **statistics,
             **average,
         }

@@ -224,7 +224,7 @@ class RLRTrainer(TRLBaseTrainer):
 
     def fixed_samples(self) -> FixedSamples:
         """`num_log_images` pictures of the same prompts and noise every time. Collective."""
-        return self.parts.pictures.take(running.present_model(self), self.args.seed, resumed=self.state.global_step > 0)
+        return self.parts.pictures.take(running.present_model(self), self.args.seed)
 
     # ---- saving ----
 
