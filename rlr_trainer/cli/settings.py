@@ -87,6 +87,8 @@ def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[R
     if path is not None:
         parser.set_defaults(**_read_file(path, parser))
     try:
+        if not parser.parse_known_args(list(overrides))[0].output_dir:
+            raise SettingsError("output_dir='': must be a folder; is a variable of the shell empty?")
         run, config, unknown = parser.parse_args_into_dataclasses(
             list(overrides), return_remaining_strings=True, look_for_args_file=False
         )
@@ -96,8 +98,6 @@ def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[R
         raise SettingsError(f"{unknown[0]!r}: belongs to no key; overrides are written --key value or --key=value")
     if unknown:
         raise SettingsError(_unknown(unknown[0].removeprefix("--").partition("=")[0], parser))
-    if not config.output_dir:
-        raise SettingsError("output_dir='': must be a folder; is a variable of the shell empty?")
     return run, config
 
 

@@ -34,11 +34,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointStore:
-    """The checkpoint folders of a run.
-
-    Args:
-        folder: the run's.
-    """
+    """The checkpoint folders of a run, in its `folder`."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -50,12 +46,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def writing(self, updates: int, is_main: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
-        """A folder to write `checkpoint-<updates>` in; at the end it is sealed and gets its name. Collective.
-
-        Args:
-            updates: of the run so far.
-            is_main: whether this process writes what all share.
-            wait: waits for all processes.
+        """A folder to write `checkpoint-<updates>` in; at the end it is sealed and gets its name. Collective: `wait` waits for all.
 
         Raises:
             OSError: it cannot be written (a full disk); nothing half written is left.
@@ -105,21 +96,16 @@ class CheckpointStore:
 
     def rotate(self, limit: int | None, best: str | None) -> None:
         """Deletes the oldest checkpoints above `limit`, never the newest nor the best."""
-        if not limit or limit < 1:
-            return
         folders = self.checkpoints()
-        kept = {folders[-1].resolve()} if folders else set()
-        if best is not None:
-            kept.add(Path(best).resolve())
-        for folder in reversed(folders):
-            if len(kept) < limit:
-                kept.add(folder.resolve())
-        for folder in folders:
-            if folder.resolve() not in kept:
-                doomed = folder.with_name(f"{ASIDE}-deleted-{folder.name}")
-                os.rename(folder, doomed)  # so that a kill leaves nothing that looks whole
-                with contextlib.suppress(OSError):  # the next save tries again
-                    _remove(doomed)
+        if not folders or not limit or limit < 1:
+            return
+        kept = {folders[-1].resolve(), *([Path(best).resolve()] if best is not None else [])}
+        spare = [folder for folder in folders if folder.resolve() not in kept]
+        for folder in spare[: max(0, len(spare) + len(kept) - limit)]:
+            doomed = folder.with_name(f"{ASIDE}-deleted-{folder.name}")
+            os.rename(folder, doomed)  # so that a kill leaves nothing that looks whole
+            with contextlib.suppress(OSError):  # the next save tries again
+                _remove(doomed)
 
     def supersede(self, updates: int) -> None:
         """Renames the checkpoints past a number of updates: the run goes on from there, and they belong to a time that is undone."""
@@ -139,13 +125,7 @@ class CheckpointStore:
             _remove(folder)
 
     def name_best(self, state: Any, written: Path, is_main: bool) -> None:
-        """Trainer looks for the best checkpoint beside the one it writes: gives it the place where it is, or will be.
-
-        Args:
-            state: Trainer's.
-            written: the checkpoint that is being written.
-            is_main: whether this process writes what all share.
-        """
+        """Trainer looks for the best checkpoint beside the one it writes: gives it the place where it is, or will be."""
         if not state.best_global_step:
             return
         folder = self.folder / f"checkpoint-{state.best_global_step}"
@@ -155,11 +135,7 @@ class CheckpointStore:
             state.save_to_json(str(written / "trainer_state.json"))
 
     def find_best(self, state: Any) -> None:
-        """Gives a resumed run's best checkpoint the place where it is: the folder may have been moved or copied, whole or in part.
-
-        Args:
-            state: Trainer's; `best_model_checkpoint` is set.
-        """
+        """Gives a resumed run's best checkpoint the place where it is: the folder may have been moved or copied, whole or in part."""
         known = state.best_model_checkpoint
         if not state.best_global_step or (known is not None and Path(known).is_dir()):
             return
@@ -184,9 +160,7 @@ def check(folder: Path) -> None:
         CheckpointError: names the first file that is missing or damaged.
     """
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint: there is no such folder; give that of a checkpoint (checkpoint-*)"
-        )
+        raise CheckpointError(f"{folder} is not a complete checkpoint: there is no such folder; give one (checkpoint-*)")
     if inside := CheckpointStore(folder).checkpoints():
         raise CheckpointError(
             f"{folder} is not a complete checkpoint but a folder of them; give one, such as {inside[-1]}, or make it output_dir and set "
@@ -207,11 +181,7 @@ def check(folder: Path) -> None:
 
 
 def _check_readable(path: Path) -> None:
-    """Refuses a file of torch's that holds more than data; its tensors stay on the disk.
-
-    Raises:
-        CheckpointError: names the file.
-    """
+    """Refuses a file of torch's that holds more than data; its tensors stay on the disk."""
     from transformers.trainer import safe_globals  # of the generator states that Trainer saves
 
     try:
@@ -222,11 +192,7 @@ def _check_readable(path: Path) -> None:
 
 
 def _read_list(folder: Path) -> dict[str, tuple[int, str]]:
-    """The list of files: name -> (bytes, SHA-256).
-
-    Raises:
-        CheckpointError: it is missing, or damaged in any way.
-    """
+    """The list of files: name -> (bytes, SHA-256)."""
     path = folder / FILES_LIST
     try:
         text = path.read_text(encoding="utf-8")
@@ -239,10 +205,8 @@ def _read_list(folder: Path) -> dict[str, tuple[int, str]]:
     except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); take an earlier checkpoint") from error
     wrong = [name for name in listed if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts]
-    if wrong:
-        raise CheckpointError(f"{path} is damaged: it names {wrong[0]!r}; take an earlier checkpoint")
     entries = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in listed.items()}
-    if not listed or text != _list_text(entries):  # a name that stands there twice would leave a file unchecked
+    if wrong or not listed or text != _list_text(entries):  # a name that stands there twice would leave a file unchecked
         raise CheckpointError(f"{path} is damaged: it is no list as it is written; take an earlier checkpoint")
     return listed
 

@@ -10,20 +10,11 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
-_LORA_USE = """```python
+_USE = """```python
 from diffusers import DDIMScheduler, {pipeline}
 
-pipe = {pipeline}.from_pretrained("{base}")
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # what it was trained with
-pipe.load_lora_weights("{repository}")
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={guidance}, eta={eta}).images[0]
-```"""
-
-_FULL_USE = """```python
-from diffusers import DDIMScheduler, {pipeline}
-
-pipe = {pipeline}.from_pretrained("{repository}")
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # what it was trained with
+pipe = {pipeline}.from_pretrained("{source}")
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # what it was trained with{load}
 image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={guidance}, eta={eta}).images[0]
 ```"""
 
@@ -59,25 +50,28 @@ def write_model_card(
     dataset_name: str | None = None,
     tags: str | list[str] | None = None,
 ) -> None:
-    """Writes `folder/README.md` for the weights of `trainer`."""
+    """Writes `folder/README.md` for the weights of `trainer`, from the main process."""
+    if not trainer.is_world_process_zero():
+        return
     args = trainer.args
     base = trainer.policy.config.name_or_path
     title = model_name or folder.resolve().name
-    names = {
-        "pipeline": type(trainer.adapter.pipeline).__name__,
-        "base": base or "the base pipeline",
-        "repository": trainer.hub_model_id or title,
-        "steps": args.sample_num_steps,
-        "guidance": args.sample_guidance_scale,
-        "eta": args.sample_eta,
-    }
+    repository = trainer.hub_model_id or title
+    use = _USE.format(
+        pipeline=type(trainer.adapter.pipeline).__name__,
+        source=(base or "the base pipeline") if trainer.use_lora else repository,
+        load=f'\npipe.load_lora_weights("{repository}")' if trainer.use_lora else "",
+        steps=args.sample_num_steps,
+        guidance=args.sample_guidance_scale,
+        eta=args.sample_eta,
+    )
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
     options = args.rlr_options() | {"learning_rate": args.learning_rate, "max_grad_norm": args.max_grad_norm, "seed": args.seed}
     body = _BODY.format(
         title=title,
         base_sentence=f"`{base}`" if base else "A diffusion pipeline",
         estimator=args.estimator,
-        use=(_LORA_USE if trainer.use_lora else _FULL_USE).format(**names),
+        use=use,
         updates=trainer.state.global_step,
         queries=trainer.rewards.queries * trainer.accelerator.num_processes,
         rewards=", ".join(f"`{name}`" for name in trainer.rewards.names),

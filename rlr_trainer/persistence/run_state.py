@@ -76,11 +76,7 @@ class RunState:
         torch.save({"settings": self.settings(), "parts": states, "lost": lost}, folder / STATE_FILE)
 
     def load(self, folder: Path, given_optimizer: bool) -> None:
-        """Takes up the state of all parts.
-
-        Args:
-            folder: the checkpoint.
-            given_optimizer: whether the optimizer is an object of the user's, and not made of the options.
+        """Takes up the state of all parts. `given_optimizer`: whether the optimizer is the user's object, not made of the options.
 
         Raises:
             CheckpointError: the state is missing, damaged, or does not fit this run.
@@ -116,36 +112,23 @@ def compare(stored: str, present: str) -> Changes:
 def check_changes(folder: Path, changes: Changes, given_optimizer: bool) -> None:
     """Warns of changed options, and refuses those with which the checkpoint's weights or optimizer cannot be taken up.
 
-    Args:
-        folder: the checkpoint.
-        changes: see `compare`.
-        given_optimizer: whether the optimizer is an object of the user's, and not made of the options.
-
     Raises:
         CheckpointError: names the option and the way out.
     """
-    fixed = [name for name in ("use_lora", "optim") if name in changes and not (name == "optim" and given_optimizer)]
-    if "optim" in fixed and set(changes["optim"]) <= _ONE_OPTIMIZER:
-        fixed.remove("optim")
-    if fixed:
-        what = {
-            "use_lora": "the checkpoint's weights are of the other kind",
-            "optim": "the checkpoint's state is of the other optimizer",
-        }
+    fixed = {"use_lora": "weights are of the other kind"}
+    if not given_optimizer and not set(changes.get("optim", ())) <= _ONE_OPTIMIZER:
+        fixed["optim"] = "state is of the other optimizer"
+    for name in fixed.keys() & changes.keys():
         raise CheckpointError(
-            f"cannot resume from {folder} with {_listed(changes, fixed)}: {what[fixed[0]]}; set {fixed[0]}={changes[fixed[0]][0]!r}, or start "
-            "a new run from the trained weights"
+            f"cannot resume from {folder} with {_listed(changes, [name])}: the checkpoint's {fixed[name]}; set {name}={changes[name][0]!r}, or "
+            "start a new run from the trained weights"
         )
-    applied = [name for name in changes if name not in FREE_OPTIONS and (given_optimizer or name not in OPTIMIZER_ARGUMENTS)]
+    kept = [name for name in OPTIMIZER_ARGUMENTS if name in changes and not given_optimizer]
+    applied = [name for name in changes if name not in FREE_OPTIONS and name not in kept]
     if applied:
         logger.warning("resuming %s with other options: %s", folder, _listed(changes, applied))
-    kept = [name for name in OPTIMIZER_ARGUMENTS if name in changes and not given_optimizer]
     if kept:
-        logger.warning(
-            "resuming %s: %s has no effect, because these are part of the optimizer's state: the checkpoint's stay",
-            folder,
-            _listed(changes, kept),
-        )
+        logger.warning("resuming %s: %s has no effect: the optimizer goes on with the checkpoint's", folder, _listed(changes, kept))
 
 
 def _listed(changes: Changes, names: Iterable[str]) -> str:
@@ -153,11 +136,7 @@ def _listed(changes: Changes, names: Iterable[str]) -> str:
 
 
 def load_safely(path: Path, allowed: contextlib.AbstractContextManager | None = None) -> Any:
-    """Loads tensors and plain containers to the CPU, and nothing else.
-
-    Args:
-        path: of the file.
-        allowed: a context in which torch takes classes that are none of these.
+    """Loads tensors and plain containers to the CPU, and nothing else but what torch takes in the context `allowed`.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds something else.

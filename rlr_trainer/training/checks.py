@@ -11,72 +11,55 @@ from torch import nn
 from rlr_trainer.estimators.first_order import NonDifferentiableRewardError
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.rewards.interface import Rewards
-from rlr_trainer.training.config import RLRConfig
+from rlr_trainer.training.config import RLRConfig, refuse
 from rlr_trainer.training.evaluator import EvalPrompts, Evaluator
 
 logger = logging.getLogger(__name__)
 
 
-def check_sharding(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> None:
-    """Refuses what is not computed with FSDP or DeepSpeed.
+def check_launch(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> None:
+    """Refuses what is not computed with FSDP or DeepSpeed, and fp16 on a CPU, where its networks would meet inputs of another precision.
 
     Raises:
         ValueError: names the option and the way out.
     """
-    state = accelerator.state
-    if getattr(state, "deepspeed_plugin", None) is not None:
-        _check_deepspeed(config, plan, state.deepspeed_plugin)
-    plugin = getattr(state, "fsdp_plugin", None)
-    if plugin is None:
-        return
-    if plugin.fsdp_version != 2:
-        raise ValueError(
-            f"fsdp_version={plugin.fsdp_version}: FSDP 1 flattens weights that are trained and weights that are not into one; set "
-            "fsdp_version: 2"
-        )
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ValueError(
-            f"fsdp_state_dict_type={getattr(plugin.state_dict_type, 'name', plugin.state_dict_type)}: resuming from it loses the optimizer's "
-            "state in some versions of accelerate; set fsdp_state_dict_type: FULL_STATE_DICT"
-        )
-    reason = "calls the network with other weights than its own, which are spread over the processes"
-    refused = [
-        (plan.uses_zeroth_order, f"rest_estimator={plan.rest_estimator!r}", reason, "set rest_estimator to 'lr' or 'none'"),
-        (plan.uses_prediction, "the one-step prediction", reason, "set control_variate=False and rest_estimator to 'lr' or 'none'"),
-        (plan.ho_start == "grad_norm", "ho_start='grad_norm'", "needs norms of single steps", "set ho_start='uniform'"),
-        (config.log_step_norms, "log_step_norms=True", "needs norms of single steps", "leave it out"),
-    ]
-    for applies, what, why, remedy in refused:
-        if applies:
-            raise ValueError(f"{what} with FSDP: it {why}; {remedy}, or use plain data parallelism")
-
-
-def _check_deepspeed(config: RLRConfig, plan: EstimatorPlan, plugin: Any) -> None:
-    stage = plugin.zero_stage
-    if stage != 2:
-        raise ValueError(
-            f"zero_stage={stage}: DeepSpeed is used with stage 2 alone; set zero_stage: 2, or use FSDP2 to spread the weights"
-        )
-    if plan.uses_zeroth_order:
-        raise ValueError(
-            f"rest_estimator={plan.rest_estimator!r} with DeepSpeed: its engine takes no gradient beside those of its own backward passes; set "
-            "rest_estimator to 'lr' or 'none', or use plain data parallelism"
-        )
-    if config.fp16 or config.bf16:
-        raise ValueError(
+    deepspeed, fsdp = (getattr(accelerator.state, f"{kind}_plugin", None) for kind in ("deepspeed", "fsdp"))
+    stage = getattr(deepspeed, "zero_stage", 2)
+    version, kind = getattr(fsdp, "fsdp_version", 2), getattr(fsdp, "state_dict_type", "FULL_STATE_DICT")
+    norms = "log_step_norms=True" if config.log_step_norms else "ho_start='grad_norm'" if plan.ho_start == "grad_norm" else ""
+    plain = "or use plain data parallelism"
+    refuse(
+        (stage != 2, f"zero_stage={stage}: DeepSpeed is used with stage 2 alone; set zero_stage: 2, or use FSDP2"),
+        (version != 2, f"fsdp_version={version}: FSDP 1 flattens trained and other weights into one; set fsdp_version: 2"),
+        (
+            "FULL_STATE_DICT" not in str(kind),
+            f"fsdp_state_dict_type={getattr(kind, 'name', kind)}: resuming from it loses the optimizer's state in some versions of "
+            "accelerate; set fsdp_state_dict_type: FULL_STATE_DICT",
+        ),
+        (
+            (fsdp or deepspeed) is not None and plan.uses_zeroth_order,
+            f"rest_estimator={plan.rest_estimator!r} with {'FSDP' if deepspeed is None else 'DeepSpeed'}: it needs whole weights, and a "
+            f"gradient beside that of the backward passes; set rest_estimator to 'lr' or 'none', {plain}",
+        ),
+        (
+            fsdp is not None and plan.uses_prediction,
+            "the one-step prediction with FSDP: it calls the network with other weights than its own, which are spread over the processes; "
+            f"set control_variate=False and rest_estimator to 'lr' or 'none', {plain}",
+        ),
+        (
+            fsdp is not None and bool(norms),
+            f"{norms} with FSDP: norms of single steps are not measured; set ho_start='uniform' and log_step_norms=False, {plain}",
+        ),
+        (
+            deepspeed is not None and (config.fp16 or config.bf16),
             "fp16 and bf16 with DeepSpeed: its engine would also keep the trained weights in them; leave both unset, or use plain data "
-            "parallelism or FSDP2"
-        )
-
-
-def check_precision(config: RLRConfig, accelerator: Any) -> None:
-    """Refuses fp16 where there is no loss scale: on a CPU the networks would meet inputs of another precision.
-
-    Raises:
-        ValueError: names the way out.
-    """
-    if config.fp16 and accelerator.scaler is None and accelerator.device.type == "cpu":
-        raise ValueError("fp16=True on a CPU: needs an accelerator; leave fp16 unset, or set bf16=True")
+            "parallelism or FSDP2",
+        ),
+        (
+            config.fp16 and accelerator.scaler is None and accelerator.device.type == "cpu",
+            "fp16=True on a CPU: needs an accelerator; leave fp16 unset, or set bf16=True",
+        ),
+    )
 
 
 def check_rewards(rewards: Rewards, config: RLRConfig, plan: EstimatorPlan, processes: int, evaluates: bool) -> None:
@@ -94,23 +77,24 @@ def check_rewards(rewards: Rewards, config: RLRConfig, plan: EstimatorPlan, proc
             f"estimator={config.estimator!r} needs the reward's gradient, but {reason}, or choose a plan that needs none: estimator='ddpo', or "
             "fo_steps=0 with rest_estimator='lr'"
         )
-    if not rewards.needs_groups:
-        return
     group, size = config.num_images_per_prompt, config.sample_batch_size
-    if group < 2:
-        raise ValueError(
-            f"a group-wise reward compares pictures of one prompt, but num_images_per_prompt={group}: set it to 2 or more"
-        )
-    if processes > 1 and size % group:
-        raise ValueError(
+    grouped = rewards.needs_groups
+    refuse(
+        (
+            grouped and group < 2,
+            f"a group-wise reward compares pictures of one prompt, but num_images_per_prompt={group}: set it to 2 or more",
+        ),
+        (
+            grouped and processes > 1 and size % group != 0,
             f"sample_batch_size={size} on {processes} processes: a group of num_images_per_prompt={group} pictures would be spread over "
-            f"processes, and a group-wise reward needs it in one; make sample_batch_size a multiple of {group}"
-        )
-    if evaluates:
-        raise ValueError(
+            f"processes, and a group-wise reward needs it in one; make sample_batch_size a multiple of {group}",
+        ),
+        (
+            grouped and evaluates,
             "a group-wise reward cannot score an eval_dataset, of which every prompt is sampled once: pass an "
-            "eval_reward_function that scores pictures one by one, or leave eval_dataset out"
-        )
+            "eval_reward_function that scores pictures one by one, or leave eval_dataset out",
+        ),
+    )
 
 
 def check_batches(config: RLRConfig, plan: EstimatorPlan, processes: int) -> None:
@@ -119,26 +103,25 @@ def check_batches(config: RLRConfig, plan: EstimatorPlan, processes: int) -> Non
     Raises:
         ValueError: names the options.
     """
-    group = config.num_images_per_prompt
-    if config.rollout_size * processes % group:
-        raise ValueError(
-            f"num_images_per_prompt={group}: must divide the samples of a rollout over all processes, "
-            f"{config.rollout_size * processes}; change it or the batch size"
-        )
-    if not plan.uses_zeroth_order:
-        return
-    batch = config.sample_batch_size * processes
+    group, size, zeroth = config.num_images_per_prompt, config.sample_batch_size, plan.uses_zeroth_order
+    samples, batch = config.rollout_size * processes, size * processes
     needed = plan.zo_num_perturbations * (2 if plan.zo_antithetic else 1)
-    if batch % needed:
-        raise ValueError(
+    refuse(
+        (
+            samples % group != 0,
+            f"num_images_per_prompt={group}: must divide the samples of a rollout over all processes, {samples}; change it or the batch size",
+        ),
+        (
+            zeroth and batch % needed != 0,
             f"zo_num_perturbations={plan.zo_num_perturbations} with zo_antithetic={plan.zo_antithetic} needs a sampling batch "
-            f"(sample_batch_size * processes = {batch}) that is a multiple of {needed}; change one of them"
-        )
-    if plan.zo_antithetic and (config.sample_batch_size % 2 or (group > 1 and group % 2)):
-        raise ValueError(
-            f"zo_antithetic=True pairs samples of one prompt: sample_batch_size={config.sample_batch_size} and "
-            f"num_images_per_prompt={group} must be even (num_images_per_prompt may be 1)"
-        )
+            f"(sample_batch_size * processes = {batch}) that is a multiple of {needed}; change one of them",
+        ),
+        (
+            zeroth and plan.zo_antithetic and (size % 2 != 0 or (group > 1 and group % 2 != 0)),
+            f"zo_antithetic=True pairs samples of one prompt: sample_batch_size={size} and num_images_per_prompt={group} must be even "
+            "(num_images_per_prompt may be 1)",
+        ),
+    )
 
 
 def check_best_metric(config: RLRConfig, evaluator: Evaluator, prompts: EvalPrompts | None) -> None:

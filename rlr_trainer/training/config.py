@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -18,35 +19,42 @@ from rlr_trainer.training.trl import names as replaced
 
 logger = logging.getLogger(__name__)
 
-ADVANTAGE_NAMES = ("none", "leave_one_out", "normalize", "per_prompt")
-RECOMPUTE_NAMES = ("recursive", "graph")
-AGGREGATION_NAMES = ("sum_then_normalize", "normalize_then_sum")
 NORMALIZING_ADVANTAGES = ("normalize", "per_prompt")
-ON_REWARD_ERROR_NAMES = ("raise", "skip")
 AUTO = "auto"  # value of fo_steps and ho_length: measure and choose
+CHOICES = {
+    "recompute": ("recursive", "graph"),
+    "reward_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "on_reward_error": ("raise", "skip"),
+    "advantage": ("none", "leave_one_out", "normalize", "per_prompt"),
+}
+COUNTS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "sample_num_steps", "num_inner_epochs", "lora_r"),
+    *("num_images_per_prompt", "per_prompt_buffer_size", "per_prompt_min_count", "reward_workers", "eval_images_per_prompt"),
+)
+OPTIONAL_COUNTS = (
+    *("sample_batch_size", "sample_num_batches_per_epoch", "lora_alpha", "height", "width"),
+    *("reward_batch_size", "log_images_steps"),
+)
+# Option -> (which finite numbers it may be, in words); None where the option allows it.
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "clip_range": (lambda value: value > 0, "be a positive number, or None for no clipping"),
+    "adv_clip_max": (lambda value: value > 0, "be a positive number, or None for no clipping"),
+    "reward_timeout": (lambda value: value > 0, "be a positive number of seconds, or None for no limit"),
+    "ema_decay": (lambda value: 0 < value < 1, "lie between 0 and 1, for instance 0.99, or be None for no averaging"),
+    "kl_coef": (lambda value: value >= 0, "be 0 (log only), a positive number, or None for no reference policy"),
+    "sample_eta": (lambda value: 0 <= value <= 1, "lie between 0 (no noise) and 1 (the noise of DDPM)"),
+    "sample_guidance_scale": (lambda value: True, "be finite; 1 or less is no guidance"),
+    "max_steps": (lambda value: value != 0, "be a number of updates, or -1 to train for num_train_epochs"),
+}
 
 # Options of RLRConfig that go to EstimatorPlan under the same name.
 PLAN_OPTIONS = (
-    "fo_steps",
-    "ho_length",
-    "ho_start",
-    "ho_start_weights",
-    "rest_estimator",
-    "rest_num_steps",
-    "rest_step_weights",
-    "control_variate",
-    "fo_weight",
-    "ho_weight",
-    "rest_weight",
-    "zo_scale",
-    "zo_num_perturbations",
-    "zo_antithetic",
+    *("fo_steps", "ho_length", "ho_start", "ho_start_weights", "rest_estimator", "rest_num_steps", "rest_step_weights"),
+    *("control_variate", "fo_weight", "ho_weight", "rest_weight", "zo_scale", "zo_num_perturbations", "zo_antithetic"),
 )
 
 
 def _option(default: Any, help_text: str) -> Any:
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help_text})
     return field(default=default, metadata={"help": help_text})
 
 
@@ -308,94 +316,62 @@ class RLRConfig(TrainingArguments):
         return {name: values[name] for name in self._changed}
 
     def _check_own_options(self) -> None:
+        if not self.output_dir:
+            raise ValueError(f"output_dir={self.output_dir!r}: must be a folder; leave it out for the default")
         for name in ("fo_steps", "ho_length"):
             if getattr(self, name) != AUTO:
                 setattr(self, name, _numbers(name, getattr(self, name), int))
-        if (self.ho_length == AUTO) != (self.memory_budget_gb is not None):
-            raise ValueError(
-                f"ho_length={self.ho_length!r} with memory_budget_gb={self.memory_budget_gb}: formula (8) needs both; set ho_length='auto' and "
-                "memory_budget_gb, or neither"
-            )
         if self.ho_start not in NAMED_STARTS:
             self.ho_start = _numbers("ho_start", self.ho_start, int)
         self.ho_start_weights = _numbers("ho_start_weights", self.ho_start_weights, float)
-        _check_choice("recompute", self.recompute, RECOMPUTE_NAMES)
-        self._check_rewards()
-        if self.advantage is not None:
-            _check_choice("advantage", self.advantage, ADVANTAGE_NAMES)
-        self._check_counts()
-        if self.log_step_norms and not self.log_estimator_norms:
-            raise ValueError(
-                "log_step_norms=True with log_estimator_norms=False: both need the same measurement; set the latter to True"
-            )
-        if isinstance(self.ho_start, str) and self.ho_start == "grad_norm" and not self.log_estimator_norms:
-            raise ValueError(
-                "ho_start='grad_norm' with log_estimator_norms=False: the starts are drawn by these norms; set the latter to True, or "
-                "ho_start='uniform'"
-            )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (name == "advantage" and value is None):
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
+        for name in (*COUNTS, *(name for name in OPTIONAL_COUNTS if getattr(self, name) is not None), "num_log_images"):
+            value, least = getattr(self, name), int(name != "num_log_images")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
+        for name, (allows, rule) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and allows(value)):
+                raise ValueError(f"{name}={value}: must {rule}")
         scales = self.prompt_scales
         if scales is not None and not (scales and all(0 < a < b for a, b in pairwise([*scales, self.sample_num_steps]))):
             raise ValueError(
                 f"prompt_scales={scales}: must be increasing step numbers between 1 and sample_num_steps - 1 = {self.sample_num_steps - 1}, "
                 "the first step of every scale but the coarsest"
             )
-        for name in ("clip_range", "adv_clip_max"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value}: must be a positive number, or None for no clipping")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(
-                f"ema_decay={self.ema_decay}: must lie between 0 and 1, for instance 0.99, or be None for no averaging"
-            )
-        if self.kl_coef is not None and not 0 <= self.kl_coef < math.inf:
-            raise ValueError(f"kl_coef={self.kl_coef}: must be 0 (log only), a positive number, or None for no reference policy")
-        if not 0 <= self.sample_eta <= 1:
-            raise ValueError(f"sample_eta={self.sample_eta}: must lie between 0 (no noise) and 1 (the noise of DDPM)")
-        if not math.isfinite(self.sample_guidance_scale):
-            raise ValueError(f"sample_guidance_scale={self.sample_guidance_scale}: must be finite; 1 or less is no guidance")
+        self._check_combinations()
 
-    def _check_counts(self) -> None:
-        for name in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "sample_num_steps",
-            "num_inner_epochs",
-            "num_images_per_prompt",
-            "per_prompt_buffer_size",
-            "per_prompt_min_count",
-            "lora_r",
-            "reward_workers",
-            "eval_images_per_prompt",
-        ):
-            _check_positive_integer(name, getattr(self, name))
-        for name in (
-            "sample_batch_size",
-            "sample_num_batches_per_epoch",
-            "lora_alpha",
-            "height",
-            "width",
-            "reward_batch_size",
-            "log_images_steps",
-        ):
-            if getattr(self, name) is not None:
-                _check_positive_integer(name, getattr(self, name))
-        if self.max_steps == 0:
-            raise ValueError("max_steps=0: must be a number of updates, or -1 to train for num_train_epochs")
-        if isinstance(self.num_log_images, bool) or not isinstance(self.num_log_images, int) or self.num_log_images < 0:
-            raise ValueError(f"num_log_images={self.num_log_images!r}: must be a whole number, 0 for no pictures")
-
-    def _check_rewards(self) -> None:
-        _check_choice("reward_aggregation", self.reward_aggregation, AGGREGATION_NAMES)
-        _check_choice("on_reward_error", self.on_reward_error, ON_REWARD_ERROR_NAMES)
-        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
-            raise ValueError(f"reward_timeout={self.reward_timeout}: must be a positive number of seconds, or None for no limit")
-        if self.reward_workers != 1 and not self.async_rewards:
-            raise ValueError(f"reward_workers={self.reward_workers}: is the number of async calls; set async_rewards=True as well")
-        if self.reward_aggregation == "normalize_then_sum" and self.advantage not in (None, *NORMALIZING_ADVANTAGES):
-            raise ValueError(
+    def _check_combinations(self) -> None:
+        normalizes = self.advantage in (None, *NORMALIZING_ADVANTAGES)
+        conflicts = [
+            (
+                (self.ho_length == AUTO) != (self.memory_budget_gb is not None),
+                f"ho_length={self.ho_length!r} with memory_budget_gb={self.memory_budget_gb}: formula (8) needs both; set "
+                "ho_length='auto' and memory_budget_gb, or neither",
+            ),
+            (
+                self.log_step_norms and not self.log_estimator_norms,
+                "log_step_norms=True with log_estimator_norms=False: both need the same measurement; set the latter to True",
+            ),
+            (
+                self.ho_start == "grad_norm" and not self.log_estimator_norms,
+                "ho_start='grad_norm' with log_estimator_norms=False: the starts are drawn by these norms; set the latter to True, or "
+                "ho_start='uniform'",
+            ),
+            (
+                self.reward_workers != 1 and not self.async_rewards,
+                f"reward_workers={self.reward_workers}: is the number of async calls; set async_rewards=True as well",
+            ),
+            (
+                self.reward_aggregation == "normalize_then_sum" and not normalizes,
                 f"reward_aggregation='normalize_then_sum' with advantage={self.advantage!r}: it divides by no standard deviation, so both "
-                "aggregations would be the same; set advantage='normalize' or 'per_prompt'"
-            )
+                "aggregations would be the same; set advantage='normalize' or 'per_prompt'",
+            ),
+        ]
+        refuse(*conflicts)
 
     def _check_plan(self) -> None:
         plan = self.plan
@@ -418,6 +394,13 @@ class RLRConfig(TrainingArguments):
             )
 
 
+def refuse(*conflicts: tuple[bool, str]) -> None:
+    """Raises ValueError with the message of the first conflict that applies."""
+    for applies, message in conflicts:
+        if applies:
+            raise ValueError(message)
+
+
 def _default(option: Any) -> Any:
     return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
 
@@ -433,13 +416,3 @@ def _numbers(name: str, value: Any, kind: type) -> Any:
         other = f"; or one of {', '.join(NAMED_STARTS)} (weights go into ho_start_weights)" if name == "ho_start" else ""
         raise ValueError(f"{name}={value!r}: must be a {number}, or {number}s separated by commas{other}") from None
     return numbers[0] if len(numbers) == 1 and name in ("fo_steps", "ho_length") else numbers
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
-
-
-def _check_positive_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from rlr_trainer.estimators.chain import seeded_generator
 from rlr_trainer.observing.pictures import FixedSamples
+from rlr_trainer.persistence.run_state import is_plain
 from rlr_trainer.rewards.interface import RewardError
 from rlr_trainer.rollouts.batches import EVALUATION
 from rlr_trainer.rollouts.processes import Processes
@@ -183,67 +182,46 @@ class Evaluator:
 
 
 class FixedPictures:
-    """Pictures of the same prompts and noise every time.
+    """Pictures of the same prompts and noise every time; where the prompts are fewer than the pictures each has several.
 
-    The prompts are the first of the evaluation's, or the first of the run's own; where they are fewer than the pictures each has several.
+    A checkpoint holds the prompts that came from a function, because the function has gone on since.
 
     Args:
         evaluator: makes and scores them.
-        prompts: of the run; eval_prompts: of the evaluation, or None.
+        source: of the prompts, of which the first are taken.
         count: number of pictures.
         at_most: prompts that a rollout takes. A function is asked for no more, so that it is called as often, and in the same order, as
             without pictures.
-        file: where the prompts of a function are kept: a resumed run reads them, because the function has gone on since.
     """
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        prompts: FunctionPrompts | DatasetPrompts,
-        eval_prompts: EvalPrompts | None,
-        count: int,
-        at_most: Callable[[], int],
-        file: Callable[[], Path],
-    ) -> None:
-        self.evaluator, self.prompts, self.eval_prompts = evaluator, prompts, eval_prompts
-        self.count, self.at_most, self.file = count, at_most, file
-        self._rows: list[PromptRow] = []
+    def __init__(self, evaluator: Evaluator, source: FunctionPrompts | DatasetPrompts, count: int, at_most: int) -> None:
+        self.evaluator, self.source, self.count, self.at_most = evaluator, source, count, at_most
+        self._drawn: list[PromptRow] = []
 
-    def rows(self, resumed: bool) -> list[tuple[PromptRow, Stream]]:
+    def rows(self) -> list[tuple[PromptRow, Stream]]:
         """(prompt, noise) of every picture; collective the first time."""
-        if not self._rows:
-            self._rows = self._choose(resumed)
-        repeats = [self.count // len(self._rows) + (number < self.count % len(self._rows)) for number in range(len(self._rows))]
-        return [(row, stream(i, j)) for i, row in enumerate(self._rows) for j in range(repeats[i])]
+        if isinstance(self.source, DatasetPrompts):
+            first = copy.copy(self.source)
+            first.taken = 0
+            rows = first.peek(min(self.count, len(first)))
+        else:
+            self._drawn = rows = self._drawn or self.evaluator.processes.of_main(self.source.peek(min(self.count, self.at_most)))
+        repeats = [self.count // len(rows) + (number < self.count % len(rows)) for number in range(len(rows))]
+        return [(row, stream(i, j)) for i, row in enumerate(rows) for j in range(repeats[i])]
 
-    def take(self, model: nn.Module, seed: int, resumed: bool) -> FixedSamples:
+    def take(self, model: nn.Module, seed: int) -> FixedSamples:
         """The pictures of the present policy, scored; collective."""
-        rows, streams = zip(*self.rows(resumed), strict=True)
+        rows, streams = zip(*self.rows(), strict=True)
         values, images = self.evaluator.score(model, rows, streams, seed, "the pictures for the log", keep=True)
         assert images is not None
         return FixedSamples(images, [row.prompt for row in rows], values[:, 0])
 
-    def _choose(self, resumed: bool) -> list[PromptRow]:
-        source: Any = next(iter(self.eval_prompts.values())) if isinstance(self.eval_prompts, dict) else self.eval_prompts
-        source = self.prompts if source is None else source
-        if isinstance(source, DatasetPrompts):
-            first = copy.copy(source)
-            first.taken = 0
-            return first.peek(min(self.count, len(first)))
-        return self.evaluator.processes.of_main(self._of_function(source, resumed))
+    def state_dict(self) -> list[tuple]:
+        rows = [(row.prompt, row.metadata, row.negative_prompt, row.scale_prompts) for row in self._drawn]
+        return rows if is_plain(rows) else []  # with other metadata a resumed run takes the next prompts
 
-    def _of_function(self, source: FunctionPrompts, resumed: bool) -> list[PromptRow]:
-        file = self.file()
-        if resumed and file.is_file():
-            records = json.loads(file.read_text(encoding="utf-8"))
-            return [PromptRow(p, m, n, None if s is None else tuple(s)) for p, m, n, s in records]
-        rows = source.peek(min(self.count, self.at_most()))
-        if self.evaluator.processes.accelerator.is_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            records = [(row.prompt, row.metadata, row.negative_prompt, row.scale_prompts) for row in rows]
-            with contextlib.suppress(TypeError):  # metadata that JSON cannot hold: a resumed run then takes the next prompts
-                file.write_text(json.dumps(records), encoding="utf-8")
-        return rows
+    def load_state_dict(self, state: list[tuple]) -> None:
+        self._drawn = [PromptRow(*row) for row in state]
 
 
 def eval_source(dataset: Any) -> EvalPrompts | None:

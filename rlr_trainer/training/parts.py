@@ -15,9 +15,10 @@ from transformers import TrainerCallback
 
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.divergence import check_noise
+from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.observing.callbacks import BetweenRollouts
-from rlr_trainer.observing.pictures import SAMPLES_FOLDER, FixedSamples, SampleLog
+from rlr_trainer.observing.pictures import FixedSamples, SampleLog
 from rlr_trainer.observing.run_files import RunFiles
 from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared_settings
 from rlr_trainer.persistence.weights import Weights
@@ -33,14 +34,7 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
-from rlr_trainer.training.checks import (
-    check_batches,
-    check_best_metric,
-    check_optimizer,
-    check_precision,
-    check_rewards,
-    check_sharding,
-)
+from rlr_trainer.training.checks import check_batches, check_best_metric, check_launch, check_optimizer, check_rewards
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
 from rlr_trainer.training.interruption import StopOnTermination
@@ -49,8 +43,6 @@ from rlr_trainer.training.trl import configs, names
 from rlr_trainer.training.updater import UpdateOptions, Updater
 
 logger = logging.getLogger(__name__)
-
-PROMPTS_FILE = "prompts.json"
 
 
 class Parts:
@@ -89,7 +81,7 @@ class Parts:
         check_rewards(self.rewards, config, config.plan, config.world_size, same and self.eval_prompts is not None)
         pipeline = load_pipeline(sd_pipeline) if isinstance(sd_pipeline, str | Path) else sd_pipeline
         names.check_pipeline(pipeline)
-        self.given = {"sd_pipeline": pipeline, "prompt_fn": prompt_function, "reward_fn": reward_function}
+        self.sd_pipeline, self.prompt_fn, self.reward_fn = pipeline, prompt_function, reward_function  # DDPOTrainer's names
         self.adapter = adapt(pipeline)
         self.layout = self.adapter.layout(config.height, config.width)
         self.schedule = self.adapter.schedule(self.layout, config.sample_num_steps, config.sample_eta)
@@ -103,6 +95,11 @@ class Parts:
         self.metrics, self.queue, self.between_rollouts = MetricsLog(), MicroBatches(), BetweenRollouts()
         self.rollouts_done = 0
 
+    @property
+    def plan(self) -> EstimatorPlan:
+        """The plan in force."""
+        return self.plan_state.plan
+
     def connect(self, accelerator: Any, optimizer: Any, own_evaluation: bool) -> None:
         """Builds the parts that know the processes and the device.
 
@@ -112,9 +109,8 @@ class Parts:
             own_evaluation: whether the trainer's class has an `evaluate` of its own, with metrics of its own.
         """
         config = self.config
-        check_sharding(config, self.plan_state.plan, accelerator)
-        check_precision(config, accelerator)
-        check_batches(config, self.plan_state.plan, accelerator.num_processes)
+        check_launch(config, self.plan, accelerator)
+        check_batches(config, self.plan, accelerator.num_processes)
         check_optimizer(optimizer, self.policy.trainable_parameters())
         self.has_own_optimizer = optimizer is not None
         self.processes = Processes(accelerator)
@@ -150,13 +146,9 @@ class Parts:
         self.evaluator = Evaluator(
             self.sampler.apart(), eval_scorer, self.processes, config.sample_batch_size, self.weights.averaged
         )
+        source: Any = next(iter(self.eval_prompts.values())) if isinstance(self.eval_prompts, dict) else self.eval_prompts
         self.pictures = FixedPictures(
-            self.evaluator,
-            self.prompts,
-            self.eval_prompts,
-            config.num_log_images,
-            lambda: self.collector.prompts_per_rollout,
-            lambda: Path(config.output_dir) / SAMPLES_FOLDER / PROMPTS_FILE,
+            self.evaluator, self.prompts if source is None else source, config.num_log_images, self.collector.prompts_per_rollout
         )
         if not own_evaluation:
             check_best_metric(config, self.evaluator, self.eval_prompts)
@@ -234,7 +226,7 @@ class Parts:
             "model": self.policy.config.name_or_path or type(self.adapter.pipeline).__name__,
             "rewards": self.rewards.names,
             "eval_rewards": self.eval_rewards.names,
-            "plan": str(self.plan_state.plan),
+            "plan": str(self.plan),
             "options": self.config.rlr_options(),
             "changed": self.config.changed_options(),
             "versions": {library.__name__: str(library.__version__) for library in libraries},
@@ -302,7 +294,7 @@ class Parts:
         config = self.config
         if config.kl_coef is None:
             return None
-        if self.plan_state.plan.uses_zeroth_order:
+        if self.plan.uses_zeroth_order:
             raise ValueError(
                 f"kl_coef={config.kl_coef} with a zeroth-order plan (estimator={config.estimator!r}): perturbed steps have no divergence of "
                 "their own; leave kl_coef unset, or set rest_estimator='lr'"
@@ -335,6 +327,7 @@ class Parts:
             "prompts": self.prompts,
             "plan": self.plan_state,
             "metrics": self.metrics,
+            "pictures": self.pictures,
             **statistics,
             **average,
         }

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from rlr_trainer.observing.pictures import thumbnails, vector_diversity
 from rlr_trainer.observing.progress import RolloutBar
-from rlr_trainer.observing.trackers import connect_accelerator
+from rlr_trainer.observing.trackers import HookTracker, connect_accelerator
 from rlr_trainer.persistence.checkpoints import CheckpointStore, check
 from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder
 from rlr_trainer.rollouts.batches import RolloutSummary
@@ -26,6 +26,7 @@ from rlr_trainer.rollouts.micro_batches import micro_batch_rows
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.training.config import RLRConfig
+from rlr_trainer.training.evaluator import eval_source
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def prepare(trainer: Any) -> None:
     if accelerator.device.type == "cpu":
         # Saturated rewards give denormal gradients, which slow a CPU's backward pass by 30 times and more.
         torch.set_flush_denormal(True)
-    if parts.plan_state.plan.scored_steps():
+    if parts.plan.scored_steps():
         lower_loss_scale(accelerator.scaler, math.prod(parts.layout.shape))
     plain = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if trainer.optimizer is None and plain and type(trainer).create_optimizer is Trainer.create_optimizer:
@@ -89,13 +90,18 @@ def start_rollout(trainer: Any, model: nn.Module) -> None:
     parts.metrics.add(summary.metrics | diversity(summary, parts.processes))
     if trainer.image_samples_hook is not None and trainer.is_world_process_zero():
         hook = trainer.adapt_hook(trainer.image_samples_hook)
-        hook(summary.pictures, trainer.state.global_step, trainer.trackers())
+        hook(summary.pictures, trainer.state.global_step, trackers(trainer))
     trainer.control = trainer.callback_handler.on_rollout_end(
         args, trainer.state, trainer.control, rollout=summary, plan=trainer.plan
     )
     size, epochs = args.per_device_train_batch_size, args.num_inner_epochs
     parts.queue.fill(batches, micro_batch_rows(args.rollout_size, size, epochs, args.seed, rollout))
     parts.rollouts_done += 1
+
+
+def trackers(trainer: Any) -> HookTracker:
+    """The run's trackers as they are now."""
+    return HookTracker(trainer.callback_handler.callbacks, Path(trainer.args.output_dir), trainer.state.global_step)
 
 
 def trainer_updates(checkpoint: Path) -> int:
@@ -170,19 +176,6 @@ def without_an_epoch_too_many(values: tuple[Any, ...], resumed_at: int) -> tuple
     return min(epochs, resumed_at // updates_per_epoch), *values[1:]
 
 
-class _Placeholders(Dataset):
-    """Numbers that stand for micro-batches: Trainer counts them, the rollout makes them."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> dict[str, int]:
-        return {"micro_batch": number}
-
-
 def first(items: list[Any]) -> Any:
     """The one item of a batch of placeholders."""
     return items[0]
@@ -195,7 +188,8 @@ def placeholders(args: RLRConfig, collector: Collector) -> DataLoader:
         samples = len(collector.prompts) * collector.samples_per_prompt
         rollouts = -(-samples // (args.rollout_size * collector.processes.count))
     count = rollouts * args.updates_per_rollout * args.gradient_accumulation_steps
-    return DataLoader(_Placeholders(count), collate_fn=first, generator=torch.Generator())
+    numbers: Any = [{"micro_batch": number} for number in range(count)]  # Trainer counts them, the rollout makes the micro-batches
+    return DataLoader(numbers, collate_fn=first, generator=torch.Generator())
 
 
 class Backward:
@@ -255,10 +249,23 @@ def prompt_rows(prompts: Sequence[str | Sequence[str]], negative_prompts: Sequen
 
 def save_files(trainer: Any, folder: Path) -> None:
     """Writes the trained weights, for a checkpoint or as a result, and the options that made them."""
+    if not trainer.args.should_save:  # newer versions of transformers call this on every process
+        return
     folder.mkdir(parents=True, exist_ok=True)
     weights = trainer.parts.weights
     (weights.save_result if trainer._writing_to is None else weights.save)(folder)
     (folder / CONFIG_FILE).write_text(json.dumps(trainer.args.rlr_options(), indent=2, default=str))
+
+
+def save_model(trainer: Any, save: Callable[..., None], output_dir: str | None, internal: bool) -> None:
+    """Trainer's `save`; with FSDP the whole weights, put together from those of the processes."""
+    if not trainer.is_fsdp_enabled:
+        save(output_dir, internal)
+        return
+    with trainer.parts.weights.whole():
+        trainer._save(output_dir)
+    if trainer.args.push_to_hub and not internal:
+        trainer.push_to_hub(commit_message="Model save")
 
 
 def save_checkpoint(trainer: Any, save: Callable[[nn.Module, Any], None], model: nn.Module, trial: Any) -> None:
@@ -285,12 +292,16 @@ def save_checkpoint(trainer: Any, save: Callable[[nn.Module, Any], None], model:
         trainer._push_from_checkpoint(str(store.folder / f"checkpoint-{step}"))
 
 
-def evaluate(trainer: Any, source: DatasetPrompts | None, prefix: str) -> dict[str, float]:
-    """Evaluates, logs and tells the callbacks.
+def evaluate(trainer: Any, dataset: Any, prefix: str) -> dict[str, float]:
+    """Evaluates, logs and tells the callbacks; of several datasets by name each by itself.
 
     Raises:
         ValueError: there are no prompts.
     """
+    source = trainer.parts.eval_prompts if dataset is None else eval_source(dataset)
+    if isinstance(source, dict):
+        parts = [trainer.evaluate(prompts, metric_key_prefix=f"{prefix}_{name}") for name, prompts in source.items()]
+        return {name: value for part in parts for name, value in part.items()}
     if source is None:
         raise ValueError("evaluate() needs prompts: pass eval_dataset to it or to the trainer")
     started, args, evaluator = time.perf_counter(), trainer.args, trainer.parts.evaluator

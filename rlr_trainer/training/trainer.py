@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 from rlr_trainer.observing.callbacks import RolloutCallbackHandler
 from rlr_trainer.observing.monitor import RewardHackingMonitor
 from rlr_trainer.observing.pictures import FixedSamples
-from rlr_trainer.observing.trackers import HookTracker
 from rlr_trainer.persistence.hub import HubUploads
 from rlr_trainer.persistence.model_card import write_model_card
 from rlr_trainer.persistence.run_state import follow_schedule, load_generators_of_main_process
@@ -25,7 +24,6 @@ from rlr_trainer.rollouts.processes import let_gloo_finish_at_exit
 from rlr_trainer.rollouts.prompts import open_dataset
 from rlr_trainer.training import running
 from rlr_trainer.training.config import RLRConfig
-from rlr_trainer.training.evaluator import eval_source
 from rlr_trainer.training.parts import Parts, own_config
 from rlr_trainer.training.trl import configs, names
 from rlr_trainer.training.trl.base import TRLBaseTrainer
@@ -45,22 +43,19 @@ class RLRTrainer(TRLBaseTrainer):
         image_samples_hook: called after every rollout on the main process with `(batches, global_step, tracker)`, `batches` a
             list of `[images, prompts, metadata, rewards, reward_metadata]`; `tracker.log_images(dict, step=)` always works.
         train_dataset: rows with a "prompt" column, or the path or hub id of such a dataset; the other columns reach the reward as metadata.
-        eval_dataset: the same, for `evaluate()`; sampled with fixed seeds.
-        peft_config: a `peft.LoraConfig` in place of the one made of `config.lora_r`, `lora_alpha`, `lora_target_modules`.
+        eval_dataset: the same, for `evaluate()`.
+        peft_config: a `peft.LoraConfig` in place of the config's.
         callbacks: `TrainerCallback`s; an `RLRCallback` also sees every rollout.
         optimizers: (optimizer, scheduler); by default AdamW of the config.
         eval_reward_function: a reward, or a list of them, for evaluation and logged pictures; by default the training's.
 
     Raises:
-        ValueError, TypeError: before any long work, for input that cannot be; the message names field, rule and way out.
+        ValueError, TypeError: input that cannot be; names field, rule and way out.
     """
 
     _tag_names = ["diffusers", "rlr", "reinforcement-learning", "text-to-image"]
     _name = "RLR"
-    _paper = {
-        "title": "Half-order Fine-Tuning for Diffusion Model: A Recursive Likelihood Ratio Optimizer",
-        "id": "2502.00639",
-    }
+    _paper = {"title": "Half-order Fine-Tuning for Diffusion Model: A Recursive Likelihood Ratio Optimizer", "id": "2502.00639"}
     args: RLRConfig
     _writing_to: Path | None = None  # where a checkpoint is being written
     _resumed_at = 0  # updates of the checkpoint that this run goes on from
@@ -91,17 +86,12 @@ class RLRTrainer(TRLBaseTrainer):
         )  # fmt: skip
         let_gloo_finish_at_exit()
         super().__init__(
-            model=self.parts.policy,
-            args=self.parts.config,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=running.first,
-            callbacks=[RewardHackingMonitor(), *(callbacks or [])],
-            optimizers=optimizers,
-        )
+            self.parts.policy, self.parts.config, running.first, train_dataset, eval_dataset,
+            callbacks=[RewardHackingMonitor(), *(callbacks or [])], optimizers=optimizers,
+        )  # fmt: skip
         self.parts.connect(self.accelerator, optimizers[0], own_evaluation=type(self).evaluate is not RLRTrainer.evaluate)
         self.uploads = HubUploads(self, self.parts.processes)
-        observers = self.parts.observers(self.fixed_samples, self.trackers)
+        observers = self.parts.observers(self.fixed_samples, lambda: running.trackers(self))
         self.callback_handler = RolloutCallbackHandler(self.callback_handler, observers)
         running.prepare(self)
 
@@ -128,13 +118,11 @@ class RLRTrainer(TRLBaseTrainer):
         """Trains, from the start or from a checkpoint.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir`. A bare number is taken as
-                `epochs`, as in `DDPOTrainer.train(epochs)`.
-            epochs: number of epochs, in place of `config.num_train_epochs` and `max_steps`.
+            resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir`; a number is `epochs`, as in DDPOTrainer.
+            epochs: in place of `config.num_train_epochs` and `max_steps`.
 
         Raises:
-            ValueError: `output_dir` holds another run and neither resuming nor `config.overwrite` is asked for.
-            CheckpointError: the checkpoint is incomplete, damaged, or does not fit; names the file.
+            ValueError: `output_dir` holds another run; CheckpointError: the checkpoint cannot be used.
             SystemExit: SIGTERM came; a checkpoint was saved (exit code 143).
         """
         folder = running.start(self, resume_from_checkpoint, epochs)
@@ -155,9 +143,7 @@ class RLRTrainer(TRLBaseTrainer):
             batch = batch.to(self.accelerator.device)
         started, backward = time.perf_counter(), running.Backward(self)
         ends_update = self.accelerator.sync_gradients
-        metrics = parts.updater.accumulate(
-            model, batch, backward, factor=backward.factor, on_policy=on_policy, ends_update=ends_update
-        )
+        metrics = parts.updater.accumulate(model, batch, backward, backward.factor, on_policy, ends_update)
         if ends_update:
             metrics |= parts.updater.finish(batch, backward.set_up(), f"update {self.state.global_step + 1}")
         parts.metrics.add(metrics | {"time/backward": time.perf_counter() - started})
@@ -183,24 +169,17 @@ class RLRTrainer(TRLBaseTrainer):
 
         return diagnose(self, **options)
 
-    def trackers(self) -> HookTracker:
-        """The run's trackers as they are now."""
-        return HookTracker(self.callback_handler.callbacks, Path(self.args.output_dir), self.state.global_step)
-
     # ---- pictures and evaluation ----
 
     def generate(
         self, prompts: Sequence[str | Sequence[str]], negative_prompts: Sequence[str] | None = None, *, seed: int = 0
     ) -> Tensor:
-        """Pictures of the present policy, [N, 3, H, W] in [0, 1] on the CPU, sampled as in training, in which it leaves no trace.
-
-        Picture i depends on the weights, its prompt, `seed` and i, not on the batch size or the number of processes (up to rounding).
-        Collective: the processes share the work and each gets all pictures.
+        """Pictures of the present policy, [N, 3, H, W] in [0, 1] on the CPU, the same on every process. Collective.
 
         Args:
             prompts: N strings, or N sequences of strings, one per scale of `prompt_scales`.
             negative_prompts: N strings; None takes the run's.
-            seed: of the noise.
+            seed: with i, of the noise of picture i.
         """
         rows = running.prompt_rows(prompts, negative_prompts)
         return self.parts.evaluator.generate(running.present_model(self), rows, [(i,) for i in range(len(rows))], seed)
@@ -212,7 +191,6 @@ class RLRTrainer(TRLBaseTrainer):
 
         Args:
             eval_dataset: rows with a "prompt" column, or name -> rows; None takes the trainer's.
-            ignore_keys: unused; Trainer passes it.
             metric_key_prefix: first word of the metrics; datasets by name add theirs, as in Trainer (`eval_<name>_reward`).
 
         Returns:
@@ -221,52 +199,34 @@ class RLRTrainer(TRLBaseTrainer):
         Raises:
             ValueError, RewardError: there are no prompts; a reward fails, or all are NaN.
         """
-        source = self.parts.eval_prompts if eval_dataset is None else eval_source(eval_dataset)
-        if isinstance(source, dict):
-            parts = [self.evaluate(prompts, ignore_keys, f"{metric_key_prefix}_{name}") for name, prompts in source.items()]
-            return {name: value for part in parts for name, value in part.items()}
-        return running.evaluate(self, source, metric_key_prefix)
+        return running.evaluate(self, eval_dataset, metric_key_prefix)
 
-    predict = names.refuses(
-        "predict", "it returns outputs of a model: generate(prompts, seed=...) gives pictures, evaluate(dataset) rewards"
-    )
-    hyperparameter_search = names.refuses(
-        "hyperparameter_search",
-        "the trainer changes its pipeline: let the study's objective build a trainer of its own for every trial",
-    )
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("predict: generate(prompts, seed=...) gives pictures, evaluate(dataset) rewards")
 
     def fixed_samples(self) -> FixedSamples:
-        """`num_log_images` pictures of the same prompts and noise every time; collective."""
-        return self.parts.pictures.take(running.present_model(self), self.args.seed, resumed=self.state.global_step > 0)
+        """`num_log_images` pictures of the same prompts and noise every time. Collective."""
+        return self.parts.pictures.take(running.present_model(self), self.args.seed)
 
-    # ---- saving ----
+    # ---- saving and loading ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained weights, from the main process; every process must call it."""
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        with self.parts.weights.whole():
-            self._save(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save")
+        running.save_model(self, super().save_model, output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:  # newer versions of transformers call this on every process
-            running.save_files(self, Path(output_dir or self.args.output_dir))
+        running.save_files(self, Path(output_dir or self.args.output_dir))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes the trained weights and a model card: LoRA weights for `load_lora_weights`, or the whole pipeline."""
         self.save_model(str(save_directory), _internal_call=True)
-        if self.is_world_process_zero():
-            write_model_card(self, Path(save_directory))
+        write_model_card(self, Path(save_directory))
 
     def create_model_card(  # type: ignore[override]  # TRL's signature, not transformers'
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Writes README.md to `output_dir`, with how to load the weights and the settings of the run."""
-        if self.is_world_process_zero():
-            write_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)
+        write_model_card(self, Path(self.args.output_dir), model_name, dataset_name, tags)
 
     def push_to_hub(  # type: ignore[override]  # Trainer's first argument is the commit message, DDPOTrainer's the repository
         self,
@@ -283,15 +243,14 @@ class RLRTrainer(TRLBaseTrainer):
         """Uploads the trained weights and the model card. What fails on the way is logged, not raised.
 
         Args:
-            repo_id: "owner/name" or "name" (of the token's owner), as in DDPOTrainer; None takes `config.hub_model_id`, or the name of
-                `output_dir`. A text with spaces is the commit message, as in Trainer.
-            blocking, token, revision, commit_message: as in Trainer.
+            repo_id: "owner/name" or "name"; None takes `config.hub_model_id`, or the name of `output_dir`. A text with spaces is the commit
+                message, as in Trainer.
+            blocking, token, revision, commit_message: as in Trainer; `branch` is another name of `revision`.
             private: make the repository private when it is created.
-            branch: another name of `revision`, as in DDPOTrainer.
             card: `model_name`, `dataset_name`, `tags`, see `create_model_card`.
         """
-        how = {"blocking": blocking, "token": token, "revision": revision or branch, **card}
-        return self.uploads.push(super().push_to_hub, repo_id, private, commit_message, **how)
+        card |= {"blocking": blocking, "token": token, "revision": revision or branch}
+        return self.uploads.push(super().push_to_hub, repo_id, private, commit_message, **card)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._writing_to is None else str(self._writing_to)
@@ -317,8 +276,6 @@ class RLRTrainer(TRLBaseTrainer):
         super()._finish_current_push()
         self.uploads.warn_of_failures()
 
-    # ---- loading ----
-
     def set_initial_training_values(self, *arguments: Any, **keywords: Any) -> Any:
         """Trainer's; without an epoch left where a run is resumed that has all its updates: Trainer would do one more."""
         return running.without_an_epoch_too_many(super().set_initial_training_values(*arguments, **keywords), self._resumed_at)
@@ -327,7 +284,7 @@ class RLRTrainer(TRLBaseTrainer):
         self.parts.weights.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self.parts.weights.load(Path(str(self.state.best_model_checkpoint)))
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -107,7 +107,6 @@ class Updater:
         model: nn.Module,
         batch: ScoredBatch,
         backward: Backward,
-        *,
         factor: float = 1.0,
         on_policy: bool = True,
         ends_update: bool = True,

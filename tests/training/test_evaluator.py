@@ -129,33 +129,38 @@ def test_sources():
         eval_source({})
 
 
-def fixed(prompts, count, file, eval_prompts=None, at_most=3):
+def fixed(prompts, count):
     evaluation = Evaluation()
-    return FixedPictures(evaluation.evaluator, prompts, eval_prompts, count, lambda: at_most, lambda: file), evaluation.run.policy
+    return FixedPictures(evaluation.evaluator, prompts, count, at_most=3), evaluation.run.policy
 
 
-def test_fixed_pictures_are_of_the_first_prompts(tmp_path):
+def test_fixed_pictures_are_of_the_first_prompts():
     dataset = DatasetPrompts([{"prompt": text} for text in TEXTS], 0, shuffle=False)
     dataset.take(2)
-    for pictures in (fixed(dataset, 3, tmp_path)[0], fixed(FunctionPrompts(lambda: ("z", {})), 3, tmp_path, dataset)[0]):
-        assert [row.prompt for row, _ in pictures.rows(False)] == TEXTS[:3]
-    pictures, policy = fixed(dataset, 7, tmp_path)  # more than there are prompts: several of each, with other noise
-    rows = pictures.rows(False)
+    assert [row.prompt for row, _ in fixed(dataset, 3)[0].rows()] == TEXTS[:3]
+    pictures, policy = fixed(dataset, 7)  # more than there are prompts: several of each, with other noise
+    rows = pictures.rows()
     assert [row.prompt for row, _ in rows] == ["a", "a", "aa", "aa", "aaa", "aaaa", "aaaaa"]
     assert [stream for _, stream in rows[:4]] == [(0,), (0, 1), (1,), (1, 1)]
-    first, again = pictures.take(policy, 0, False), pictures.take(policy, 0, False)
+    first, again = pictures.take(policy, 0), pictures.take(policy, 0)
     assert torch.equal(first.images, again.images) and torch.equal(first.rewards, again.rewards)
     assert dataset.taken == 2
 
 
-def test_the_prompts_of_a_function_are_kept_for_a_resumed_run(tmp_path):
+def test_the_prompts_of_a_function_are_kept_for_a_resumed_run():
     texts = iter(TEXTS)
     prompts = FunctionPrompts(lambda: (next(texts), {"n": 1}))
-    begun, _ = fixed(prompts, 4, tmp_path / "prompts.json")
-    assert [row.prompt for row, _ in begun.rows(False)] == ["a", "a", "aa", "aaa"]  # no more than a rollout takes
+    begun, _ = fixed(prompts, 4)
+    assert [row.prompt for row, _ in begun.rows()] == ["a", "a", "aa", "aaa"]  # no more than a rollout takes
     prompts.take(3)  # the function has gone on since
-    resumed, _ = fixed(prompts, 4, tmp_path / "prompts.json")
-    assert resumed.rows(True) == begun.rows(False)
+    resumed, _ = fixed(prompts, 4)
+    resumed.load_state_dict(begun.state_dict())
+    assert resumed.rows() == begun.rows()
+
+
+def test_prompts_that_a_checkpoint_cannot_hold_are_left_out_of_it():
+    pictures, _ = fixed(FunctionPrompts(lambda: ("a", object())), 4)
+    assert pictures.rows() and pictures.state_dict() == []
 
 
 class TwoProcesses:

@@ -302,6 +302,7 @@ def test_eta_zero_with_a_likelihood_ratio_plan():
         ({"estimator": "ppo"}, "estimator='ppo': unknown; choose one of rlr"),
         ({"ho_start": "grad_norm", "log_estimator_norms": False}, "ho_start='grad_norm' with log_estimator_norms=False"),
         ({"advantage": "best"}, "advantage='best': must be one of"),
+        ({"output_dir": ""}, "output_dir='': must be a folder; leave it out"),
         ({"recompute": "twice"}, "recompute='twice'"),
         ({"sample_num_steps": 0}, "sample_num_steps=0"),
         ({"prompt_scales": [3, 2]}, r"prompt_scales=\[3, 2\]: must be increasing"),

@@ -69,11 +69,6 @@ def test_lora_and_the_whole_network_are_not_asked_for_at_once(make_trainer):
         make_trainer(use_lora=False, peft_config=LoraConfig(r=2, target_modules=["to_q"]))
 
 
-def test_a_search_of_hyperparameters_says_what_there_is(make_trainer):
-    with pytest.raises(NotImplementedError, match="let the study's objective build a trainer of its own"):
-        make_trainer().hyperparameter_search(n_trials=2)
-
-
 # ---- options ----
 
 
@@ -202,7 +197,7 @@ def test_assignments_work_or_are_refused(make_trainer, seven):
     """They were kept in an attribute that nothing reads: a statistics tracker of one's own, or another reward, had no effect."""
     calls = []
     trainer = make_trainer(max_steps=1, image_samples_hook=lambda *data: calls.append("first"))
-    for name in (*names.MEMBERS, *names.GIVEN, *names.OF_PARTS, *names.READ_ONCE, "plan"):
+    for name in (*names.MEMBERS, *names.OF_PARTS, *names.READ_ONCE):
         with pytest.raises(AttributeError, match=rf"RLRTrainer\.{name} = \.\.\. would have no effect: use \w+"):
             setattr(trainer, name, None)
     trainer.image_samples_callback = lambda *data: calls.append("second")  # DDPOTrainer's name

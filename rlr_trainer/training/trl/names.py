@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from rlr_trainer.training.trl.configs import CONVERTED, SAME_MEANING
@@ -56,7 +56,6 @@ PIPELINE_REPLACED = {
 }
 
 # Arguments of the constructors of TRL's other trainers (and slips) -> this one's.
-NO_NEED = "not needed: the pipeline brings its tokenizer, and a reward its own processor"
 ARGUMENTS = {
     "args": "config",
     "model": "sd_pipeline",
@@ -68,9 +67,10 @@ ARGUMENTS = {
     "dataset": "train_dataset",
     "ref_model": "config.kl_coef, with the model as it was before training",
     "compute_metrics": "eval_reward_function (one, or a list of them)",
-    "processing_class": NO_NEED,
-    "tokenizer": NO_NEED,
-    "reward_processing_classes": NO_NEED,
+    **dict.fromkeys(
+        ("processing_class", "tokenizer", "reward_processing_classes"),
+        "not needed: the pipeline brings its tokenizer, and a reward its own processor",
+    ),
     "data_collator": "not needed: the rows of train_dataset reach the reward as they are",
 }
 # Options of transformers.TrainingArguments that would have to change what is computed, and cannot.
@@ -82,51 +82,30 @@ REFUSED_OPTIONS = {
 }
 # Those that say how a dataset is read or evaluated by Trainer, which this one does in its own way -> what says it here.
 UNUSED_OPTIONS = {
-    "per_device_eval_batch_size": "evaluation samples sample_batch_size pictures at a time",
-    "eval_accumulation_steps": "evaluation samples sample_batch_size pictures at a time",
-    "bf16_full_eval": "evaluation has the precision of the training, bf16",
-    "fp16_full_eval": "evaluation has the precision of the training, fp16",
-    "prediction_loss_only": "evaluate() gives the rewards",
-    "include_for_metrics": "evaluate() gives the rewards",
-    "batch_eval_metrics": "evaluate() gives the rewards",
+    **dict.fromkeys(
+        ("per_device_eval_batch_size", "eval_accumulation_steps"), "evaluation samples sample_batch_size pictures at a time"
+    ),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluation has the precision of the training, bf16 or fp16"),
+    **dict.fromkeys(("prediction_loss_only", "include_for_metrics", "batch_eval_metrics"), "evaluate() gives the rewards"),
     "data_seed": "seed gives the order of the prompts, too",
-    "group_by_length": "shuffle_prompts gives the order of the prompts",
-    "train_sampling_strategy": "shuffle_prompts gives the order of the prompts",
+    **dict.fromkeys(("group_by_length", "train_sampling_strategy"), "shuffle_prompts gives the order of the prompts"),
     "dataloader_drop_last": "passes over the prompts follow each other without a gap",
     "dataloader_num_workers": "prompts are read by the process itself",
 }
 
-
-def refuses(name: str, way_out: str) -> Any:
-    """A method of Trainer's that cannot work here: calling it raises NotImplementedError."""
-
-    def refused(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        raise NotImplementedError(f"{name}: {way_out}")
-
-    refused.__doc__ = f"Trainer's; {way_out}."
-    return refused
-
-
-# Members that are found among the trainer's `parts`.
-OF_PARTS = ("adapter", "policy", "schedule", "rewards", "eval_rewards", "prompts", "eval_prompts", "statistics", "use_lora")
-# DDPOTrainer's names of what was given to the constructor -> how it is changed.
-_ANOTHER_REWARD = "another trainer with that reward_function; a reward that changes keeps its own state"
-GIVEN = {
-    "sd_pipeline": "another trainer with that pipeline",
-    "prompt_fn": "another trainer with that prompt_function",
-    "reward_fn": _ANOTHER_REWARD,
-}
+# Members that are found among the trainer's `parts`, -> how they are changed; the last three are DDPOTrainer's names.
+OF_PARTS = dict.fromkeys(
+    ("adapter", "policy", "schedule", "rewards", "eval_rewards", "prompts", "eval_prompts", "statistics", "use_lora", "plan"),
+    "the argument or option of the constructor that makes it",
+) | dict.fromkeys(("sd_pipeline", "prompt_fn", "reward_fn"), "another trainer with it; a reward that changes keeps its own state")
 # Arguments of the constructor, and attributes of Trainer's, that are read once -> how they are changed.
-READ_ONCE = {
-    "prompt_function": "another trainer with that prompt_function",
-    "reward_function": _ANOTHER_REWARD,
-    "reward_funcs": _ANOTHER_REWARD,
-    "eval_reward_function": "another trainer with that eval_reward_function",
-    "train_dataset": "another trainer with that train_dataset",
-    "eval_dataset": "evaluate(eval_dataset), or another trainer with that eval_dataset",
-    "compute_metrics": "eval_reward_function (one, or a list of them)",
+READ_ONCE = dict.fromkeys(
+    ("prompt_function", "reward_function", "reward_funcs", "eval_reward_function", "train_dataset", "peft_config"),
+    "another trainer with it; a reward that changes keeps its own state",
+) | {
+    "eval_dataset": "evaluate(eval_dataset), or another trainer with it",
+    "compute_metrics": ARGUMENTS["compute_metrics"],
     "data_collator": "a dataset with other rows: they reach the reward as they are",
-    "peft_config": "another trainer with that peft_config",
 }
 SAME_AS = {"image_samples_callback": "image_samples_hook"}
 
@@ -137,23 +116,16 @@ def read(trainer: Any, name: str) -> Any:
     Raises:
         AttributeError: there is none; says what takes its place.
     """
-    parts, class_name = vars(trainer).get("parts"), type(trainer).__name__
+    parts, missing = vars(trainer).get("parts"), f"{type(trainer).__name__} has no {name!r}"
     if name in SAME_AS:
         return getattr(trainer, SAME_AS[name])
-    if parts is not None:
-        if name in OF_PARTS:
-            return getattr(parts, name)
-        if name == "plan":
-            return parts.plan_state.plan
-        if name in GIVEN:
-            return parts.given[name]
+    if parts is not None and name in OF_PARTS:
+        return getattr(parts, name)
     if name in MEMBERS:
-        raise AttributeError(f"{class_name} has no {name!r}: TRL's trainers had it; here it is {MEMBERS[name]}")
+        raise AttributeError(f"{missing}: TRL's trainers had it; here it is {MEMBERS[name]}")
     if parts is None:
-        raise AttributeError(
-            f"{class_name} has no {name!r} yet: RLRTrainer's constructor has not run; a subclass must call super().__init__(...) first"
-        )
-    raise AttributeError(f"{class_name} has no {name!r}")
+        missing += " yet: RLRTrainer's constructor has not run; a subclass must call super().__init__(...) first"
+    raise AttributeError(missing)
 
 
 def check_assignment(trainer: Any, name: str) -> str:
@@ -162,13 +134,9 @@ def check_assignment(trainer: Any, name: str) -> str:
     Raises:
         AttributeError: an assignment that would have no effect; names the way out.
     """
-    way_out = MEMBERS.get(name) or GIVEN.get(name)
-    if name in OF_PARTS or name == "plan":
-        way_out = "the argument or option of the constructor that makes it"
-    elif name in READ_ONCE and "callback_handler" in vars(
-        trainer
-    ):  # Trainer's own constructor assigns some of them, before that one
-        way_out = READ_ONCE[name]
+    way_out = (MEMBERS | OF_PARTS).get(name)
+    if "callback_handler" in vars(trainer):  # Trainer's own constructor assigns some of them, before that one
+        way_out = way_out or READ_ONCE.get(name)
     if way_out is not None:
         raise AttributeError(f"{type(trainer).__name__}.{name} = ... would have no effect: use {way_out}")
     return SAME_AS.get(name, name)
@@ -184,10 +152,10 @@ def explains_arguments(init: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(init)
     def checked(*args: P.args, **kwargs: P.kwargs) -> None:
-        unknown = [f"{name} -> {ARGUMENTS.get(name, 'unknown')}" for name in kwargs if name not in known]
+        unknown = {name: ARGUMENTS.get(name, "unknown") for name in kwargs if name not in known}
         if unknown:
             names = ", ".join(name for name in known if name != "self")
-            raise TypeError(f"RLRTrainer has other arguments: {'; '.join(unknown)}. Its own are {names}")
+            raise TypeError(f"RLRTrainer has other arguments: {_listed(unknown)}. Its own are {names}")
         init(*args, **kwargs)
 
     return checked
@@ -200,16 +168,14 @@ def explains_options(config_class: C) -> C:
         TypeError: when one is made with such a field; names the options.
     """
     init = vars(config_class)["__init__"]
-    renamed = {
-        name: option for name, option in (SAME_MEANING | CONVERTED).items() if name not in inspect.signature(init).parameters
-    }
+    known = inspect.signature(init).parameters
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        fields = [f"{name} -> {renamed[name]}" for name in kwargs if name in renamed]
-        if fields:
+        renamed = {name: way for name, way in (SAME_MEANING | CONVERTED).items() if name in kwargs.keys() - known.keys()}
+        if renamed:
             raise TypeError(
-                f"{config_class.__name__} has other options than TRL's DDPOConfig and AlignPropConfig: {'; '.join(fields)}. A whole config of "
+                f"{config_class.__name__} has other options than TRL's DDPOConfig and AlignPropConfig: {_listed(renamed)}. A whole config of "
                 "TRL's is converted by RLRConfig.from_trl(config)"
             )
         init(self, *args, **kwargs)
@@ -239,11 +205,9 @@ def check_overrides(trainer_class: type, base: type) -> None:
         TypeError: names the methods and what to use.
     """
     own = trainer_class.__mro__[: trainer_class.__mro__.index(base)]
-    dead = {name: way for name, way in (MEMBERS | NEVER_CALLED).items() if any(name in vars(cls) for cls in own)}
-    if dead:
+    if dead := _overridden(own, MEMBERS | NEVER_CALLED):
         raise TypeError(
-            f"{trainer_class.__name__} overrides {', '.join(dead)}, which {base.__name__} never calls; use instead: "
-            + "; ".join(f"{name} -> {way}" for name, way in dead.items())
+            f"{trainer_class.__name__} overrides {', '.join(dead)}, which {base.__name__} never calls; use instead: {_listed(dead)}"
         )
 
 
@@ -256,9 +220,16 @@ def check_pipeline(pipeline: Any) -> None:
     classes = type(pipeline).__mro__
     known = ("DefaultDDPOStableDiffusionPipeline", "DDPOStableDiffusionPipeline")
     first = next((number for number, cls in enumerate(classes) if cls.__name__ in known), 0)
-    dead = {name: way for name, way in PIPELINE_REPLACED.items() if any(name in vars(cls) for cls in classes[:first])}
-    if dead:
+    if dead := _overridden(classes[:first], PIPELINE_REPLACED):
         raise TypeError(
             f"sd_pipeline is a {type(pipeline).__name__}, which overrides {', '.join(dead)}: the trainer never calls them, it samples and "
-            "saves through a PipelineAdapter. Use instead: " + "; ".join(f"{name} -> {way}" for name, way in dead.items())
+            f"saves through a PipelineAdapter. Use instead: {_listed(dead)}"
         )
+
+
+def _overridden(classes: Iterable[type], table: Mapping[str, str]) -> dict[str, str]:
+    return {name: way for name, way in table.items() if any(name in vars(cls) for cls in classes)}
+
+
+def _listed(ways: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} -> {way}" for name, way in ways.items())
