@@ -33,6 +33,7 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
+from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.training.checks import (
     check_batches,
     check_best_metric,
@@ -92,7 +93,7 @@ class Parts:
         self.given = {"sd_pipeline": pipeline, "prompt_fn": prompt_function, "reward_fn": reward_function}
         self.adapter = adapt(pipeline)
         self.layout = self.adapter.layout(config.height, config.width)
-        self.schedule = self.adapter.schedule(self.layout, config.sample_num_steps, config.sample_eta)
+        self.schedule = self.adapter.schedule(self.layout, SamplerOptions(config.sample_num_steps, config.sample_eta))
         config.plan.check_noise(self.schedule.stds)
         self.config = configs.use_summed_density(config, math.prod(self.layout.shape))
         self.use_lora = config.use_lora and getattr(sd_pipeline, "use_lora", True)
