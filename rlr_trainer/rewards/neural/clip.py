@@ -31,8 +31,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def image_embeddings(model: Any, pixels: Tensor) -> Tensor:
-    """Unit embeddings [B, D], at least float32, of pixels [B, 3, h, w], by a transformers `CLIPModel`."""
+def _image_embeddings(model: Any, pixels: Tensor) -> Tensor:
     return _unit(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
 
 
@@ -44,8 +43,7 @@ class CosineReward(NeuralReward):
     """A function of the cosine between a picture's and its prompt's embedding; the text tower runs once a distinct prompt.
 
     Args:
-        model: a transformers `CLIPModel`.
-        tokenizer: its tokenizer.
+        model, tokenizer: a transformers `CLIPModel` and its tokenizer.
         preprocess, name, options: as `NeuralReward`.
     """
 
@@ -64,7 +62,7 @@ class CosineReward(NeuralReward):
 
     def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
         assert conditions is not None
-        return self.from_cosine((image_embeddings(self.model, pixels) * conditions).sum(-1))
+        return self.from_cosine((_image_embeddings(self.model, pixels) * conditions).sum(-1))
 
     def from_cosine(self, cosine: Tensor) -> Tensor:
         """The reward [B] of cosines [B]."""
@@ -92,7 +90,7 @@ class _TransformersCosine(CosineReward):
             source: folder or hub id of the weights; None: the published ones.
             processor: folder or hub id of tokenizer and image processor; None: `source`, if it is a folder that has them, else
                 those that the published weights were trained with.
-            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
+            options: as `NeuralReward`.
 
         Raises:
             WeightsError: something is missing or damaged.
@@ -101,8 +99,7 @@ class _TransformersCosine(CosineReward):
 
         source, default = source or cls.HUB_ID, cls.PARTS or str(source or cls.HUB_ID)
         model = weights.load_model(CLIPModel, source, cls.NAME)
-        words = weights.companion(source, processor, default, TOKENIZER_FILES)
-        pixels = weights.companion(source, processor, default, PROCESSOR_FILES)
+        words, pixels = (weights.companion(source, processor, default, files) for files in (TOKENIZER_FILES, PROCESSOR_FILES))
         tokenizer = weights.load_tokenizer(AutoTokenizer, words, cls.NAME, model.config.text_config.vocab_size)
         preprocess = weights.load_pretrained(ImagePreprocessor, pixels, cls.NAME)
         return cls(model, tokenizer, preprocess, name=cls.NAME, **options)
@@ -157,7 +154,7 @@ class HPSv2(CosineReward):
             source: folder or hub id that has the version's file, or the file itself.
             version: "v2.0" or "v2.1".
             tokenizer: folder or hub id; None: the weights' folder, if it has one, else laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
-            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
+            options: as `NeuralReward`.
 
         Raises:
             ValueError: another version.
@@ -192,8 +189,7 @@ class AestheticScore(NeuralReward):
     Differentiable.
 
     Args:
-        clip: a transformers `CLIPModel` (its text tower is not kept).
-        head: the head on its embedding.
+        clip, head: a transformers `CLIPModel` (its text tower is not kept), and the head on its embedding.
         preprocess, name, options: as `NeuralReward`.
     """
 
@@ -207,7 +203,7 @@ class AestheticScore(NeuralReward):
         super().__init__(_AestheticModel(clip, head), preprocess, name=name, **options)
 
     def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
-        return self.model.head(image_embeddings(self.model, pixels))
+        return self.model.head(_image_embeddings(self.model, pixels))
 
     @classmethod
     def from_pretrained(
@@ -219,7 +215,7 @@ class AestheticScore(NeuralReward):
             source: folder or hub id of the head, or its file.
             clip: folder or hub id of the CLIP model; None: the folder `clip` beside the head or the head's own folder, if one of
                 them has a config.json, else openai/clip-vit-large-patch14.
-            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
+            options: as `NeuralReward`.
 
         Raises:
             WeightsError: something is missing or damaged, or the head is for embeddings of another size.
