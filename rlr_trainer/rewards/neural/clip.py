@@ -1,13 +1,6 @@
 """Rewards on CLIP embeddings: CLIP score, PickScore and HPSv2, which are a cosine, and LAION's aesthetic score, a linear head.
 
-With unit image and text embeddings u and v of a picture and its prompt:
-
-| reward         | formula              | reference                                                                              |
-|----------------|----------------------|----------------------------------------------------------------------------------------|
-| CLIPScore      | max(100 u.v, 0)      | arXiv:2104.08718, equation 1, with w = 100 as torchmetrics has it (the paper: w = 2.5) |
-| PickScore      | exp(logit_scale) u.v | arXiv:2305.01569; github.com/yuvalkirstain/PickScore, README                           |
-| HPSv2          | u.v                  | arXiv:2306.09341; github.com/tgxs002/HPSv2, hpsv2/img_score.py                         |
-| AestheticScore | w.u + b              | github.com/christophschuhmann/improved-aesthetic-predictor                             |
+cos is the product of the unit embeddings of a picture and its prompt.
 """
 
 from __future__ import annotations
@@ -106,8 +99,10 @@ class _TransformersCosine(CosineReward):
 
 
 class CLIPScore(_TransformersCosine):
-    """CLIP score: max(100 cos, 0), in [0, 100]; about 15 to 35 for pictures and prompts that belong together. Differentiable where
-    the cosine is positive."""
+    """CLIP score: max(100 cos, 0), about 15 to 35 for pictures and prompts that belong together. Differentiable where cos > 0.
+
+    arXiv:2104.08718, equation 1, with w = 100 as torchmetrics has it (the paper: w = 2.5).
+    """
 
     NAME = "clip_score"
     HUB_ID = CLIP_L14
@@ -118,7 +113,7 @@ class CLIPScore(_TransformersCosine):
 
 
 class PickScore(_TransformersCosine):
-    """PickScore: exp(logit_scale) cos, about 15 to 25 with the published weights (logit scale 100). Differentiable."""
+    """PickScore (arXiv:2305.01569): exp(logit_scale) cos, about 15 to 25 with the published weights. Differentiable."""
 
     NAME = "pickscore"
     HUB_ID = "yuvalkirstain/PickScore_v1"
@@ -129,7 +124,7 @@ class PickScore(_TransformersCosine):
 
 
 class HPSv2(CosineReward):
-    """Human Preference Score v2: the cosine itself, about 0.2 to 0.35. Differentiable.
+    """Human Preference Score v2 (arXiv:2306.09341): the cosine itself, about 0.2 to 0.35. Differentiable.
 
     The published tables give 100 times this; to train on that scale, set `reward_weights`. Scores of v2.0 and v2.1 are not comparable.
     """
@@ -177,16 +172,10 @@ class HPSv2(CosineReward):
         return cls(model, words, preprocess, name=name, **options)
 
 
-class _AestheticModel(nn.Module):
-    def __init__(self, clip: Any, head: ScoreHead) -> None:
-        super().__init__()
-        self.vision_model, self.visual_projection = clip.vision_model, clip.visual_projection
-        self.head = head
-
-
 class AestheticScore(NeuralReward):
-    """Aesthetic score: the head on the unit image embedding; trained on ratings from 1 to 10, mostly 4 to 7. Prompts are not read.
-    Differentiable.
+    """Aesthetic score: the head on the unit image embedding, trained on ratings from 1 to 10, mostly 4 to 7. Differentiable.
+
+    github.com/christophschuhmann/improved-aesthetic-predictor; prompts are not read.
 
     Args:
         clip, head: a transformers `CLIPModel` (its text tower is not kept), and the head on its embedding.
@@ -200,7 +189,8 @@ class AestheticScore(NeuralReward):
     def __init__(
         self, clip: Any, head: ScoreHead, preprocess: Callable[[Tensor], Tensor], *, name: str = "aesthetic", **options: Any
     ) -> None:
-        super().__init__(_AestheticModel(clip, head), preprocess, name=name, **options)
+        parts = {"vision_model": clip.vision_model, "visual_projection": clip.visual_projection, "head": head}
+        super().__init__(nn.ModuleDict(parts), preprocess, name=name, **options)
 
     def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
         return self.model.head(_image_embeddings(self.model, pixels))
