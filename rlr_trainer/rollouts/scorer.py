@@ -161,8 +161,10 @@ class RolloutScoring:
             if self.failure is not None:
                 return
             if self.with_gradient:
-                how = {"separately": self.separately, "on_error": self.on_error}
-                self._differentiated.append(self.scorer.score_with_gradient(latents, prompts, metadata, where, **how))
+                scored = self.scorer.score_with_gradient(
+                    latents, prompts, metadata, where, separately=self.separately, on_error=self.on_error
+                )
+                self._differentiated.append(scored)
                 return
             with torch.no_grad():
                 self._images.append(self.scorer.decode(latents))
