@@ -24,6 +24,7 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
+from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.training.updater import UpdateOptions, Updater
 
 SHAPE = (3, 2, 2)
@@ -65,7 +66,7 @@ class TinyAdapter(PipelineAdapter):
     def decoder(self) -> nn.Module:
         return nn.Identity()
 
-    def layout(self, height: int | None, width: int | None) -> Layout:
+    def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
         return Layout(SHAPE, 2, 2)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -163,7 +164,7 @@ def tiny_run(
     adapter = TinyAdapter()
     layout = adapter.layout(None, None)
     own = processes()
-    schedule = adapter.schedule(layout, plan.num_steps, eta)
+    schedule = adapter.schedule(layout, SamplerOptions(plan.num_steps, eta))
     sampler = Sampler(adapter, Policy(adapter.network), schedule, layout, guidance, torch.device("cpu"), "", first_steps)
     scorer = Scorer(adapter, layout, Rewards(reward, group_size=group_size, **(rewards or {})))
     state = PlanState(plan)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
-from rlr_trainer.schedules import DDIMSchedule, Schedule
+from rlr_trainer.schedules import DDIMSchedule, SamplerOptions, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Layout:
     Attributes:
         shape: of one latent, as the network takes it (packed where the family packs).
         height, width: of the picture, in pixels.
+        num_frames: of a video; None for pictures.
     """
 
     shape: tuple[int, ...]
     height: int
     width: int
+    num_frames: int | None = None
 
 
 class PipelineAdapter(abc.ABC):
@@ -62,16 +64,16 @@ class PipelineAdapter(abc.ABC):
         """The network that makes pictures of latents."""
 
     @abc.abstractmethod
-    def layout(self, height: int | None, width: int | None) -> Layout:
+    def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
         """The layout of samples of this size in pixels (None: the model's own).
 
         Raises:
-            ValueError: a size that does not fit; names the rule.
+            ValueError: a size that does not fit, or frames of a model that makes pictures; names the rule.
         """
 
-    def schedule(self, layout: Layout, num_steps: int, eta: float) -> Schedule:
-        """The steps of the sampler on samples of this layout; `eta` is the noise level, in the sampler's own unit."""
-        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, num_steps, eta)
+    def schedule(self, layout: Layout, sampler: SamplerOptions) -> Schedule:
+        """The steps of the sampler on samples of this layout."""
+        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, sampler.num_steps, sampler.eta)
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Rows:

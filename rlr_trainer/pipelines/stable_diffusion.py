@@ -46,8 +46,10 @@ class StableDiffusionAdapter(PipelineAdapter):
     def decoder(self) -> nn.Module:
         return self.pipeline.vae
 
-    def layout(self, height: int | None, width: int | None) -> Layout:
-        """Latents [C, H / f, W / f], f the VAE's scale factor; ValueError for a size that is not a multiple of f."""
+    def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
+        """Latents [C, H / f, W / f], f the VAE's scale factor; ValueError for a size that is not a multiple of f, and for frames."""
+        if num_frames is not None:
+            raise ValueError(f"num_frames={num_frames}: {type(self.pipeline).__name__} makes pictures, not videos; leave it unset")
         factor, size = self.pipeline.vae_scale_factor, self.pipeline.unet.config.sample_size
         own = (size, size) if isinstance(size, int) else tuple(size)
         edges = []

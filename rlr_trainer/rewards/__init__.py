@@ -33,27 +33,10 @@ _ON_FIRST_USE = {
 }
 
 __all__ = [
-    "AestheticScore",
-    "CLIPScore",
-    "ClassifierScore",
-    "HPSv2",
-    "ImageReward",
-    "NeuralReward",
-    "PickScore",
-    "QuestionReward",
-    "RemoteReward",
-    "RemoteRewardError",
-    "RewardError",
-    "RewardFunction",
-    "RewardResult",
-    "RewardServer",
-    "RewardTimeoutError",
-    "Rewards",
-    "WeightsError",
-    "groupwise",
-    "jpeg_compressibility",
-    "jpeg_incompressibility",
-]
+    "AestheticScore", "CLIPScore", "ClassifierScore", "HPSv2", "ImageReward", "NeuralReward", "PickScore", "QuestionReward",
+    "RemoteReward", "RemoteRewardError", "RewardError", "RewardFunction", "RewardResult", "RewardServer", "RewardTimeoutError", "Rewards",
+    "WeightsError", "groupwise", "jpeg_compressibility", "jpeg_incompressibility",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -27,13 +27,10 @@ class RewardTimeoutError(RewardError):
 
 
 def groupwise(function: Any) -> Any:
-    """Marks a reward that compares the pictures of one prompt: ranking, pairwise preference, diversity.
+    """Marks a reward that compares the pictures of one prompt (ranking, preference, diversity), and returns it.
 
     It is called with all `num_images_per_prompt` pictures of one prompt at once, `(images [G, 3, H, W], prompts, metadata)`, however
     the samples were divided into batches, and returns G numbers. A class does the same with the attribute `needs_group = True`.
-
-    Returns:
-        The function itself.
 
     Raises:
         TypeError: a callable that takes no attribute, such as a bound method: wrap it in a function.
@@ -64,9 +61,6 @@ def invoke(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], 
             return tuple(part.result() if isinstance(part, Future) else part for part in returned)
         return returned
 
-    async def settle(awaitable: Any) -> Any:
-        return await awaitable
-
     if timeout is None:
         returned = call()
     else:
@@ -76,7 +70,11 @@ def invoke(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], 
         returned = _within(name, future, timeout)
     if not inspect.isawaitable(returned):
         return returned
-    future = asyncio.run_coroutine_threadsafe(settle(returned), _event_loop())
+
+    async def settle() -> Any:
+        return await returned
+
+    future = asyncio.run_coroutine_threadsafe(settle(), _event_loop())
     try:
         return _within(name, future, timeout)
     finally:
@@ -147,20 +145,13 @@ class Workers:
         while (item := self._queue.get()) is not None:
             future, work = item
             if future.set_running_or_notify_cancel():
-                with _RaisedInto(future):
+                with contextlib.ExitStack() as stack:
+                    stack.push(partial(_hand_on, future))
                     future.set_result(work())
 
 
-class _RaisedInto:
-    """A context that hands whatever is raised inside, of any class, to the one who waits for the future; else he would wait for ever."""
-
-    def __init__(self, future: Future[Any]) -> None:
-        self.future = future
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> bool:
-        if error is not None:
-            self.future.set_exception(error)
-        return True
+def _hand_on(future: Future[Any], kind: Any, error: BaseException | None, traceback: Any) -> bool:
+    """Whatever is raised, of any class, goes to the one who waits for the future; else he would wait for ever."""
+    if error is not None:
+        future.set_exception(error)
+    return True

@@ -5,9 +5,6 @@ A reward is a function `(images, prompts, metadata) -> rewards` or `-> (rewards,
 - images: float tensor [B, 3, H, W] in [0, 1]; has a graph exactly when the plan needs a differentiable reward;
 - prompts: tuple of B strings; metadata: tuple of B dicts (whatever the prompt function or the dataset row brought);
 - rewards: [B] or [B, 1] tensor, array or list of numbers; None or NaN marks a sample that the reward does not apply to.
-
-It may be an `async def`, and it may be marked `groupwise` to see all pictures of one prompt at once. B is that of the sampling batch,
-or `reward_batch_size`, or the group's.
 """
 
 from __future__ import annotations
@@ -90,9 +87,7 @@ class Rewards:
         self.names = _unique_names(self.functions)
         self.group_size, self.batch_size, self.timeout = group_size, batch_size, timeout
         self.on_error, self.asynchronous, self.workers = on_error, asynchronous, workers
-        self.queries = 0
-        self.failures = 0
-        self.last_failure = ""
+        self.queries, self.failures, self.last_failure = 0, 0, ""
 
     @property
     def needs_groups(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -105,26 +105,17 @@ def check_values(name: str, values: Any, count: int, device: torch.device) -> Te
 def merge_notes(notes: Sequence[Any], counts: Sequence[int]) -> Any:
     """Notes of several calls, of `counts` samples, as of one call where that can be told; otherwise a list with those of each.
 
-    Lists, tuples, arrays and tensors with one entry per sample are joined; dicts with the same keys are merged key by key.
+    Lists, tuples, arrays and tensors with one entry per sample become one list or tensor; dicts with the same keys are merged by key.
     """
     first = notes[0]
     if len(notes) == 1:
         return first
     if all(isinstance(note, dict) and note.keys() == first.keys() for note in notes):
         return {key: merge_notes([note[key] for note in notes], counts) for key in first}
-    for kind, join in _JOINS.items():
-        if all(isinstance(note, kind) and getattr(note, "ndim", 1) for note in notes) and list(map(len, notes)) == list(counts):
-            return join(notes)
-    return list(notes)
-
-
-# How notes with one entry per sample are joined.
-_JOINS: dict[type, Callable[..., Any]] = {
-    Tensor: torch.cat,
-    np.ndarray: np.concatenate,
-    list: lambda notes: list(chain(*notes)),
-    tuple: lambda notes: tuple(chain(*notes)),
-}
+    rows = all(isinstance(note, list | tuple | np.ndarray | Tensor) and getattr(note, "ndim", 1) for note in notes)
+    if not rows or list(map(len, notes)) != list(counts):
+        return list(notes)
+    return torch.cat(list(notes)) if all(isinstance(note, Tensor) for note in notes) else list(chain(*notes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +123,8 @@ class RewardResult:
     """Rewards of one batch.
 
     Attributes:
-        total: [B] float32, the weighted sum; NaN where no reward applies or one failed; with a graph when one was asked for.
-        values: [K, B], the rewards before weights, with a graph when one was asked for; NaN where one does not apply.
+        total: [B] float32, the weighted sum; NaN where no reward applies or one failed; with a graph if one was asked for.
+        values: [K, B], the rewards before weights, likewise.
         notes: reward name -> what the function returned beside the rewards; K of them.
         errors: calls that failed (on_error="skip").
     """

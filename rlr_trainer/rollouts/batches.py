@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -46,9 +46,10 @@ class SampledBatch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def to(self, device: torch.device | str) -> SampledBatch:
+    def to(self, device: torch.device | str) -> Self:
         """The same samples with everything large on another device."""
-        return dataclasses.replace(self, rollout=self.rollout.to(device), conditioning=self.conditioning.to(device))
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _SMALL}
+        return dataclasses.replace(self, **{name: value.to(device) for name, value in moved.items() if hasattr(value, "to")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +70,6 @@ class ScoredBatch(SampledBatch):
     reward_gradient: Tensor | None = None
     zeroth_advantage: Tensor | None = None
     divergence_to_go: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> ScoredBatch:
-        """The same samples with everything large on another device."""
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _SMALL}
-        return dataclasses.replace(self, **{name: value.to(device) for name, value in moved.items() if hasattr(value, "to")})
 
     def select(self, rows: Tensor) -> ScoredBatch:
         """Some of the samples."""

@@ -151,7 +151,8 @@ class Collector:
         self.processes.raise_everywhere(failure, where)
 
     def _scoring(self, on_error: str | None = None) -> RolloutScoring:
-        return self.scorer.of_rollout(
+        return RolloutScoring(
+            self.scorer,
             with_gradient=self.plan.needs_differentiable_reward,
             separately=self.advantages.separately,
             defer=self.processes.count > 1,

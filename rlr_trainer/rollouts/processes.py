@@ -21,7 +21,10 @@ class Processes:
     """The processes of a run. Its methods are collective: all processes must call them.
 
     Args:
-        accelerator: accelerate's; of it `num_processes`, `process_index`, `device` and `gather` are used.
+        accelerator: accelerate's.
+
+    Attributes:
+        count, index, device: number of processes; number and device of this one.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -29,17 +32,14 @@ class Processes:
 
     @property
     def count(self) -> int:
-        """Number of processes."""
         return self.accelerator.num_processes
 
     @property
     def index(self) -> int:
-        """Number of this one."""
         return self.accelerator.process_index
 
     @property
     def device(self) -> torch.device:
-        """Of this process."""
         return self.accelerator.device
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ class Processes:
         if self.count > 1:
             failed = torch.nonzero(self.gather(torch.tensor([failure is not None], dtype=torch.int32))).flatten().tolist()
             if failed and failure is None:
-                named = f"process {failed[0]}" if len(failed) == 1 else f"processes {', '.join(map(str, failed))}"
+                named = f"process {' and '.join(map(str, failed))}"
                 raise RewardError(
-                    f"scoring failed on {named} in {where}, so this process stops as well; the error is in the log of {named}"
+                    f"scoring failed on {named} in {where}, so this one stops as well; the error is in the log of {named}"
                 )
         if failure is not None:
             raise failure

@@ -111,10 +111,7 @@ class FunctionPrompts:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._ahead = [
-            PromptRow(prompt, metadata, negative, None if scales is None else tuple(scales))
-            for prompt, metadata, negative, scales in state.get("ahead", ())
-        ]
+        self._ahead = [PromptRow(*row) for row in state.get("ahead", ())]
         owner = self._stateful()
         if owner is not None and "function" in state:
             owner.load_state_dict(state["function"])
@@ -124,10 +121,8 @@ class FunctionPrompts:
 
     def _stateful(self) -> Any:
         """The function, or the object whose method it is, if that has both methods of a state."""
-        for owner in (self.function, getattr(self.function, "__self__", None)):
-            if callable(getattr(owner, "state_dict", None)) and callable(getattr(owner, "load_state_dict", None)):
-                return owner
-        return None
+        owners = (self.function, getattr(self.function, "__self__", None))
+        return next((owner for owner in owners if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")), None)
 
 
 def _function_row(returned: Any) -> PromptRow:
@@ -198,11 +193,8 @@ class DatasetPrompts:
 
     def peek(self, count: int) -> list[PromptRow]:
         """The next `count` prompts, which `take` will return again."""
-        rows, count_of_all = [], len(self.dataset)
-        for position in range(self.taken, self.taken + count):
-            epoch, offset = divmod(position, count_of_all)
-            rows.append(self._row(_order(self.seed, epoch, count_of_all)[offset] if self.shuffle else offset))
-        return rows
+        places = [divmod(position, len(self)) for position in range(self.taken, self.taken + count)]
+        return [self._row(_order(self.seed, epoch, len(self))[offset] if self.shuffle else offset) for epoch, offset in places]
 
     @contextlib.contextmanager
     def borrowed(self) -> Iterator[DatasetPrompts]:
@@ -239,11 +231,7 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def _dataset_row(row: Any, where: str) -> PromptRow:
-    """A row of a dataset as a prompt.
-
-    Raises:
-        TypeError, ValueError: no dict, no prompt, or a column with a meaning that holds something else; starts with `where`.
-    """
+    """A row of a dataset as a prompt; TypeError or ValueError, which begins with `where`, for anything else."""
     if not isinstance(row, Mapping):
         raise TypeError(
             f"{where} is a {type(row).__name__}: all rows must be dicts with a {PROMPT_COLUMN!r}, or all strings in a list"
@@ -296,7 +284,7 @@ def open_dataset(
     import datasets
 
     try:
-        dataset: Any = _text_prompts(path) if is_text and path.is_file() else _load(str(source) if is_hub_id else path, split, name)
+        dataset: Any = _load(str(source) if is_hub_id else path, split, name)
     except (OSError, ValueError, KeyError, StopIteration, Warning, datasets.exceptions.DatasetsError) as error:
         cause = " ".join(str(error.__cause__ or error).split())[:300] or f"no rows ({type(error).__name__})"
         way_out = "; put texts that contain a comma in double quotes" if path.suffix == ".csv" else ""
@@ -309,13 +297,6 @@ def open_dataset(
         raise ValueError(f"{called}: has no column {column!r}, but {', '.join(dataset.column_names)}")
     others = [other for other in dataset.column_names if other != PROMPT_COLUMN]
     return dataset.select_columns(others).rename_column(column, PROMPT_COLUMN)
-
-
-def _text_prompts(path: Path) -> list[dict[str, str]]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]  # other separators may be in a prompt
-    if not any(lines):
-        raise ValueError("the file has no line with a prompt")
-    return [{PROMPT_COLUMN: line} for line in lines if line]
 
 
 def _load(source: Path | str, split: str, name: str | None) -> Any:
@@ -333,6 +314,11 @@ def _load(source: Path | str, split: str, name: str | None) -> Any:
                 f"has no split={split!r} of a configuration name={name!r}, but the splits {', '.join(splits)} without one"
             )
         return splits[split]
+    if source.suffix == ".txt":
+        lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").split("\n")]  # other separators may be in a prompt
+        if not any(lines):
+            raise ValueError("the file has no line with a prompt")
+        return [{PROMPT_COLUMN: line} for line in lines if line]
     if source.suffix != ".csv":
         return datasets.load_dataset(FILE_LOADERS[source.suffix], data_files=str(source), split="train")
     with warnings.catch_warnings():

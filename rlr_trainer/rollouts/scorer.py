@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,9 +79,7 @@ class Scorer:
         """Pictures, rewards and dR/dx_0, in pieces of `reward_batch_size` samples, each decoded, scored and differentiated before the next.
 
         Args:
-            latents: [B, ...].
-            prompts, metadata: B of each.
-            where: for messages.
+            latents, prompts, metadata, where: B samples, and what they are, for messages.
             separately: keep the gradient of every reward apart.
             on_error: in place of the rewards' own.
 
@@ -123,10 +122,6 @@ class Scorer:
             found.append(gradient)
         return torch.stack(found, 1) if separately else found[0]
 
-    def of_rollout(self, **how: Any) -> RolloutScoring:
-        """Scoring of batches while later ones are sampled; see `RolloutScoring`."""
-        return RolloutScoring(self, **how)
-
 
 class RolloutScoring:
     """Scores batches as they are sampled: `add` each, then `finish`. A context: leaving it drops calls not yet begun.
@@ -134,11 +129,9 @@ class RolloutScoring:
     Black-box calls may still be running after `add` (`async_rewards`). Gradients are taken inside `add`.
 
     Args:
-        scorer: what scores.
-        with_gradient: whether gradients are needed.
-        separately: keep the gradient of every reward apart.
+        scorer, with_gradient: what scores, and whether gradients are needed.
+        separately, on_error: as `Scorer.score_with_gradient`.
         defer: keep a failure for `failure` instead of raising it, so that this process goes on to meet the others.
-        on_error: in place of the rewards' own.
 
     Attributes:
         seconds: spent here, waiting for rewards included.
@@ -164,41 +157,37 @@ class RolloutScoring:
 
     def add(self, latents: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], where: str) -> None:
         """Decodes final latents [B, ...] and begins to score them."""
-        if self.failure is not None:
-            return
-        started = time.perf_counter()
-        try:
+        with self._at_work():
+            if self.failure is not None:
+                return
             if self.with_gradient:
                 scored = self.scorer.score_with_gradient(
                     latents, prompts, metadata, where, separately=self.separately, on_error=self.on_error
                 )
                 self._differentiated.append(scored)
-            else:
-                with torch.no_grad():
-                    self._images.append(self.scorer.decode(latents))
-                self._calls.add(self._images[-1], prompts, metadata, where=where)
-        except Exception as error:
-            self._fail(error)
-        self.seconds += time.perf_counter() - started
+                return
+            with torch.no_grad():
+                self._images.append(self.scorer.decode(latents))
+            self._calls.add(self._images[-1], prompts, metadata, where=where)
 
     def finish(self) -> list[Scored]:
         """Waits for the rewards; one entry per batch, in their order. Nothing after a deferred failure."""
-        started = time.perf_counter()
-        results: list[RewardResult] = []
-        if self.failure is None and self._images:
-            try:
-                results = self._calls.finish()
-            except Exception as error:
-                self._fail(error)
-        self.seconds += time.perf_counter() - started
-        if self.failure is not None:
-            return []
-        return self._differentiated or [Scored(i, r) for i, r in zip(self._images, results, strict=True)]
+        with self._at_work():
+            if self.failure is None and self._images:
+                return [Scored(*pair) for pair in zip(self._images, self._calls.finish(), strict=True)]
+        return [] if self.failure is not None else self._differentiated
 
-    def _fail(self, error: Exception) -> None:
-        if not self.defer:
-            raise error
-        self.failure = error
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            if not self.defer:
+                raise
+            self.failure = error
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 def check_rollout(values: Tensor, rewards: Rewards, errors: int, where: str) -> None:

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerOptions:
+    """How a chain is sampled.
+
+    Attributes:
+        num_steps: T.
+        eta: noise level, in the sampler's own unit.
+    """
+
+    num_steps: int
+    eta: float
 
 
 @runtime_checkable

@@ -34,6 +34,7 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
+from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.training.checks import check_batches, check_best_metric, check_launch, check_optimizer, check_rewards
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
@@ -84,7 +85,7 @@ class Parts:
         self.sd_pipeline, self.prompt_fn, self.reward_fn = pipeline, prompt_function, reward_function  # DDPOTrainer's names
         self.adapter = adapt(pipeline)
         self.layout = self.adapter.layout(config.height, config.width)
-        self.schedule = self.adapter.schedule(self.layout, config.sample_num_steps, config.sample_eta)
+        self.schedule = self.adapter.schedule(self.layout, SamplerOptions(config.sample_num_steps, config.sample_eta))
         config.plan.check_noise(self.schedule.stds)
         self.config = configs.use_summed_density(config, math.prod(self.layout.shape))
         self.use_lora = config.use_lora and getattr(sd_pipeline, "use_lora", True)

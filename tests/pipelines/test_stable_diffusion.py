@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 from rlr_trainer import digits
 from rlr_trainer.estimators.chain import sample_chain
 from rlr_trainer.pipelines import Layout, PipelineChain, Policy, PromptCache, adapt, load_pipeline
+from rlr_trainer.schedules import SamplerOptions
 
 PROMPTS = [digits.class_prompt(3), digits.class_prompt(8)]
 
@@ -18,7 +19,7 @@ def make_chain(pipeline, prompts=PROMPTS, negatives=("", ""), guidance=1.0, step
     policy = Policy(adapter.denoiser)
     layout = adapter.layout(None, None)
     conditioning = adapter.encode(prompts, list(negatives), guidance, layout, PromptCache())
-    schedule, live = adapter.schedule(layout, steps, eta), policy.trainable_parameters()
+    schedule, live = adapter.schedule(layout, SamplerOptions(steps, eta)), policy.trainable_parameters()
     return adapter, PipelineChain(adapter, policy, policy, schedule, conditioning, layout, torch.device("cpu"), live)
 
 
@@ -59,6 +60,12 @@ def test_any_height_and_width(pipeline):
     assert adapter.layout(48, 64) == Layout((4, 12, 16), 48, 64)
     with pytest.raises(ValueError, match="height=33: must be a positive multiple of 4"):
         adapter.layout(33, None)
+
+
+def test_frames_are_refused(pipeline):
+    rule = "num_frames=8: StableDiffusionPipeline makes pictures, not videos; leave it unset"
+    with pytest.raises(ValueError, match=rule):
+        adapt(pipeline).layout(None, None, num_frames=8)
 
 
 def test_no_guidance_means_no_negative_branch(pipeline):

@@ -68,8 +68,8 @@ def test_notes_of_several_calls():
     assert merge_notes(["only"], [3]) == "only"
     assert merge_notes([{}, {}], [2, 1]) == {}
     assert merge_notes([[1, 2], [3]], [2, 1]) == [1, 2, 3]
-    assert merge_notes([(1, 2), (3,)], [2, 1]) == (1, 2, 3)
-    assert merge_notes([np.array([1, 2]), np.array([3])], [2, 1]).tolist() == [1, 2, 3]
+    assert merge_notes([(1, 2), np.array([3])], [2, 1]) == [1, 2, 3]
+    assert merge_notes([torch.tensor([1, 2]), torch.tensor([3])], [2, 1]).tolist() == [1, 2, 3]
     assert merge_notes([{"a": [1, 2]}, {"a": [3]}], [2, 1]) == {"a": [1, 2, 3]}
     assert merge_notes([[1], [3]], [2, 1]) == [[1], [3]]  # not one entry per sample
     assert merge_notes([{"a": 1}, {"b": 1}], [2, 1]) == [{"a": 1}, {"b": 1}]

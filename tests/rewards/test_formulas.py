@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rlr_trainer.rewards import AestheticScore, ClassifierScore, CLIPScore, HPSv2, ImageReward, PickScore
-from rlr_trainer.rewards.neural.image_reward import BERT_BASE, BLIP_NAMES, SCORE_MEAN, SCORE_STD, VIT_L_16, build_model
+from rlr_trainer.rewards.neural.image_reward import BERT_BASE, BLIP_NAMES, SCORE_MEAN, SCORE_STD, VIT_L_16, ImageRewardModel
 from rlr_trainer.rewards.neural.open_clip import VIT_H_14, convert_open_clip
 from rlr_trainer.rewards.neural.preprocessing import CLIP_MEAN, CLIP_STD, ImagePreprocessor
 from rlr_trainer.rewards.neural.weights import rename
@@ -273,7 +273,7 @@ def test_image_rewards_real_sizes_are_those_of_transformers():
     shapes = tiny_rewards.image_reward_shapes(med, width=1024, layers=24, patch=16, grid=14)
     with torch.device("meta"):
         state = rename({name: torch.empty(shape) for name, shape in shapes.items()}, BLIP_NAMES)
-        model = build_model(VIT_L_16, BERT_BASE)
+        model = ImageRewardModel(VIT_L_16, BERT_BASE)
     own = {key: tensor.shape for key, tensor in model.state_dict().items()}
     assert {key: tensor.shape for key, tensor in state.items() if not key.startswith(("vision_proj", "text_proj"))} == own
     for config in (VIT_L_16, BERT_BASE):

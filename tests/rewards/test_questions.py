@@ -165,23 +165,7 @@ def test_answers_that_cannot_be_read_are_dropped_and_counted(endpoint, caplog):
     result = Rewards(QuestionReward(endpoint.url, "tiny"))(IMAGES, PROMPTS, ROWS, differentiable=False)
     assert result.total.isnan().tolist() == [False, False, True, False, False]
     assert result.metadata["answers"][2] == "I cannot help with that."
-    assert "1 of 5 answers could not be read: 'I cannot help with that.'" in caplog.text
-
-
-def test_an_endpoint_that_never_answers_the_question_is_an_error(endpoint):
-    endpoint.answer = lambda brightness, question: "It is a picture."
-    with pytest.raises(RewardError, match=r"last 5 answers of tiny .* 'It is a picture.'.* must be yes or no"):
-        ask(endpoint)
-    with pytest.raises(RewardError, match="must be one number from 0 to 10"):
-        ask(endpoint, answer="score")
-    reward = QuestionReward(endpoint.url, "tiny")
-    endpoint.answer = lambda brightness, question: "yes"
-    reward(IMAGES, PROMPTS, ROWS)
-    endpoint.answer = lambda brightness, question: "It is a picture."
-    for _ in range(6):
-        assert reward(IMAGES, PROMPTS, ROWS)[0] == [None] * 5  # 30 in a row: a bad batch
-    with pytest.raises(RewardError, match="last 35 answers"):
-        reward(IMAGES, PROMPTS, ROWS)
+    assert "1 of 5 answers of tiny could not be read, such as ['I cannot help with that.']; they must be yes or no" in caplog.text
 
 
 def test_a_key_that_the_metadata_lacks(endpoint):
@@ -273,7 +257,7 @@ def test_yes_and_no_in_a_text(text, value):
     ],
 )  # fmt: skip
 def test_a_number_in_a_text(text, value):
-    assert parse_score(text, 0, 10) == value
+    assert parse_score(text, 0, 10) == (value if value is None else value / 10)
 
 
 def content(*tokens):

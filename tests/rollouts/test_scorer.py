@@ -8,7 +8,7 @@ from tiny_adapter import SHAPE, brightness, tiny_run
 
 from rlr_trainer import RewardError
 from rlr_trainer.estimators import NonDifferentiableRewardError
-from rlr_trainer.rollouts.scorer import check_rollout, reward_metrics
+from rlr_trainer.rollouts.scorer import RolloutScoring, check_rollout, reward_metrics
 
 PROMPTS, METADATA = ("a", "b", "c"), ({},) * 3
 
@@ -87,12 +87,12 @@ def test_a_deferred_failure_is_kept_for_later(with_gradient):
         raise ZeroDivisionError("on purpose")
 
     scorer = tiny_run(reward=broken).scorer
-    with scorer.of_rollout(with_gradient=with_gradient, defer=True) as scoring:
+    with RolloutScoring(scorer, with_gradient=with_gradient, defer=True) as scoring:
         for _ in range(2):
             scoring.add(latents(), PROMPTS, METADATA, "here")
         assert scoring.finish() == []
     assert "on purpose" in str(scoring.failure)
-    with scorer.of_rollout(with_gradient=with_gradient) as scoring, pytest.raises(RewardError, match="on purpose"):
+    with RolloutScoring(scorer, with_gradient=with_gradient) as scoring, pytest.raises(RewardError, match="on purpose"):
         scoring.add(latents(), PROMPTS, METADATA, "here") or scoring.finish()
 
 

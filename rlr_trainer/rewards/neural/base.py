@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, TypedDict
@@ -18,36 +17,26 @@ from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor, check_im
 logger = logging.getLogger(__name__)
 
 CACHED_PROMPTS = 4096  # of 1,024 float32 numbers each: 16 MB
-PROMPTS_PER_PASS = 64  # through a text tower
 
 
 class PromptCache:
-    """Features of prompts, [D] each, computed once a distinct prompt, without a graph.
-
-    Args:
-        encode: prompts -> [N, D].
-        size: prompts kept; the least recently used go first.
-    """
+    """Features that `encode` gives (prompts -> [N, D]), once a distinct prompt, without a graph; the `size` last used ones are kept."""
 
     def __init__(self, encode: Callable[[list[str]], Tensor], size: int = CACHED_PROMPTS) -> None:
-        self.encode = encode
-        self.size = size
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self.encode, self.size = encode, size
+        self._kept: dict[str, Tensor] = {}
 
     def __call__(self, prompts: Sequence[str], device: torch.device | str) -> Tensor:
         """[B, D], one row a prompt, on `device`; rows that were computed on another are brought there."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
-        with torch.no_grad():
-            for start in range(0, len(new), PROMPTS_PER_PASS):
-                part = new[start : start + PROMPTS_PER_PASS]
-                for prompt, row in zip(part, self.encode(part), strict=True):
-                    self._kept[prompt] = row.clone()  # a view would keep the features of the whole part
-        for prompt in dict.fromkeys(prompts):
-            self._kept.move_to_end(prompt)
-        rows = torch.stack([self._kept[prompt].to(device) for prompt in prompts])
-        while len(self._kept) > self.size:
-            self._kept.popitem(last=False)
-        return rows
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]:
+            with torch.no_grad():
+                rows = self.encode(new)
+            self._kept |= {prompt: row.clone() for prompt, row in zip(new, rows, strict=True)}  # a view would keep all rows
+        self._kept |= {prompt: self._kept.pop(prompt) for prompt in dict.fromkeys(prompts)}  # the last used go last
+        features = torch.stack([self._kept[prompt].to(device) for prompt in prompts])
+        for prompt in list(self._kept)[: -self.size]:
+            del self._kept[prompt]
+        return features
 
 
 class ModelOptions(TypedDict, total=False):
@@ -70,10 +59,9 @@ class NeuralReward:
         preprocess: images [B, 3, H, W] in [0, 1] -> pixels of the network.
         name: of the metric `rewards/<name>/mean`.
         device: where the network stays; None: it follows the images.
-        dtype: of its parameters; None leaves them as they are. Pixels are prepared, and features compared, in at least float32.
+        dtype: of its parameters; None leaves them. Pixels are prepared, and features compared, in at least float32.
         batch_size: pictures per pass of the network; None: all at once.
-        recompute: with a graph, keep the activations of one pass at a time and compute them again in the backward pass: the
-            memory of `batch_size` pictures for a third more time.
+        recompute: with a graph, keep the activations of one pass alone and compute them again in the backward pass.
         eight_bit: round pictures as the reference does, for an `ImagePreprocessor`, which explains it.
 
     Raises:
@@ -104,8 +92,7 @@ class NeuralReward:
         if eight_bit and not isinstance(preprocess, ImagePreprocessor):
             raise TypeError(f"eight_bit=True: needs preprocess to be an ImagePreprocessor, not {preprocess!r}; leave eight_bit out")
         self.preprocess = dataclasses.replace(preprocess, eight_bit=True) if eight_bit else preprocess  # type: ignore[type-var]
-        self.batch_size = batch_size
-        self.recompute = recompute
+        self.batch_size, self.recompute = batch_size, recompute
         self.device = None if device is None else torch.device(device)
         self.__name__ = name
         self.model.to(device=self.device)
@@ -114,9 +101,6 @@ class NeuralReward:
                 kept = key.split(".")[0] == self.full_precision
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(torch.promote_types(dtype, torch.float32) if kept else dtype)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.__name__!r}>"
 
     def conditions(self, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor | None:
         """What each sample is scored against, [B, ...], or None if pictures alone are scored."""

@@ -53,8 +53,7 @@ class ClassifierScore(NeuralReward):
         if (target is None) == (target_key is None):
             raise ValueError(f"target={target!r}, target_key={target_key!r}: give exactly one of them")
         super().__init__(model, preprocess or nn.Identity(), name=name, **options)
-        self.output = output
-        self.target_key = target_key
+        self.output, self.target_key = output, target_key
         self.labels = dict(getattr(getattr(model, "config", None), "label2id", None) or {}) if labels is None else dict(labels)
         self.target = None if target is None else self._number(target)
 
@@ -107,6 +106,5 @@ class ClassifierScore(NeuralReward):
         from transformers import AutoModelForImageClassification
 
         model = load_model(AutoModelForImageClassification, source, name)
-        if preprocess is None:
-            preprocess = load_pretrained(ImagePreprocessor, source, name)
+        preprocess = preprocess or load_pretrained(ImagePreprocessor, source, name)
         return cls(model, target, preprocess=preprocess, name=name, **options)

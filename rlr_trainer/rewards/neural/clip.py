@@ -1,13 +1,6 @@
 """Rewards on CLIP embeddings: CLIP score, PickScore and HPSv2, which are a cosine, and LAION's aesthetic score, a linear head.
 
-With unit image and text embeddings u and v of a picture and its prompt:
-
-| reward         | formula              | reference                                                                              |
-|----------------|----------------------|----------------------------------------------------------------------------------------|
-| CLIPScore      | max(100 u.v, 0)      | arXiv:2104.08718, equation 1, with w = 100 as torchmetrics has it (the paper: w = 2.5) |
-| PickScore      | exp(logit_scale) u.v | arXiv:2305.01569; github.com/yuvalkirstain/PickScore, README                           |
-| HPSv2          | u.v                  | arXiv:2306.09341; github.com/tgxs002/HPSv2, hpsv2/img_score.py                         |
-| AestheticScore | w.u + b              | github.com/christophschuhmann/improved-aesthetic-predictor                             |
+cos is the product of the unit embeddings of a picture and its prompt.
 """
 
 from __future__ import annotations
@@ -31,8 +24,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def image_embeddings(model: Any, pixels: Tensor) -> Tensor:
-    """Unit embeddings [B, D], at least float32, of pixels [B, 3, h, w], by a transformers `CLIPModel`."""
+def _image_embeddings(model: Any, pixels: Tensor) -> Tensor:
     return _unit(model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output))
 
 
@@ -44,8 +36,7 @@ class CosineReward(NeuralReward):
     """A function of the cosine between a picture's and its prompt's embedding; the text tower runs once a distinct prompt.
 
     Args:
-        model: a transformers `CLIPModel`.
-        tokenizer: its tokenizer.
+        model, tokenizer: a transformers `CLIPModel` and its tokenizer.
         preprocess, name, options: as `NeuralReward`.
     """
 
@@ -64,7 +55,7 @@ class CosineReward(NeuralReward):
 
     def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
         assert conditions is not None
-        return self.from_cosine((image_embeddings(self.model, pixels) * conditions).sum(-1))
+        return self.from_cosine((_image_embeddings(self.model, pixels) * conditions).sum(-1))
 
     def from_cosine(self, cosine: Tensor) -> Tensor:
         """The reward [B] of cosines [B]."""
@@ -92,7 +83,7 @@ class _TransformersCosine(CosineReward):
             source: folder or hub id of the weights; None: the published ones.
             processor: folder or hub id of tokenizer and image processor; None: `source`, if it is a folder that has them, else
                 those that the published weights were trained with.
-            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
+            options: as `NeuralReward`.
 
         Raises:
             WeightsError: something is missing or damaged.
@@ -101,16 +92,17 @@ class _TransformersCosine(CosineReward):
 
         source, default = source or cls.HUB_ID, cls.PARTS or str(source or cls.HUB_ID)
         model = weights.load_model(CLIPModel, source, cls.NAME)
-        words = weights.companion(source, processor, default, TOKENIZER_FILES)
-        pixels = weights.companion(source, processor, default, PROCESSOR_FILES)
+        words, pixels = (weights.companion(source, processor, default, files) for files in (TOKENIZER_FILES, PROCESSOR_FILES))
         tokenizer = weights.load_tokenizer(AutoTokenizer, words, cls.NAME, model.config.text_config.vocab_size)
         preprocess = weights.load_pretrained(ImagePreprocessor, pixels, cls.NAME)
         return cls(model, tokenizer, preprocess, name=cls.NAME, **options)
 
 
 class CLIPScore(_TransformersCosine):
-    """CLIP score: max(100 cos, 0), in [0, 100]; about 15 to 35 for pictures and prompts that belong together. Differentiable where
-    the cosine is positive."""
+    """CLIP score: max(100 cos, 0), about 15 to 35 for pictures and prompts that belong together. Differentiable where cos > 0.
+
+    arXiv:2104.08718, equation 1, with w = 100 as torchmetrics has it (the paper: w = 2.5).
+    """
 
     NAME = "clip_score"
     HUB_ID = CLIP_L14
@@ -121,7 +113,7 @@ class CLIPScore(_TransformersCosine):
 
 
 class PickScore(_TransformersCosine):
-    """PickScore: exp(logit_scale) cos, about 15 to 25 with the published weights (logit scale 100). Differentiable."""
+    """PickScore (arXiv:2305.01569): exp(logit_scale) cos, about 15 to 25 with the published weights. Differentiable."""
 
     NAME = "pickscore"
     HUB_ID = "yuvalkirstain/PickScore_v1"
@@ -132,7 +124,7 @@ class PickScore(_TransformersCosine):
 
 
 class HPSv2(CosineReward):
-    """Human Preference Score v2: the cosine itself, about 0.2 to 0.35. Differentiable.
+    """Human Preference Score v2 (arXiv:2306.09341): the cosine itself, about 0.2 to 0.35. Differentiable.
 
     The published tables give 100 times this; to train on that scale, set `reward_weights`. Scores of v2.0 and v2.1 are not comparable.
     """
@@ -157,7 +149,7 @@ class HPSv2(CosineReward):
             source: folder or hub id that has the version's file, or the file itself.
             version: "v2.0" or "v2.1".
             tokenizer: folder or hub id; None: the weights' folder, if it has one, else laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
-            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
+            options: as `NeuralReward`.
 
         Raises:
             ValueError: another version.
@@ -180,20 +172,13 @@ class HPSv2(CosineReward):
         return cls(model, words, preprocess, name=name, **options)
 
 
-class _AestheticModel(nn.Module):
-    def __init__(self, clip: Any, head: ScoreHead) -> None:
-        super().__init__()
-        self.vision_model, self.visual_projection = clip.vision_model, clip.visual_projection
-        self.head = head
-
-
 class AestheticScore(NeuralReward):
-    """Aesthetic score: the head on the unit image embedding; trained on ratings from 1 to 10, mostly 4 to 7. Prompts are not read.
-    Differentiable.
+    """Aesthetic score: the head on the unit image embedding, trained on ratings from 1 to 10, mostly 4 to 7. Differentiable.
+
+    github.com/christophschuhmann/improved-aesthetic-predictor; prompts are not read.
 
     Args:
-        clip: a transformers `CLIPModel` (its text tower is not kept).
-        head: the head on its embedding.
+        clip, head: a transformers `CLIPModel` (its text tower is not kept), and the head on its embedding.
         preprocess, name, options: as `NeuralReward`.
     """
 
@@ -204,10 +189,11 @@ class AestheticScore(NeuralReward):
     def __init__(
         self, clip: Any, head: ScoreHead, preprocess: Callable[[Tensor], Tensor], *, name: str = "aesthetic", **options: Any
     ) -> None:
-        super().__init__(_AestheticModel(clip, head), preprocess, name=name, **options)
+        parts = {"vision_model": clip.vision_model, "visual_projection": clip.visual_projection, "head": head}
+        super().__init__(nn.ModuleDict(parts), preprocess, name=name, **options)
 
     def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
-        return self.model.head(image_embeddings(self.model, pixels))
+        return self.model.head(_image_embeddings(self.model, pixels))
 
     @classmethod
     def from_pretrained(
@@ -219,7 +205,7 @@ class AestheticScore(NeuralReward):
             source: folder or hub id of the head, or its file.
             clip: folder or hub id of the CLIP model; None: the folder `clip` beside the head or the head's own folder, if one of
                 them has a config.json, else openai/clip-vit-large-patch14.
-            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
+            options: as `NeuralReward`.
 
         Raises:
             WeightsError: something is missing or damaged, or the head is for embeddings of another size.

@@ -1,7 +1,6 @@
 """ImageReward (arXiv:2304.05977): BLIP's text encoder reads the prompt with cross-attention to the picture; a head scores its first token.
 
-The published checkpoint (github.com/THUDM/ImageReward, ImageReward/ImageReward.py) has the layout of the original BLIP code. The text
-encoder's names are those of transformers; the projections of BLIP, vision_proj and text_proj, are not used by the reward.
+The published checkpoint (github.com/THUDM/ImageReward, ImageReward/ImageReward.py) has the layout of the original BLIP code.
 """
 
 from __future__ import annotations
@@ -46,12 +45,19 @@ BLIP_NAMES = {
 
 
 class ImageRewardModel(nn.Module):
-    """BLIP's two encoders and the head: pixels [B, 3, h, w] and tokens [B, L] -> standardised scores [B]."""
+    """BLIP's two encoders, of options of their configurations, and the head: pixels [B, 3, h, w], tokens [B, L] -> scores [B]."""
 
-    def __init__(self, vision: Any, text: Any) -> None:
+    def __init__(self, vision: dict[str, Any], text: dict[str, Any]) -> None:
+        from transformers import BlipVisionConfig, BlipVisionModel
+        from transformers.models.blip.configuration_blip import BlipTextConfig
+        from transformers.models.blip.modeling_blip_text import BlipTextModel
+
         super().__init__()
-        self.vision, self.text = vision, text
-        self.head = ScoreHead(text.config.hidden_size)
+        special = {"bos_token_id": text["vocab_size"] - 2, "sep_token_id": None, "eos_token_id": None}
+        config = BlipTextConfig(**text, **special, encoder_hidden_size=vision["hidden_size"], is_decoder=True, use_cache=False)
+        self.vision: Any = BlipVisionModel(BlipVisionConfig(**vision))
+        self.text: Any = BlipTextModel(config, add_pooling_layer=False)
+        self.head = ScoreHead(config.hidden_size)
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         picture = self.vision(pixel_values=pixels).last_hidden_state
@@ -62,12 +68,9 @@ class ImageRewardModel(nn.Module):
 class ImageReward(NeuralReward):
     """ImageReward: standardised, about -2.5 to 2. Differentiable.
 
-    A prompt is read together with its picture, so of a repeated prompt only the tokens can be kept.
-
     Args:
-        model: the network.
-        tokenizer: BERT's.
-        options: device, dtype, batch_size, recompute, eight_bit; as `NeuralReward`.
+        model, tokenizer: the network, and BERT's tokenizer.
+        options: as `NeuralReward`.
     """
 
     HUB_ID = "THUDM/ImageReward"
@@ -103,7 +106,7 @@ class ImageReward(NeuralReward):
         Args:
             source: folder or hub id with ImageReward.pt, or the file itself.
             tokenizer: folder or hub id of BERT's; None: `source`, if it is a folder that has one, else google-bert/bert-base-uncased.
-            options: device, dtype, batch_size, recompute, eight_bit; see `NeuralReward`.
+            options: as `NeuralReward`.
 
         Raises:
             WeightsError: something is missing, damaged, or not in BLIP's layout.
@@ -113,19 +116,8 @@ class ImageReward(NeuralReward):
         name = "image_reward"
         path = weights.find_file(source, name, cls.FILE)
         state = weights.rename(weights.read_state_dict(path, name), BLIP_NAMES)
-        model = build_model(*cls.CONFIG)
+        model = ImageRewardModel(*cls.CONFIG)
         weights.load_strictly(model, state, path, name, unused=UNUSED_KEYS)
         place = weights.companion(source, tokenizer, BERT, BERT_FILES)
         words = weights.load_tokenizer(BertTokenizer, place, name, model.text.config.vocab_size)
         return cls(model, words, **options)
-
-
-def build_model(vision: dict[str, Any], text: dict[str, Any]) -> ImageRewardModel:
-    """An `ImageRewardModel`, not yet loaded, of options of `BlipVisionConfig` and `BlipTextConfig`."""
-    from transformers import BlipVisionConfig, BlipVisionModel
-    from transformers.models.blip.configuration_blip import BlipTextConfig
-    from transformers.models.blip.modeling_blip_text import BlipTextModel
-
-    special = {"bos_token_id": text["vocab_size"] - 2, "sep_token_id": None, "eos_token_id": None}
-    text_config = BlipTextConfig(**text, **special, encoder_hidden_size=vision["hidden_size"], is_decoder=True, use_cache=False)
-    return ImageRewardModel(BlipVisionModel(BlipVisionConfig(**vision)), BlipTextModel(text_config, add_pooling_layer=False))

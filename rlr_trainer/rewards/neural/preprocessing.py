@@ -1,10 +1,7 @@
 """From pictures in [0, 1] to the pixels that a reward model was trained on, differentiable in the pictures.
 
-The references work on 8-bit pictures with PIL or torchvision. The same steps on float tensors: PIL's bicubic (a = -1/2, with a support
-that grows with the reduction) is `F.interpolate(mode="bicubic", antialias=True)`, across, then down; PIL clips to [0, 255] after each
-pass (`clip`) and rounds to 8 bits (`eight_bit`).
-
-Shape suffixes: B pictures, C = 3 colours, H x W pixels.
+The references work on 8-bit pictures with PIL or torchvision. PIL's bicubic (a = -1/2, with a support that grows with the reduction) is
+`F.interpolate(mode="bicubic", antialias=True)`, across, then down, clipped to [0, 255] and rounded after each pass.
 """
 
 from __future__ import annotations
@@ -88,11 +85,7 @@ class ImagePreprocessor:
 
     @classmethod
     def from_processor(cls, processor: Any, source: str) -> ImagePreprocessor:
-        """The steps of a transformers image processor.
-
-        Raises:
-            ValueError: a step that has no counterpart here; names `source` and the setting.
-        """
+        """The steps of a transformers image processor; ValueError, which names `source` and the setting, for one without counterpart."""
         size = _sides(processor.size)
         settings = {name: getattr(processor, name, allowed[0]) for name, allowed in ALLOWED.items()}
         wrong = {name: value for name, value in settings.items() if value not in ALLOWED[name]}
@@ -124,9 +117,9 @@ class ImagePreprocessor:
         pil = {"backend": "pil"} if int(__version__.split(".")[0]) >= 5 else {"use_fast": False}  # torchvision is not required
         return cls.from_processor(AutoImageProcessor.from_pretrained(source, **pil), source)
 
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """Pixels [B, 3, h, w] in the images' dtype, at least float32 (a resize in half precision loses more than an 8-bit step)."""
-        pixels = images_BCHW.to(torch.promote_types(images_BCHW.dtype, torch.float32))
+        pixels = images.to(torch.promote_types(images.dtype, torch.float32))
         pixels = _round_to_8_bits(pixels) if self.eight_bit else pixels
         target = self._target(*pixels.shape[-2:])
         for shape in ((pixels.shape[-2], target[1]), target):  # PIL: across first, then down

@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 CHAT_PATH = "/chat/completions"
 TOP_LOGPROBS = 20  # the most that the protocol allows
-MAX_UNREADABLE_IN_A_ROW = 32
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?\d+(?:\.\d+)?(?![\w]|[.,]\d)")
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 
@@ -38,8 +37,7 @@ class QuestionReward:
     Not differentiable. The metadata beside the rewards is `{"answers": [text, ...]}`.
 
     Args:
-        url: of the API, such as "http://127.0.0.1:8000/v1"; `/chat/completions` is added.
-        model: its name there.
+        url, model: of the API, such as "http://127.0.0.1:8000/v1" (`/chat/completions` is added), and the model's name there.
         question: template; `{prompt}` is the prompt, any other name a key of the metadata. Double braces stand for braces.
         answer: "yes_no", "score", or a function text -> float or None (None: cannot be read).
         score_range: lowest and highest score, for answer="score".
@@ -48,7 +46,7 @@ class QuestionReward:
         request_options: fields of the request's body that replace or join temperature 0 and max_tokens 16; None leaves one out.
         concurrency: questions under way at the same time.
         timeout, retries, backoff: as for `RemoteReward`.
-        token: API key; none is taken from the environment.
+        token: API key; never taken from the environment.
         name: of the reward in logs.
 
     Raises:
@@ -90,12 +88,7 @@ class QuestionReward:
         if logprobs and answer == "yes_no":
             self.options |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         self.options |= request_options or {}
-        self._readable = 0
-        self._unreadable_in_a_row = 0
         self.__name__ = name
-
-    def __repr__(self) -> str:
-        return f"QuestionReward({self.client.url.removesuffix(CHAT_PATH)!r}, {self.model!r})"
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]
@@ -104,7 +97,7 @@ class QuestionReward:
 
         Raises:
             RemoteRewardError: the endpoint does not answer, or not as its protocol says.
-            RewardError: a key that the question needs is not in the metadata; or no answer so far, or none of the last 32, could be read.
+            RewardError: a key that the question needs is not in the metadata.
         """
         questions = [self._fill_in(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
         bodies = [self._body(question, picture) for question, picture in zip(questions, images, strict=True)]
@@ -112,10 +105,15 @@ class QuestionReward:
         # what the model wrote; the reason instead when it refused
         texts = [str(choice["message"].get("content") or choice["message"].get("refusal") or "") for choice in choices]
         rewards = [self._read(text, choice) for text, choice in zip(texts, choices, strict=True)]
-        for reward in rewards:
-            self._unreadable_in_a_row = 0 if reward is not None else self._unreadable_in_a_row + 1
-            self._readable += reward is not None
-        self._check_readable(rewards, texts)
+        if unreadable := [text for text, reward in zip(texts, rewards, strict=True) if reward is None]:
+            low, high = self.score_range
+            wanted = {"yes_no": "yes or no", "score": f"one number from {low:g} to {high:g}"}
+            logger.warning(
+                "reward %r: %d of %d answers of %s could not be read, such as %s; they must be %s: say so in the question, or raise "
+                "max_tokens (request_options) if they are cut off",
+                self.__name__, len(unreadable), len(texts), self.model, [text[:80] for text in unreadable[:3]],
+                wanted.get(str(self.answer), "something that the given function reads"),
+            )  # fmt: skip
         return rewards, {"answers": texts}
 
     def _fill_in(self, prompt: str, row: Any) -> str:
@@ -168,27 +166,9 @@ class QuestionReward:
         if callable(self.answer):
             return self.answer(text)
         if self.answer == "score":
-            low, high = self.score_range
-            score = parse_score(text, low, high)
-            return None if score is None else (score - low) / (high - low)
+            return parse_score(text, *self.score_range)
         probability = yes_probability(choice.get("logprobs"))
         return parse_yes_no(text) if probability is None else probability
-
-    def _check_readable(self, rewards: Sequence[float | None], texts: Sequence[str]) -> None:
-        unreadable = [text for text, reward in zip(texts, rewards, strict=True) if reward is None]
-        if not unreadable:
-            return
-        shown = ", ".join(f"{text[:80]!r}" for text in unreadable[:3])
-        if self._readable and self._unreadable_in_a_row < MAX_UNREADABLE_IN_A_ROW:
-            logger.warning("reward %r: %d of %d answers could not be read: %s", self.__name__, len(unreadable), len(rewards), shown)
-            return
-        low, high = self.score_range
-        wanted = {"yes_no": "yes or no", "score": f"one number from {low:g} to {high:g}"}
-        raise RewardError(
-            f"reward {self.__name__!r}: the last {self._unreadable_in_a_row} answers of {self.model} could not be read, such as {shown}; "
-            f"they must be {wanted.get(str(self.answer), 'something that the given function reads')}: say so in the question, or raise "
-            "max_tokens (request_options) if they are cut off"
-        )
 
 
 def _fields(template: str) -> set[str]:
@@ -211,14 +191,11 @@ def parse_yes_no(text: str) -> float | None:
 
 
 def parse_score(text: str, low: float, high: float) -> float | None:
-    """The one number in a text, "8", "Score: 8.5", "8/10" or "8 out of 10"; None if there are several, none, or one outside the range."""
-    limit = f"{high:g}"
-    text = re.sub(rf"(?:/|\bout of\b)\s*{re.escape(limit)}(?!\w|\.\d)", " ", _THINKING.sub("", text))
-    numbers = _NUMBER.findall(text)
-    if len(numbers) != 1:
-        return None
-    score = float(numbers[0])
-    return score if low <= score <= high else None
+    """The one number in a text ("8", "Score: 8.5", "8/10", "8 out of 10"), mapped from the range to [0, 1]; None for several, none, or
+    one outside."""
+    text = re.sub(rf"(?:/|\bout of\b)\s*{re.escape(f'{high:g}')}(?!\w|\.\d)", " ", _THINKING.sub("", text))
+    scores = [float(number) for number in _NUMBER.findall(text)]
+    return (scores[0] - low) / (high - low) if len(scores) == 1 and low <= scores[0] <= high else None
 
 
 def yes_probability(logprobs: Any) -> float | None:

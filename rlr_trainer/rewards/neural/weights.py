@@ -1,7 +1,4 @@
-"""Finding and loading the weights of reward models: local folders, files and hub repositories; never unpickling code.
-
-Every failure is a `WeightsError` that names the file, what is wrong with it and where it comes from.
-"""
+"""Finding and loading the weights of reward models, never unpickling code. Every failure is a `WeightsError`."""
 
 from __future__ import annotations
 
@@ -105,10 +102,8 @@ def load_model(auto: Any, source: str | Path, reward: str) -> Any:
     model, report = load_pretrained(auto, source, reward, dtype=torch.float32, output_loading_info=True)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise WeightsError(
-            f"reward {reward!r}: the weights in {str(source)!r} leave {len(missing)} parts of {type(model).__name__} without values: "
-            f"{', '.join(missing[:5])}"
-        )
+        found = f"leave {len(missing)} parts of {type(model).__name__} without values: {', '.join(missing[:5])}"
+        raise WeightsError(f"reward {reward!r}: the weights in {str(source)!r} {found}")
     return model
 
 
