@@ -198,7 +198,7 @@ def test_prompts_of_a_file_and_wrong_options(capsys):
     wrong = {
         "--output_dir out": "holds 5 pictures",
         "--output_dir a --num_images 0": "--num_images 0: must be at least 1",
-        "--output_dir b --lora out": "has no pytorch_lora_weights.safetensors; give a folder that save_model",
+        "--output_dir b --lora out": "cannot be loaded on --model digits; must be a folder with pytorch_lora_weights.safetensors",
         "--output_dir c --reward good": "reward='good'",
         "--output_dir d --eta 2": "sample_eta=2.0",
     }
