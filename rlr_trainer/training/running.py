@@ -36,8 +36,7 @@ CONFIG_FILE = "rlr_config.json"
 def prepare(trainer: Any) -> None:
     """The last of the construction: arithmetic of the device, and an optimizer for schedulers that users make on it."""
     parts, accelerator = trainer.parts, trainer.accelerator
-    folder = Path(trainer.args.output_dir)
-    connect_accelerator(accelerator, trainer.callback_handler.callbacks, folder, lambda: trainer.state.global_step)
+    _connect_trackers(trainer)
     if accelerator.device.type == "cpu":
         # Saturated rewards give denormal gradients, which slow a CPU's backward pass by 30 times and more.
         torch.set_flush_denormal(True)
@@ -46,6 +45,11 @@ def prepare(trainer: Any) -> None:
     plain = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     if trainer.optimizer is None and plain and type(trainer).create_optimizer is Trainer.create_optimizer:
         trainer.create_optimizer()
+
+
+def _connect_trackers(trainer: Any) -> None:
+    folder, callbacks = Path(trainer.args.output_dir), trainer.callback_handler.callbacks
+    connect_accelerator(trainer.accelerator, callbacks, folder, lambda: trainer.state.global_step)
 
 
 def start(trainer: Any, resume_from_checkpoint: str | bool | int | None, epochs: int | None) -> str | None:
@@ -73,6 +77,7 @@ def start(trainer: Any, resume_from_checkpoint: str | bool | int | None, epochs:
         folder, trainer._resumed_at = None, 0
         parts.begin_anew()
         args.output_dir = str(_everywhere(parts.processes, trainer.is_world_process_zero(), lambda: _folder_to_begin_in(trainer)))
+        _connect_trackers(trainer)
         if args.check_reward:
             parts.collector.probe(trainer.model)
     if not resume_from_checkpoint or parts.unchosen():  # "auto" may be new: the checkpoint's run had no need to choose
