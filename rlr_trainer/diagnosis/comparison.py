@@ -122,7 +122,7 @@ class Comparison:
 
     def _measure(self, entry: Measured, batch: Batch, warm_up: bool) -> None:
         plan, scale = entry.candidate.plan, entry.control_scale
-        fitted = scale is None or int(scale.updates.max()) >= FITTED
+        fitted = scale is None or int(scale.counts.max()) >= FITTED
         with measuring_memory(self.bench.device) if warm_up else contextlib.nullcontext() as meter:
             # a plan that perturbs parameters needs rollouts of its own, from the same noise
             own = self.bench.collect(batch.number, plan) if plan.uses_zeroth_order else batch
