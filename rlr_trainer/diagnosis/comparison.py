@@ -128,7 +128,7 @@ class Comparison:
     def _measure(self, entry: Measured, batch: Batch, deadline: Deadline, warm_up: bool = False) -> None:
         plan, scale, started = entry.candidate.plan, entry.control_scale, self.bench.clock()
         deadline.report(f"batch {batch.number + 1}, {entry.candidate.name}")
-        fitted = scale is None or int(scale.updates.max()) >= FITTED
+        fitted = scale is None or int(scale.counts.max()) >= FITTED
         with measuring_memory(self.bench.device) if warm_up else contextlib.nullcontext() as meter:
             # a plan that perturbs parameters needs rollouts of its own, from the same noise
             own = self.bench.collect(batch.number, plan) if plan.uses_zeroth_order else batch

@@ -75,15 +75,13 @@ def leave_one_out(rewards: Tensor, groups: Tensor | None = None, blocks: Tensor 
 
 def _of_others(values: Tensor, group: Tensor, block: Tensor) -> Tensor:
     """Sums over the samples of the same group but of other blocks, for each sample. [2, N] -> [2, N]."""
-    blocks, block = block.unique(return_inverse=True)
-    group = group.unique(return_inverse=True)[1]
-    return _total(values, group) - _total(values, group * len(blocks) + block)
 
+    def total(index: Tensor) -> Tensor:
+        present, index = index.unique(return_inverse=True)
+        return torch.zeros(len(values), len(present), dtype=values.dtype).index_add_(1, index, values)[:, index]
 
-def _total(values: Tensor, index: Tensor) -> Tensor:
-    """Sums over the samples with the same index, for each sample. [2, N] -> [2, N]."""
-    present, index = index.unique(return_inverse=True)
-    return torch.zeros(len(values), len(present), dtype=values.dtype).index_add_(1, index, values)[:, index]
+    block = block.unique(return_inverse=True)[1]
+    return total(group) - total(group.unique(return_inverse=True)[1] * len(block) + block)
 
 
 def _mean_and_std(rewards: Tensor) -> Tensor:

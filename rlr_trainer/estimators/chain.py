@@ -232,12 +232,6 @@ def gaussian_log_ratio(x: Tensor, mean: Tensor, std: Tensor, old_mean: Tensor, o
     return sum_over_latent((mean - old_mean) * (2 * x - mean - old_mean) / (2 * std**2))
 
 
-def select_rows(chain: DenoisingChain, rows: Tensor) -> DenoisingChain:
-    """The chain of some rows of its batch; a chain without `select` depends on nothing but `x`."""
-    select = getattr(chain, "select", None)
-    return chain if select is None else select(rows)
-
-
 class PerSampleChain:
     """A chain in which sample i runs with `params[name][i]`: one backward pass gives per-sample gradients.
 
@@ -262,10 +256,7 @@ class PerSampleChain:
         return torch.vmap(one)(x, dict(params))
 
     def predict_clean(self, step: int, x: Tensor, params: Parameters) -> Tensor:
-        def one(row: Tensor, row_params: Parameters) -> Tensor:
-            return predict_clean(self.chain, step, row[None], row_params)[0]
-
-        return torch.vmap(one)(x, dict(params))
+        return torch.vmap(lambda row, own: predict_clean(self.chain, step, row[None], own)[0])(x, dict(params))
 
 
 def predict_clean(chain: DenoisingChain, step: int, x: Tensor, params: Parameters) -> Tensor:

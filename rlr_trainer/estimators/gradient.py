@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,11 +80,10 @@ def estimate_gradient(
     if plan.uses_zeroth_order and plan.zo_antithetic:
         pairs = torch.arange(num_samples) // 2
         draw = draw.select(pairs)  # a pair shares its random choices as well as its noise
-    zeroth, step_function = None, None
+    step_function = None
     if plan.uses_zeroth_order:
         perturb = _own_directions if per_sample else _shared_directions
-        zeroth = perturb(chain, base, plan, draw, num_samples, generator)
-        step_function = zeroth.step_function
+        blocks, step_function, zeroth_gradient = perturb(chain, base, plan, draw, num_samples, generator)
     rollout = sample_chain(chain, num_samples, generator, step_function=step_function, paired=pairs is not None)
     plan.check_noise([float(std.min()) for std in rollout.stds])
     if plan.needs_differentiable_reward:
@@ -107,9 +105,9 @@ def estimate_gradient(
     sweep = Sweep.of_plan(plan, runner, leaves, _plain_backward, reward, control_scale=control_scale, recompute=recompute)
     sweep.run(rollout, draw, feedback)
     gradient = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in leaves.items()}
-    if zeroth is not None:
-        perturbed = ADVANTAGES[advantage](rewards, None, zeroth.blocks)
-        for name, term in zeroth.gradient(perturbed.values * share * plan.rest_weight).items():
+    if plan.uses_zeroth_order:
+        perturbed = ADVANTAGES[advantage](rewards, None, blocks)
+        for name, term in zeroth_gradient(perturbed.values * share * plan.rest_weight).items():
             gradient[name] = gradient[name] + term
     mean = {name: g.mean(0) for name, g in gradient.items()} if per_sample else gradient
     return GradientEstimate(mean, gradient if per_sample else None, rewards, rollout)
@@ -138,12 +136,8 @@ def _plain_backward(surrogate: Tensor) -> float:
     return 1.0
 
 
-class _ZerothOrder(NamedTuple):
-    """The zeroth-order part of a batch."""
-
-    blocks: Tensor  # int [N]: samples with the same number share their directions
-    step_function: StepFunction
-    gradient: Callable[[Tensor], dict[str, Tensor]]  # of the advantages [N]
+# Of a batch: int [N], equal where samples share their directions; its transition; the gradient, given the advantages [N].
+_ZerothOrder = tuple[Tensor, StepFunction, Callable[[Tensor], dict[str, Tensor]]]
 
 
 def _shared_directions(
@@ -152,11 +146,8 @@ def _shared_directions(
     """A few perturbations, each shared by many samples, as in the trainer."""
     seed = int(torch.randint(2**62, (), generator=generator))
     perturbations = Perturbations.assign(count, seed, plan.zo_scale, plan.zo_num_perturbations, plan.zo_antithetic)
-    return _ZerothOrder(
-        perturbations.direction,
-        perturbed_steps(chain, params, draw.zeroth, perturbations),
-        lambda advantage: zeroth_order(advantage, draw.zeroth, perturbations, params),
-    )
+    steps = perturbed_steps(chain, params, draw.zeroth, perturbations)
+    return perturbations.direction, steps, lambda advantage: zeroth_order(advantage, draw.zeroth, perturbations, params)
 
 
 def _own_directions(
@@ -178,8 +169,7 @@ def _own_directions(
             perturbed[name] = p + plan.zo_scale * e
         return runner.transition(step, x, perturbed)
 
-    return _ZerothOrder(
-        blocks,
-        step_function,
-        lambda advantage: {name: total * as_rows(advantage / plan.zo_scale, total) for name, total in sums.items()},
-    )
+    def gradient(advantage: Tensor) -> dict[str, Tensor]:
+        return {name: total * as_rows(advantage / plan.zo_scale, total) for name, total in sums.items()}
+
+    return blocks, step_function, gradient

@@ -36,13 +36,9 @@ class PlanDraw:
     def num_steps(self) -> int:
         return self.pathwise.shape[1]
 
-    def active(self, step: int) -> bool:
-        """Whether any row differentiates this step."""
-        return bool(self.pathwise[:, step].any() or (self.score[:, step] != 0).any() or (self.prediction[:, step] != 0).any())
-
     def active_steps(self) -> list[int]:
         """The steps that any row differentiates, in the order of generation."""
-        return [step for step in range(self.num_steps) if self.active(step)]
+        return (self.pathwise | (self.score != 0) | (self.prediction != 0)).any(0).nonzero()[:, 0].tolist()
 
     def expand(self, num_samples: int) -> PlanDraw:
         """One row per sample."""
@@ -99,37 +95,46 @@ def inclusion_probabilities(eligible: Tensor, count: int, step_weights: Sequence
     return probability.clamp_max(1.0)
 
 
-class StartDistribution:
+class RunningMeans:
+    """Running means of what every step (or start) has shown: `means` [S, M] and `counts` [S]; the first value counts in full."""
+
+    def __init__(self, size: int, width: int, decay: float) -> None:
+        self.decay = decay
+        self.means = torch.zeros(size, width, dtype=torch.float64)
+        self.counts = torch.zeros(size, dtype=torch.long)
+
+    def add(self, index: int, values: Sequence[float]) -> None:
+        new = torch.tensor(values, dtype=torch.float64)
+        self.means[index] = new if self.counts[index] == 0 else self.decay * self.means[index] + (1 - self.decay) * new
+        self.counts[index] += 1
+
+    def state_dict(self) -> dict[str, list]:
+        return {"means": self.means.tolist(), "counts": self.counts.tolist()}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        self.means = torch.tensor(state["means"], dtype=torch.float64)
+        self.counts = torch.tensor(state["counts"], dtype=torch.long)
+
+
+class StartDistribution(RunningMeans):
     """Softmax of running per-step gradient norms over the admissible starts (section 3.2 of the paper).
 
     Norms are divided by their mean first, so that the temperature does not depend on the reward's scale.
     """
 
     def __init__(self, num_starts: int, decay: float = 0.9, temperature: float = 1.0) -> None:
-        self.decay = decay
+        super().__init__(num_starts, 1, decay)
         self.temperature = temperature
-        self.norms = torch.zeros(num_starts, dtype=torch.float64)
-        self.counts = torch.zeros(num_starts, dtype=torch.long)
 
     def update(self, start: int, norm: float) -> None:
-        """Takes in the gradient norm of a sub-chain that started at `start`."""
-        if not math.isfinite(norm):  # an update that overflowed, which fp16 skips
-            return
-        self.norms[start] = norm if self.counts[start] == 0 else self.decay * self.norms[start] + (1 - self.decay) * norm
-        self.counts[start] += 1
+        """Takes in the gradient norm of a sub-chain that started at `start`; not one that overflowed, which fp16 skips."""
+        if math.isfinite(norm):
+            self.add(start, [norm])
 
     def probabilities(self) -> list[float]:
         """Probability per start; starts not seen yet count as the mean of those seen."""
-        seen = self.counts > 0
-        if not seen.any() or self.norms[seen].mean() == 0:
-            return [1 / len(self.norms)] * len(self.norms)
-        mean = self.norms[seen].mean()
-        logits = torch.where(seen, self.norms / mean, 1.0) / self.temperature
-        return torch.softmax(logits, 0).tolist()
-
-    def state_dict(self) -> dict[str, list[float]]:
-        return {"norms": self.norms.tolist(), "counts": self.counts.tolist()}
-
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        self.norms = torch.tensor(state["norms"], dtype=torch.float64)
-        self.counts = torch.tensor(state["counts"], dtype=torch.long)
+        norms, seen = self.means[:, 0], self.counts > 0
+        mean = norms[seen].mean()
+        if not seen.any() or mean == 0:
+            return [1 / len(norms)] * len(norms)
+        return torch.softmax(torch.where(seen, norms / mean, 1.0) / self.temperature, 0).tolist()

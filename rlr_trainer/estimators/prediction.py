@@ -14,6 +14,7 @@ from torch import Tensor
 from rlr_trainer.estimators.advantages import leave_one_out
 from rlr_trainer.estimators.chain import DenoisingChain, Parameters, predict_clean
 from rlr_trainer.estimators.first_order import pathwise, reward_and_gradient
+from rlr_trainer.estimators.plan_draw import RunningMeans
 
 # (step, x = latents[step]) -> (c [N], g [N, ...])
 Critic = Callable[[int, Tensor], tuple[Tensor, Tensor]]
@@ -27,11 +28,7 @@ def prediction_critic(
 ) -> Critic:
     """c and g of a chain and a differentiable reward, with the parameters held constant; `loss_scale` as in `reward_and_gradient`."""
     frozen = {name: p.detach() for name, p in params.items()}
-
-    def critic(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        return reward_and_gradient(lambda latent: reward(predict_clean(chain, step, latent, frozen)), x, loss_scale)
-
-    return critic
+    return lambda step, x: reward_and_gradient(lambda z: reward(predict_clean(chain, step, z, frozen)), x, loss_scale)
 
 
 def prediction_pathwise(critic_gradient: Tensor, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
@@ -60,33 +57,20 @@ def leave_one_out_mean(values: Tensor, blocks: Tensor | None = None) -> Tensor:
     return values - leave_one_out(values, blocks=blocks).values
 
 
-class ControlVariateScale:
+class ControlVariateScale(RunningMeans):
     """Per-step factor on c, fitted on earlier batches: cov(R, c) / var(c), running, 1 until two batches were seen."""
 
     def __init__(self, num_steps: int, decay: float = 0.9) -> None:
-        self.decay = decay
-        self.moments = torch.zeros(num_steps, 2, dtype=torch.float64)  # cov(R, c), var(c)
-        self.updates = torch.zeros(num_steps, dtype=torch.long)
+        super().__init__(num_steps, 2, decay)  # cov(R, c), var(c)
 
     def scale(self, step: int) -> float:
-        covariance, variance = self.moments[step].tolist()
-        return covariance / variance if self.updates[step] > 1 and variance > 0 else 1.0
+        covariance, variance = self.means[step].tolist()
+        return covariance / variance if self.counts[step] > 1 and variance > 0 else 1.0
 
     def update(self, step: int, rewards: Tensor, critic_values: Tensor) -> None:
         """Takes in one batch, [N] each. To be called after the batch's gradient, or the scale would depend on its noise."""
         there = ~(torch.isnan(rewards).cpu() | torch.isnan(critic_values).cpu())
         rewards, critic_values = rewards.cpu()[there], critic_values.cpu()[there]
-        if len(rewards) < 2:
-            return
-        r, c = (values.double().cpu() - values.double().mean().cpu() for values in (rewards, critic_values))
-        moments = torch.stack([(r * c).mean(), (c * c).mean()])
-        first = self.updates[step] == 0
-        self.moments[step] = moments if first else self.decay * self.moments[step] + (1 - self.decay) * moments
-        self.updates[step] += 1
-
-    def state_dict(self) -> dict[str, list]:
-        return {"moments": self.moments.tolist(), "updates": self.updates.tolist()}
-
-    def load_state_dict(self, state: dict[str, list]) -> None:
-        self.moments = torch.tensor(state["moments"], dtype=torch.float64)
-        self.updates = torch.tensor(state["updates"], dtype=torch.long)
+        if len(rewards) > 1:
+            r, c = (values.double() - values.double().mean() for values in (rewards, critic_values))
+            self.add(step, [float((r * c).mean()), float((c * c).mean())])

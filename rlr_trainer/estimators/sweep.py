@@ -72,21 +72,15 @@ class Feedback:
         blocks: Tensor | None = None,
         penalty: Penalty | None = None,
     ) -> Feedback:
-        """What the rewards of a batch say under `plan`.
+        """What the rewards of a batch of N say under `plan`, whose `fo_weight` counts.
 
-        Args:
-            plan: whose `fo_weight` counts.
-            advantages: of the N samples.
-            share: weight of one sample: 1 / number of samples with a reward.
-            reward_gradient: dR/dx_0 [N, ...] of the plain reward; not counted where `advantages.scale` is 0.
-            blocks, penalty: as they are.
+        `share` is the weight of one sample, 1 / number of samples with a reward. `reward_gradient` is dR/dx_0 [N, ...] of the plain
+        reward; it does not count where `advantages.scale` is 0.
         """
         scale = advantages.scale * share
         if reward_gradient is not None:
-            factor = as_rows(scale, reward_gradient)
-            reward_gradient = torch.where(
-                factor == 0, 0.0, plan.fo_weight * reward_gradient * factor
-            )  # without a reward it may be NaN
+            factor, weighted = as_rows(scale, reward_gradient), plan.fo_weight * reward_gradient
+            reward_gradient = torch.where(factor == 0, 0.0, weighted * factor)  # without a reward it may be NaN
         return cls(advantages.values * share, reward_gradient, scale, blocks, penalty)
 
 
@@ -155,12 +149,8 @@ class Sweep:
     ) -> Sweep:
         """The sweep of a plan, with the one-step prediction where the plan asks it.
 
-        Args:
-            plan, chain, params, backward: see the class.
-            reward: final latents [N, ...] -> rewards [N], differentiable; called only for predictions.
-            control_scale: fitted factors of the control variate; None takes 1 where the plan has one.
-            reward_loss_scale: see `prediction_critic`.
-            how: the other attributes.
+        `reward` (final latents [N, ...] -> [N], differentiable) is called for predictions alone, with the loss scale of
+        `prediction_critic`. A `control_scale` of None takes 1 where the plan has a control variate; `how` sets other attributes.
         """
         critic = prediction_critic(chain, params, reward, reward_loss_scale) if plan.uses_prediction else None
         scale = (control_scale or ControlVariateScale(plan.num_steps)) if plan.uses_control_variate else None

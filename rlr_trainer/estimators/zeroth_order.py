@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from rlr_trainer.estimators.chain import DenoisingChain, Parameters, StepFunction, seeded_generator, select_rows
+from rlr_trainer.estimators.chain import DenoisingChain, Parameters, StepFunction, seeded_generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,8 @@ def perturbed_steps(chain: DenoisingChain, params: Parameters, zeroth: Tensor, p
         for rows, row_params in pieces:
             if len(rows):
                 rows = rows.to(x.device)
-                row_mean, row_std = select_rows(chain, rows).transition(step, x[rows], row_params)
+                part = chain.select(rows) if hasattr(chain, "select") else chain
+                row_mean, row_std = part.transition(step, x[rows], row_params)
                 mean[rows], std[rows] = row_mean, row_std.expand_as(row_mean)
         return mean, std
 

@@ -20,7 +20,6 @@ from rlr_trainer.estimators.chain import (
     next_latent,
     predict_clean,
     sample_chain,
-    select_rows,
     sum_over_latent,
 )
 from rlr_trainer.estimators.linear_gaussian import LinearGaussianChain
@@ -169,16 +168,6 @@ def test_rollouts_join_whose_steps_were_perturbed_at_different_places():
     for step in range(4):
         expected = torch.cat([rollout.stds[step].expand(4, 2) for rollout in rollouts])
         assert torch.equal(joined.stds[step].expand(8, 2), expected)
-
-
-def test_rows_of_a_chain():
-    class WithRows:
-        def select(self, rows):
-            return rows.tolist()
-
-    chain = LinearGaussianChain(2)
-    assert select_rows(chain, torch.tensor([1])) is chain
-    assert select_rows(WithRows(), torch.tensor([2, 0])) == [2, 0]
 
 
 # ---- seeds ----

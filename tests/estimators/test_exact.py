@@ -102,7 +102,7 @@ def feedback_of(chain, reward, rollout, seed: int = 0) -> Feedback:
 def fitted_scale(num_steps: int) -> ControlVariateScale:
     scale = ControlVariateScale(num_steps)
     for step in range(num_steps):
-        scale.moments[step], scale.updates[step] = torch.tensor([0.5 + 0.3 * step, 1.0]), 2
+        scale.means[step], scale.counts[step] = torch.tensor([0.5 + 0.3 * step, 1.0]), 2
     return scale
 
 

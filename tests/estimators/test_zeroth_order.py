@@ -1,11 +1,14 @@
 """Zeroth order for frozen noise: what is drawn, who runs with it, and the estimate by hand."""
 
+import copy
+
 import pytest
 import torch
 from toy_problems import EXACT, NonlinearChain, nonlinear_reward, normal, seeded
 
 from rlr_trainer.estimators import Perturbations, Sweep, estimate_gradient, leave_one_out, perturbed_steps, zeroth_order
 from rlr_trainer.estimators.chain import sample_chain
+from rlr_trainer.estimators.linear_gaussian import LinearGaussianChain
 from rlr_trainer.estimators.plan import EstimatorPlan
 
 
@@ -133,3 +136,22 @@ def test_an_antithetic_pair_shares_its_choices_and_is_left_out_of_its_baseline_t
         expected = leave_one_out(result.rewards, blocks=torch.arange(16) // 2).values
         share = 1 if per_sample else 1 / 16
         torch.testing.assert_close(seen["feedback"].advantage, expected * share, **EXACT)
+
+
+def test_perturbed_rows_run_with_the_chain_of_those_rows():
+    class ShiftedChain(LinearGaussianChain):
+        shift = 100.0 * torch.arange(4, dtype=torch.float64)[:, None]
+
+        def select(self, rows):
+            part = copy.copy(self)
+            part.shift = self.shift[rows]
+            return part
+
+        def transition(self, step, x, params):
+            mean, std = super().transition(step, x, params)
+            return mean + self.shift, std
+
+    chain, perturbations = ShiftedChain(2), Perturbations.assign(4, 0, 1e-6, 2, True)
+    run = perturbed_steps(chain, chain.parameters(), torch.tensor([[True, False]]), perturbations)
+    x = torch.zeros(4, 2, dtype=torch.float64)
+    torch.testing.assert_close(run(0, x)[0], chain.transition(0, x, chain.parameters())[0], rtol=0, atol=1e-3)
