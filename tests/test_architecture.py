@@ -100,10 +100,7 @@ def test_estimators_need_nothing_but_torch(module):
 
 def test_no_module_imports_itself_in_a_circle():
     """Imports inside functions count, too."""
-    graph = {
-        module: {name for name in imported(tree) if name in MODULES and name != module}
-        for module, tree in MODULES.items()
-    }
+    graph = {module: {name for name in imported(tree) if name in MODULES and name != module} for module, tree in MODULES.items()}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
