@@ -21,9 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     style: dict[str, Any] = {"parents": [common], "allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    commands = parser.add_subparsers(
-        dest="command", required=True, parser_class=functools.partial(argparse.ArgumentParser, **style)
-    )
+    made: Any = functools.partial(argparse.ArgumentParser, **style)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=made)
     for add in (_add_train, _add_demo, _add_sample, _add_diagnose, _add_serve_reward, _add_report):
         add(commands)
     return parser
