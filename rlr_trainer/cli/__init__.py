@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = module.run(options)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:  # everything becomes one line; --debug shows the rest
         if isinstance(error, BrokenPipeError):  # the interpreter flushes the output at its end, and would fail there again

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from rlr_trainer import digits
 from rlr_trainer.digits.rewards import digit_reward, ink
+from rlr_trainer.observing.pictures import picture_grid
 from rlr_trainer.observing.progress import RewardProgress
 from rlr_trainer.persistence.output_folder import free_folder
 from rlr_trainer.rewards import jpeg_compressibility
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _plot_reward(trainer.state.log_history, summary, folder / "reward.png")
-    _plot_before_after({"before": before, "after": after}, summary, folder / "before_after.png")
+    _grid_before_after({"before": before, "after": after}, summary).save(folder / "before_after.png")
     print(f"\n{estimator}, {summary['updates']} updates, {summary['reward_queries']} pictures scored")
     print(f"{'':24}{'before':>10}{'after':>10}")
     for name, label in NUMBERS.items():
@@ -118,14 +119,12 @@ def _plot_reward(history: list[dict[str, Any]], summary: dict[str, Any], path: P
     figure.savefig(path, dpi=120)
 
 
-def _plot_before_after(pictures: dict[str, Tensor], summary: dict[str, Any], path: Path) -> None:
+def _grid_before_after(pictures: dict[str, Tensor], summary: dict[str, Any]) -> Any:
     """Grids of the same 64 seeds before and after, side by side."""
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
-    for axes, (when, images) in zip(figure.subplots(1, 2), pictures.items(), strict=True):
-        rows = images[:64].unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2)  # row, height, column, width, colour
-        axes.imshow(rows.flatten(2, 3).flatten(0, 1).numpy())
-        axes.set_axis_off()
-        numbers = ((name, summary[f"{name}_{when}"]) for name in NUMBERS)
-        axes.set_title(f"{when}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers if value is not None))
-    figure.suptitle(f'"{digits.PROMPT}", the same seeds; reward: {summary["reward"]}')
-    figure.savefig(path, dpi=110)
+    grids = [images[:64].unflatten(0, (8, 8)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2) for images in pictures.values()]
+    numbers = {when: [(name, summary[f"{name}_{when}"]) for name in NUMBERS] for when in pictures}
+    texts = [
+        f"{when}\n" + ", ".join(f"{name} {value:.4g}" for name, value in known if value is not None)
+        for when, known in numbers.items()
+    ]
+    return picture_grid(torch.stack(grids), texts)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 from rlr_trainer import __version__
-from rlr_trainer.cli import serve_reward
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,36 +18,25 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"rlr-trainer {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for add in (_add_train, _add_demo, _add_sample, _add_diagnose, serve_reward.add_parser, _add_report):
-        add(commands, common)
+    style: dict[str, Any] = {"parents": [common], "allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    made: Any = functools.partial(argparse.ArgumentParser, **style)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=made)
+    for add in (_add_train, _add_demo, _add_sample, _add_diagnose, _add_serve_reward, _add_report):
+        add(commands)
     return parser
 
 
-def _command(commands: Any, common: argparse.ArgumentParser, name: str, short: str, description: str) -> argparse.ArgumentParser:
-    made: argparse.ArgumentParser = commands.add_parser(
-        name,
-        parents=[common],
-        help=short,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    return made
-
-
-def _add_train(commands: Any, common: argparse.ArgumentParser) -> None:
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
-        parents=[common],
         help="train as a YAML file says",
         description="Trains as a YAML file says. Every key of the file can be given, or overridden, on the command line: "
         "--learning_rate 1e-4 --fo_steps 3. The keys are model, reward, prompts, eval_prompts and every option of RLRConfig; an unknown "
         "key is an error. A value means the same in both places. A list is written [1, 2] in the file and 1 2 on the command line.",
         add_help=False,
-        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
     )
     train.add_argument("-h", "--help", action="store_true", help="show this message with every option, and exit")
     train.add_argument("--config", help="YAML file of keys and values")
@@ -61,10 +50,10 @@ def _add_train(commands: Any, common: argparse.ArgumentParser) -> None:
     train.set_defaults(usage=train.format_help, takes_overrides=True)
 
 
-def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
+def _add_demo(commands: Any) -> None:
     short = "fine-tune the bundled digits model"
     description = "Fine-tunes the bundled digits model on a reward, in about a minute, and judges the result."
-    add = _command(commands, common, "demo", short, description).add_argument
+    add = commands.add_parser("demo", help=short, description=description).add_argument
     add("--target", type=int, default=7, choices=range(10), help="digit that the digit reward asks for")
     add(
         "--reward",
@@ -80,15 +69,13 @@ def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bars")
 
 
-def _add_sample(commands: Any, common: argparse.ArgumentParser) -> None:
-    sample = _command(
-        commands,
-        common,
-        "sample",
-        "pictures of a base or fine-tuned model",
+def _add_sample(commands: Any) -> None:
+    short = "pictures of a base or fine-tuned model"
+    description = (
         "Samples pictures as training does and writes 000.png, 001.png, ... and grid.png; with --reward also rewards.json. "
-        "Picture i is that of RLRTrainer.generate for the same weights, prompts and seed.",
+        "Picture i is that of RLRTrainer.generate for the same weights, prompts and seed."
     )
+    sample = commands.add_parser("sample", help=short, description=description)
     add = sample.add_argument
     add("--model", required=True, help="digits, a pipeline's folder, or a hub id")
     add("--lora", help="LoRA weights: a run's folder, one of its checkpoints, or a hub id")
@@ -112,13 +99,13 @@ def _add_sample(commands: Any, common: argparse.ArgumentParser) -> None:
     add("--width", type=int, help="in pixels")
 
 
-def _add_diagnose(commands: Any, common: argparse.ArgumentParser) -> None:
+def _add_diagnose(commands: Any) -> None:
     short = "measure bias, noise, time and memory of gradient estimators on a run's model and reward"
     description = (
         "Measures what each estimator would do in the run that a YAML file and overrides describe (as for train), prints a table with "
         "a recommendation, and writes diagnosis.json to output_dir. Nothing is trained."
     )
-    diagnose = _command(commands, common, "diagnose", short, description)
+    diagnose = commands.add_parser("diagnose", help=short, description=description)
     diagnose.set_defaults(takes_overrides=True)
     add = diagnose.add_argument
     add("--config", help="YAML file of keys and values")
@@ -126,12 +113,29 @@ def _add_diagnose(commands: Any, common: argparse.ArgumentParser) -> None:
     add("--num_batches", type=int, help="at most so many updates per plan; otherwise what the time allows")
 
 
-def _add_report(commands: Any, common: argparse.ArgumentParser) -> None:
+def _add_serve_reward(commands: Any) -> None:
+    short = "serve a reward function over HTTP, for RemoteReward"
+    description = (
+        "Serves one reward function over HTTP, for rlr_trainer.rewards.RemoteReward in another process or on another machine "
+        "(docs/remote_rewards.md). Ctrl-C or SIGTERM finishes the requests in progress and leaves with code 0."
+    )
+    add = commands.add_parser("serve-reward", help=short, description=description).add_argument
+    add("reward", help="package.module:function, or the name of a built-in reward, as for train --reward")
+    add("--host", default="127.0.0.1", help="address to listen on; that of this machine alone by default")
+    add("--port", type=int, default=8000, help="port to listen on, 0 for any free one")
+    add("--token", help="secret that clients must send; other users can read command lines, so better set RLR_REWARD_TOKEN")
+    add("--max_request_mb", type=float, default=64, help="largest request, in 10^6 bytes")
+    add("--max_megapixels", type=float, default=100, help="10^6 pixels, shared by the workers")
+    add("--workers", type=int, default=1, help="calls of the function at the same time; models on a GPU need 1")
+    add("--receive_timeout", type=float, default=30, help="seconds that the body of a request may take to arrive")
+
+
+def _add_report(commands: Any) -> None:
     short = "write one HTML page about one or several runs"
     description = (
         "Reads the folders of runs and writes one self-contained HTML page: rewards, pictures, diagnostics, settings. With several "
         "folders the runs are compared. The page opens in any browser without a network."
     )
-    add = _command(commands, common, "report", short, description).add_argument
+    add = commands.add_parser("report", help=short, description=description).add_argument
     add("folders", nargs="+", metavar="RUN_DIR", help="output_dir of a run")
     add("--output", default="report.html", help="file to write")

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from rlr_trainer.cli.settings import build_trainer, help_on_keys, parse_run
+from rlr_trainer.persistence.checkpoints import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,12 @@ def run(options: argparse.Namespace) -> int:
     config = trainer.args
     if trainer.eval_prompts is not None and config.eval_strategy == "no" and not config.eval_on_start:
         logger.warning("eval_prompts are given, but training evaluates nothing: set eval_strategy to steps, and eval_steps")
-    trainer.train(resume_from_checkpoint=options.resume)
+    try:
+        trainer.train(resume_from_checkpoint=options.resume)
+    except KeyboardInterrupt as interrupt:
+        saved = CheckpointStore(config.output_dir).checkpoints()
+        way_on = f"--resume goes on from {saved[-1].name}" if saved else "no checkpoint was saved"
+        raise KeyboardInterrupt(f"interrupted after {trainer.state.global_step} updates; {way_on}") from interrupt
     trainer.save_pretrained(config.output_dir)
     if trainer.is_world_process_zero():
         print(f"written to {config.output_dir}: the trained weights, README.md, metrics.jsonl")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlr_trainer.digits.classifiers import CLASSIFIERS, DigitClassifier
-from rlr_trainer.digits.metrics import gaussian_frechet_distance
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -27,33 +26,28 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 PROMPT = "a handwritten digit"
 WEIGHTS = Path(__file__).parent / "weights"
 
-_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-
 
 def class_prompt(digit: int) -> str:
     """The prompt that asks for one digit: `class_prompt(7)` is "a handwritten digit seven"."""
-    return f"{PROMPT} {DIGIT_NAMES[_checked_digit(digit)]}"
+    _check_digit(digit)
+    return f"{PROMPT} {DIGIT_NAMES[digit]}"
 
 
-def load_pipeline(directory: str | Path = WEIGHTS, **components: Any) -> "StableDiffusionPipeline":
+def load_pipeline(directory: str | Path = WEIGHTS) -> "StableDiffusionPipeline":
     """The bundled text-to-image pipeline: 32 x 32 pixels, float32, on the CPU, progress bar off, no safety checker.
 
     Args:
         directory: Folder of weights as `pretrain.py` writes it.
-        components: Parts that replace the bundled ones, such as `scheduler=` or `unet=`.
 
     Raises:
-        TypeError: A name in `components` is no part of the pipeline.
         RuntimeError: The weights are missing or damaged.
     """
-    if unknown := components.keys() - {*_PARTS}:
-        raise TypeError(f"load_pipeline got {', '.join(sorted(unknown))}: the parts are {', '.join(_PARTS)}; leave the others out")
     with _weights_of(directory, "pipeline") as folder, _quiet():
         from diffusers import StableDiffusionPipeline
 
         # low_cpu_mem_usage=False fills float32 modules, whatever the precision of the files; the argument for the
         # precision is called torch_dtype in older versions and dtype in newer ones
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, **components)
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -96,7 +90,7 @@ def frechet_distance(images: Tensor, digit: int, directory: str | Path = WEIGHTS
         ValueError: `digit` is no class, or there are too few images.
         RuntimeError: The weights are missing or damaged.
     """
-    _checked_digit(digit)
+    _check_digit(digit)
     judge, statistics = _judge_and_statistics(Path(directory))
     components_FK = statistics["components"]
     if len(images) <= components_FK.shape[1]:
@@ -104,9 +98,20 @@ def frechet_distance(images: Tensor, digit: int, directory: str | Path = WEIGHTS
     with torch.no_grad():
         features_NF = judge.features(images.detach().float().cpu())
     projected_NK = (features_NF.double() - statistics["mean"]) @ components_FK
-    mean_K, covariance_KK = projected_NK.mean(dim=0), torch.cov(projected_NK.T)
-    real_K, real_KK = statistics["class_means"][digit], statistics["class_covariances"][digit]
-    return gaussian_frechet_distance(mean_K, covariance_KK, real_K, real_KK)
+    real = statistics["class_means"][digit], statistics["class_covariances"][digit]
+    return gaussian_frechet_distance(projected_NK.mean(dim=0), torch.cov(projected_NK.T), *real)
+
+
+def gaussian_frechet_distance(mean_p: Tensor, covariance_p: Tensor, mean_q: Tensor, covariance_q: Tensor) -> float:
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians, the quantity that FID reports.
+
+    ||m_p - m_q||^2 + tr(C_p) + tr(C_q) - 2 tr((C_p^1/2 C_q C_p^1/2)^1/2), of means [K] and covariances [K, K]
+    """
+    values, vectors = torch.linalg.eigh(covariance_p)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ covariance_q @ root).clamp(min=0).sqrt().sum()
+    distance = (mean_p - mean_q).square().sum() + covariance_p.trace() + covariance_q.trace() - 2 * cross
+    return max(float(distance), 0.0)  # round-off may turn a distance of zero negative
 
 
 @lru_cache(maxsize=2)
@@ -148,7 +153,6 @@ def _weights_of(directory: str | Path, name: str) -> Iterator[Path]:
         ) from error
 
 
-def _checked_digit(digit: int) -> int:
+def _check_digit(digit: int) -> None:
     if isinstance(digit, bool) or not isinstance(digit, int) or not 0 <= digit <= 9:
         raise ValueError(f"digit={digit!r}: must be an integer from 0 to 9")
-    return digit

@@ -14,15 +14,7 @@ NUM_CLASSES = 10
 
 
 def to_grey(images: Tensor, resolution: int) -> Tensor:
-    """Grey pictures [B, 1, resolution, resolution] in [-1, 1], differentiable in the images.
-
-    Args:
-        images: [B, 3, H, W] float in [0, 1]; any H and W.
-        resolution: Height and width of the result.
-
-    Raises:
-        ValueError: The images are no floating-point tensor of shape [B, 3, H, W].
-    """
+    """Images [B, 3, H, W] in [0, 1] -> grey pictures [B, 1, resolution, resolution] in [-1, 1], differentiable."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"images has shape {tuple(images.shape)} and dtype {images.dtype}: must be a floating-point tensor [B, 3, H, W] in "
@@ -35,11 +27,22 @@ def to_grey(images: Tensor, resolution: int) -> Tensor:
     return 2 * grey - 1
 
 
-class RewardClassifier(nn.Module):
-    """A convolutional network on 32 x 32 pixels, made to be differentiated through: smooth, no normalisation layers.
+class DigitClassifier(nn.Module):
+    """Forward: images [B, 3, H, W] float in [0, 1] -> logits [B, 10]."""
 
-    Forward: images [B, 3, H, W] float in [0, 1] -> logits [B, 10].
-    """
+    resolution: int
+    head: nn.Module
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate features [B, 64] of images [B, 3, H, W]."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+class RewardClassifier(DigitClassifier):
+    """A convolutional network on 32 x 32 pixels, made to be differentiated through: smooth, no normalisation layers."""
 
     resolution = 32
 
@@ -61,11 +64,7 @@ class RewardClassifier(nn.Module):
         self.head = nn.Linear(64, NUM_CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """Penultimate features [B, 64] of images [B, 3, H, W]."""
         return self.body(to_grey(images, self.resolution))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
 
 
 class MixerBlock(nn.Module):
@@ -84,35 +83,27 @@ class MixerBlock(nn.Module):
         return tokens_BPD + self.mix_channels(self.norm_channels(tokens_BPD))
 
 
-class JudgeClassifier(nn.Module):
-    """A patch-mixing network without convolutions on 16 x 16 pixels, trained against attacks and against nonsense.
-
-    Forward: images [B, 3, H, W] float in [0, 1] -> logits [B, 10].
-    """
+class JudgeClassifier(DigitClassifier):
+    """A patch-mixing network without convolutions on 16 x 16 pixels, trained against attacks and against nonsense."""
 
     resolution = 16
     patch = 4
 
-    def __init__(self, channels: int = 64, blocks: int = 3) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        patches = (self.resolution // self.patch) ** 2
+        channels, patches = 64, (self.resolution // self.patch) ** 2
         self.embed = nn.Linear(self.patch**2, channels)
         self.position = nn.Parameter(torch.zeros(1, patches, channels))
-        self.blocks = nn.Sequential(*[MixerBlock(patches, channels) for _ in range(blocks)])
+        self.blocks = nn.Sequential(*[MixerBlock(patches, channels) for _ in range(3)])
         self.norm = nn.LayerNorm(channels)
         self.project = nn.Linear(patches * channels, 64)
         self.head = nn.Linear(64, NUM_CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
-        """Penultimate features [B, 64] of images [B, 3, H, W]."""
         grey = to_grey(images, self.resolution)
         patches_BPD = F.unfold(grey, kernel_size=self.patch, stride=self.patch).transpose(1, 2)
         tokens_BPD = self.blocks(self.embed(patches_BPD) + self.position)
         return F.gelu(self.project(self.norm(tokens_BPD).flatten(1)))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
 
-
-DigitClassifier = RewardClassifier | JudgeClassifier
 CLASSIFIERS: dict[str, type[DigitClassifier]] = {"reward": RewardClassifier, "judge": JudgeClassifier}

@@ -129,10 +129,20 @@ def test_help_of_train_has_every_option(capsys, monkeypatch):
     assert "T: denoising steps. (default: 50)" in output
 
 
-def test_an_interruption_saves_nothing(capsys):
-    Path("interrupting.py").write_text("def reward(images, prompts, metadata):\n    raise KeyboardInterrupt\n")
-    assert main([*TRAIN, "--check_reward", "false", "--reward", "interrupting:reward"]) == 130
-    assert capsys.readouterr().err.endswith("interrupted\n")
+def test_an_interrupted_run_names_the_checkpoint_to_go_on_from(capsys):
+    Path("interrupting.py").write_text(
+        "calls = []\n"
+        "def reward(images, prompts, metadata):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) in (1, 4):\n"
+        "        raise KeyboardInterrupt\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+    )
+    arguments = [*TRAIN, "--check_reward", "false", "--reward", "interrupting:reward", "--overwrite", "--max_steps", "9"]
+    assert main(arguments) == 130
+    assert capsys.readouterr().err.endswith("interrupted after 0 updates; no checkpoint was saved\n")
+    assert main([*arguments, "--save_steps", "1", "--reward", "interrupting:reward"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted after 2 updates; --resume goes on from checkpoint-2\n")
     assert not list(Path("out").glob("*.safetensors"))
 
 

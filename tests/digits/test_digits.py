@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from rlr_trainer import digits
-from rlr_trainer.digits.metrics import gaussian_frechet_distance
+from rlr_trainer.digits import gaussian_frechet_distance
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "digits" / "pretrain.py"
@@ -133,15 +133,6 @@ def test_pipeline_loads_without_warnings_and_keeps_global_settings(caplog):
         digits.load_pipeline()
     assert not caplog.records
     assert (diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()) == before
-
-
-def test_pipeline_takes_replaced_parts(pipeline):
-    from diffusers import DDPMScheduler
-
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    assert digits.load_pipeline(scheduler=scheduler).scheduler is scheduler
-    with pytest.raises(TypeError, match="got schedular: the parts are vae"):
-        digits.load_pipeline(schedular=scheduler)
 
 
 def test_pipeline_gives_pictures_and_follows_the_seed(pipeline, pretrain):
