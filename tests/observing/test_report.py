@@ -373,7 +373,6 @@ def test_a_healthy_run_has_no_remarks(make_run):
         ({"diversity": lambda p: 0.3 - 0.28 * p}, "Signs of reward hacking"),
         ({"loss": lambda p: None if p == 0.5 else 0.0}, "Values that are not finite"),
         ({"reward": lambda p: -p + 0.01 * math.sin(99 * p)}, "The reward fell"),
-        ({"reward": lambda p: min(p, 1.4 - p) + 0.01 * math.sin(99 * p)}, "The reward fell at the end"),
         ({"reward": lambda p: math.sin(80 * p)}, "No clear change of the reward"),
     ],
 )
@@ -392,16 +391,6 @@ def test_the_remark_on_hacking_is_the_monitors_warning(make_run):
             break
     text = remarks(make_run(lines=lines))["Signs of reward hacking"]
     assert text.startswith(f"At update {state.global_step}: {monitor.warnings['diversity']}.")
-
-
-def test_noise_alone_is_seldom_called_a_fall(make_run):
-    """The best window is the luckiest of many: its distance from the last must not be judged as if it had been chosen beforehand."""
-    found = []
-    for seed in range(100):
-        noise = np.random.default_rng(seed).normal(size=60)
-        found += remarks(make_run(f"run{seed}", [{"step": step + 1, "reward": value} for step, value in enumerate(noise)]))
-    assert found.count("The reward fell at the end") <= 5
-    assert found.count("No clear change of the reward") >= 80
 
 
 def test_remarks_from_other_files(make_run):
