@@ -23,8 +23,6 @@ class RolloutBar:
 
     That is, when the standard error is no terminal, unless this is a notebook.
 
-    It counts denoising steps, and one more per sampling batch for decoding and reward; its label says which of the two goes on.
-
     Args:
         batches: sampling batches of the rollout.
         num_steps: denoising steps of each.
@@ -32,25 +30,15 @@ class RolloutBar:
     """
 
     def __init__(self, batches: int, num_steps: int, disable: bool) -> None:
-        self.num_steps = num_steps
         quiet = disable or not (sys.stderr.isatty() or is_in_notebook())
-        self.bar = tqdm(total=batches * (num_steps + 1), desc="sampling", leave=False, disable=quiet, position=1)
-        self._scoring = False
+        self.bar = tqdm(total=batches * num_steps, desc="sampling", leave=False, disable=quiet, position=1)
 
     def __enter__(self) -> RolloutBar:
         return self
 
     def __exit__(self, *stopped: object) -> None:
-        if stopped[0] is None and self._scoring:
-            self.bar.update(1)
         self.bar.close()
 
     def step(self, step: int) -> None:
-        """A denoising step is done; after the last one of a batch the reward's turn has come."""
-        if self._scoring:
-            self.bar.update(1)
-            self.bar.set_description("sampling")
-        self._scoring = step == self.num_steps - 1
-        if self._scoring:
-            self.bar.set_description("rewards")
+        """A denoising step is done."""
         self.bar.update(1)

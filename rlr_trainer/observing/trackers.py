@@ -5,7 +5,6 @@ Trainer's callbacks set the trackers up and close them; here they are looked up 
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import re
@@ -52,53 +51,36 @@ class RunTracker(GeneralTracker):
 
     run = writer = property(lambda self: self.tracker)  # as accelerate calls those of Weights & Biases, and of TensorBoard
 
-    @property
-    def ready(self) -> bool:
-        """Whether it can take anything."""
-        return self.tracker is not None
-
     @on_main_process
-    def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Logs numbers and texts by name; several numbers, such as a batch's rewards, as a histogram, and dicts of them as "name/key".
 
         Args:
             step: updates so far; None: those of the run.
-            kwargs: for the tracker's own method.
         """
-        self._send(self._log, _flat(values), step, kwargs)
+        self._send(self._log, _flat(values), step)
 
     @on_main_process
-    def log_images(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
+    def log_images(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Logs pictures by name: [3, H, W] or [N, 3, H, W] in [0, 1], or channels last (array, tensor or PIL); see `to_pictures`."""
-        self._send(self._log_images, {name: to_pictures(value) for name, value in values.items()}, step, kwargs)
+        self._send(self._log_images, {name: to_pictures(value) for name, value in values.items()}, step)
 
-    @on_main_process
-    def log_table(
-        self, table_name: str, columns: Any = None, data: Any = None, dataframe: Any = None, step: int | None = None, **kwargs: Any
-    ) -> None:
-        """Logs a table, given as `columns` and rows `data` or as a `dataframe`; as Markdown where the tracker has no tables.
+    def log_table(self, table_name: str, columns: Sequence[str], data: Sequence[Sequence[Any]], step: int | None = None) -> None:
+        """Logs a table of rows `data`; as Markdown where the tracker has no tables."""
+        self.log({table_name: self._table(list(columns), list(data))}, step=step)
 
-        Raises:
-            ValueError: neither is given.
-        """
-        if dataframe is not None:
-            columns, data = list(dataframe.columns), dataframe.to_numpy().tolist()
-        if columns is None or data is None:
-            raise ValueError(f"log_table({table_name!r}): has no content; pass columns and data, or dataframe")
-        self.log({table_name: self._table(list(columns), list(data))}, step=step, **kwargs)
-
-    def _send(self, method: Callable[..., None], values: dict[str, Any], step: int | None, kwargs: dict[str, Any]) -> None:
-        if self.ready:
-            method(values, self._step() if step is None else step, **kwargs)
+    def _send(self, method: Callable[[dict[str, Any], int], None], values: dict[str, Any], step: int | None) -> None:
+        if self.tracker is not None:
+            method(values, self._step() if step is None else step)
         else:
             text = "%s has not begun or is closed: %s not logged; Trainer sets trackers up when training begins"
             logger.warning(text, self.name, ", ".join(values))
 
-    def _log(self, values: dict[str, Any], step: int, **kwargs: Any) -> None:
+    def _log(self, values: dict[str, Any], step: int) -> None:
         """Takes numbers, arrays of several numbers, and anything else, as a text."""
         raise NotImplementedError
 
-    def _log_images(self, pictures: dict[str, Tensor], step: int, **kwargs: Any) -> None:
+    def _log_images(self, pictures: dict[str, Tensor], step: int) -> None:
         raise NotImplementedError
 
     def _table(self, columns: list[str], data: list[Any]) -> Any:
@@ -111,19 +93,19 @@ class TensorBoard(RunTracker):
     name, attribute = "tensorboard", "tb_writer"
     tracker = property(lambda self: self.package)
 
-    def _log(self, values: dict[str, Any], step: int, **kwargs: Any) -> None:
+    def _log(self, values: dict[str, Any], step: int) -> None:
         for name, value in values.items():
             if isinstance(value, np.ndarray):
-                self.tracker.add_histogram(name, value, global_step=step, **kwargs)
+                self.tracker.add_histogram(name, value, global_step=step)
             elif isinstance(value, int | float):
-                self.tracker.add_scalar(name, value, global_step=step, **kwargs)
+                self.tracker.add_scalar(name, value, global_step=step)
             else:
-                self.tracker.add_text(name, str(value), global_step=step, **kwargs)
+                self.tracker.add_text(name, str(value), global_step=step)
         self.tracker.flush()
 
-    def _log_images(self, pictures: dict[str, Tensor], step: int, **kwargs: Any) -> None:
+    def _log_images(self, pictures: dict[str, Tensor], step: int) -> None:
         for name, batch in pictures.items():
-            self.tracker.add_images(name, batch, global_step=step, **kwargs)
+            self.tracker.add_images(name, batch, global_step=step)
 
 
 class WandB(RunTracker):
@@ -132,11 +114,11 @@ class WandB(RunTracker):
     name, attribute = "wandb", "_wandb"
     tracker = property(lambda self: self.package.run)
 
-    def _log(self, values: dict[str, Any], step: int, **kwargs: Any) -> None:
-        self.package.log(values | {"train/global_step": step}, **kwargs)
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        self.package.log(values | {"train/global_step": step})
 
-    def _log_images(self, pictures: dict[str, Tensor], step: int, **kwargs: Any) -> None:
-        self._log({name: self._panel(batch) for name, batch in pictures.items()}, step, **kwargs)
+    def _log_images(self, pictures: dict[str, Tensor], step: int) -> None:
+        self._log({name: self._panel(batch) for name, batch in pictures.items()}, step)
 
     def _panel(self, batch: Tensor) -> Any:
         return [self.package.Image(pixels(picture)) for picture in batch]
@@ -161,33 +143,29 @@ class MLflow(RunTracker):
     name, attribute = "mlflow", "_ml_flow"
     tracker = property(lambda self: self.package.active_run())
 
-    def _log(self, values: dict[str, Any], step: int, **kwargs: Any) -> None:
+    def _log(self, values: dict[str, Any], step: int) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         # MLflow refuses some characters in the name of a metric; Trainer replaces them in its own
         metrics = {re.sub(r"[^\w\-. :/]", "_", name): float(number) for name, number in numbers.items()}
-        self.package.log_metrics(metrics, step=step, **kwargs)
+        self.package.log_metrics(metrics, step=step)
         for name in values.keys() - numbers.keys():
             self.package.log_text(str(values[name]), f"{_file_name(name)}/step_{step:06d}.txt")
 
-    def _log_images(self, pictures: dict[str, Tensor], step: int, **kwargs: Any) -> None:
+    def _log_images(self, pictures: dict[str, Tensor], step: int) -> None:
         for name, batch in pictures.items():
-            self.package.log_image(pixels(batch), artifact_file=f"{_file_name(name)}/step_{step:06d}.png", **kwargs)
+            self.package.log_image(pixels(batch), artifact_file=f"{_file_name(name)}/step_{step:06d}.png")
 
 
 class Files(RunTracker):
     """For runs without a tracker: lines of `logged.jsonl`, and pictures in `images/`, in the run's folder, which stands for the callback."""
 
     name = "files"
+    tracker = None
 
-    @property
-    def tracker(self) -> Any:
-        return None
+    def _send(self, method: Callable[[dict[str, Any], int], None], values: dict[str, Any], step: int | None) -> None:
+        method(values, self._step() if step is None else step)
 
-    @property
-    def ready(self) -> bool:
-        return True
-
-    def _log(self, values: dict[str, Any], step: int, **kwargs: Any) -> None:
+    def _log(self, values: dict[str, Any], step: int) -> None:
         line = json.dumps(
             {"step": step} | values, default=lambda value: value.tolist() if isinstance(value, np.ndarray) else str(value)
         )
@@ -195,7 +173,7 @@ class Files(RunTracker):
         with open(self._callback / LOGGED_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(json.loads(line, parse_constant=lambda _: None)) + "\n")  # JSON has no NaN: it becomes null
 
-    def _log_images(self, pictures: dict[str, Tensor], step: int, **kwargs: Any) -> None:
+    def _log_images(self, pictures: dict[str, Tensor], step: int) -> None:
         from PIL import Image
 
         folder = self._callback / "images" / f"step_{step:06d}"
@@ -229,8 +207,7 @@ def connect_accelerator(accelerator: Any, callbacks: Sequence[Any], folder: Path
 class HookTracker:
     """The run's trackers as one, for image hooks: `log`, `log_images` and `log_table` go to all of them, and to files where there is none.
 
-    Their keyword arguments that are a tracker's own go to the first one alone. Everything else, such as `tracker`, `name`, `run` and
-    `writer`, is that of the first.
+    Everything else, such as `tracker`, `name`, `run` and `writer`, is that of the first.
 
     Args:
         callbacks: Trainer's callbacks, among them its integrations.
@@ -239,21 +216,18 @@ class HookTracker:
     """
 
     def __init__(self, callbacks: Sequence[Any], folder: Path, step: int = 0) -> None:
-        ready = [tracker for tracker in trackers_of(callbacks, folder, lambda: step) if tracker.ready]
+        ready = [tracker for tracker in trackers_of(callbacks, folder, lambda: step) if tracker.tracker is not None]
         self.trackers: list[RunTracker] = ready or [Files(folder, lambda: step)]
 
     def __getattr__(self, name: str) -> Any:
         if name == "trackers":  # before __init__, as when unpickled
             raise AttributeError(name)
-        first, *others = self.trackers
         if name not in ("log", "log_images", "log_table"):
-            return getattr(first, name)
+            return getattr(self.trackers[0], name)
 
         def log_to_all(*args: Any, **kwargs: Any) -> None:
-            getattr(first, name)(*args, **kwargs)
-            common = inspect.signature(getattr(RunTracker, name)).parameters
-            for tracker in others:
-                getattr(tracker, name)(*args, **{key: value for key, value in kwargs.items() if key in common})
+            for tracker in self.trackers:
+                getattr(tracker, name)(*args, **kwargs)
 
         return log_to_all
 
@@ -299,7 +273,5 @@ def to_pictures(value: Any) -> Tensor:
     array = array.flatten(0, -4) if array.dim() > 3 else array[None] if array.dim() == 3 else array[None, ..., None]
     places = [axis for channels in (3, 1, 4) for axis in (1, 3) if array.dim() == 4 and array.shape[axis] == channels]
     if not places:
-        raise ValueError(
-            f"pictures of the shape {tuple(value.shape)}: must be [3, H, W], [N, 3, H, W], or the same with the channels last"
-        )
+        raise ValueError(f"pictures of the shape {tuple(value.shape)}: must be [3, H, W], [N, 3, H, W], or with the channels last")
     return array.movedim(places[0], 1)[:, :3].expand(-1, 3, -1, -1)

@@ -373,7 +373,6 @@ def test_a_healthy_run_has_no_remarks(make_run):
         ({"diversity": lambda p: 0.3 - 0.28 * p}, "Signs of reward hacking"),
         ({"loss": lambda p: None if p == 0.5 else 0.0}, "Values that are not finite"),
         ({"reward": lambda p: -p + 0.01 * math.sin(99 * p)}, "The reward fell"),
-        ({"reward": lambda p: min(p, 1.4 - p) + 0.01 * math.sin(99 * p)}, "The reward fell at the end"),
         ({"reward": lambda p: math.sin(80 * p)}, "No clear change of the reward"),
     ],
 )
@@ -392,16 +391,6 @@ def test_the_remark_on_hacking_is_the_monitors_warning(make_run):
             break
     text = remarks(make_run(lines=lines))["Signs of reward hacking"]
     assert text.startswith(f"At update {state.global_step}: {monitor.warnings['diversity']}.")
-
-
-def test_noise_alone_is_seldom_called_a_fall(make_run):
-    """The best window is the luckiest of many: its distance from the last must not be judged as if it had been chosen beforehand."""
-    found = []
-    for seed in range(100):
-        noise = np.random.default_rng(seed).normal(size=60)
-        found += remarks(make_run(f"run{seed}", [{"step": step + 1, "reward": value} for step, value in enumerate(noise)]))
-    assert found.count("The reward fell at the end") <= 5
-    assert found.count("No clear change of the reward") >= 80
 
 
 def test_remarks_from_other_files(make_run):
@@ -453,11 +442,11 @@ def test_pictures_are_reduced_and_small_ones_kept(tmp_path):
     assert picture.pixelated and picture.source.startswith("data:image/png;base64,")
 
 
-def test_the_pictures_size_is_capped(make_run):
+def test_the_number_of_pictures_is_capped(make_run):
     run = read_run(add_everything(make_run(), size=200))
     whole = grid_of(run)
     assert len(whole.rows) == 2 and whole.steps == [0, 20, 40] and whole.notes == []
-    capped = grid_of(run, most_bytes=1000, most_columns=2)
+    capped = grid_of(run, most_columns=2, most_rows=1)
     assert len(capped.rows) == 1 and capped.steps == [0, 40]
     assert "1 of 2 pictures at 2 of 3 points in time are shown" in " ".join(capped.notes)
 
@@ -490,13 +479,11 @@ def test_the_whole_page(pages):
         assert "hf_abc" not in page and "(hidden)" in text
     for part in (
         "Fixed prompts over time",
-        "Gradient norm, first order",
+        "estimator/fo_grad_norm",
         "negative_prompt",
         "2.13.0",
         "trained parameters: 9,984",
         "times resumed: 1",
-        "Changed when resumed",
-        "max_grad_norm (update 17) default 0.5",
         "40 (12 %)",
         "Summary",
     ):

@@ -164,8 +164,6 @@ def test_without_a_tracker_what_is_logged_becomes_files(tmp_path):
     assert lines[-1] == {"step": 3, "bad": None}
     with Image.open(tmp_path / "new/images/step_000001/my_pictures.png") as picture:
         assert picture.size == (2 * 5, 4)
-    with pytest.raises(ValueError, match="my table.*pass columns and data, or dataframe"):
-        tracker.log_table("my table")
 
 
 def test_the_accelerator_reaches_the_trackers_of_the_run(tensorboard, wandb, tmp_path, caplog):

@@ -17,29 +17,6 @@ AXES = {"updates": "updates", "queries": "reward_queries", "seconds": "seconds"}
 WIDE, SMALL = (920, 330), (440, 250)
 MOST_CHARTS = 24  # of a section
 
-TITLES = {
-    "reward": "Reward",
-    "reward_std": "Spread of the rewards in a rollout",
-    "eval_reward": "Evaluation reward",
-    "fixed/rewards": "Mean reward of the fixed prompts",
-    "fixed/diversity": "Diversity of the fixed prompts' pictures",
-    "diversity": "Diversity of the training pictures",
-    "kl": "KL from the initial model",
-    "grad_norm": "Gradient norm",
-    "estimator/fo_grad_norm": "Gradient norm, first order",
-    "estimator/ho_grad_norm": "Gradient norm, half order and likelihood ratio",
-    "estimator/zo_grad_norm": "Gradient norm, zeroth order",
-    "loss": "Loss",
-    "ratio/mean": "Mean likelihood ratio",
-    "ratio/max_abs_dev": "Largest deviation of a ratio from 1",
-    "clip_ratio": "Share of ratios clipped",
-    "estimator/subchain_start": "Start of the half-order sub-chain",
-    "learning_rate": "Learning rate",
-    "samples_dropped": "Samples dropped per rollout",
-    "time/sample": "Seconds of sampling per rollout",
-    "time/reward": "Seconds of the reward per rollout",
-    "time/backward": "Seconds of backward per micro-batch",
-}
 # Heading -> the values below it; a value stands in the first section that matches. The reward itself has a section of its own.
 REWARDS, OTHERS = "Rewards in detail", "Other logged values"
 SECTIONS = {
@@ -80,9 +57,8 @@ def section_figures(runs: list[Run]) -> dict[str, list[Figure]]:
     for prefix in ("rewards/", "eval_rewards/"):  # of a single reward function, the mean is the reward
         functions = {name for name in names if name.startswith(prefix) and name.endswith("/mean")}
         names -= functions if len(functions) == 1 else set()
-    order = list(TITLES)
     sections: dict[str, list[Figure]] = {heading: [] for heading in (*SECTIONS, OTHERS)}
-    for name in sorted(names, key=lambda name: (order.index(name) if name in TITLES else len(order), name)):
+    for name in sorted(names):
         heading = _heading(name)
         values = np.concatenate([run.points(name)[1] for run in runs])
         if heading is not None and np.nanmax(values) > np.nanmin(values) and len(sections[heading]) < MOST_CHARTS:
@@ -100,7 +76,7 @@ def _figure(runs: list[Run], name: str, axes: tuple[str, ...], sizes: tuple[tupl
     values = np.concatenate([run.points(name)[1] for run in runs])
     log = bool(MAY_BE_LOG.fullmatch(name)) and spans_decades(values[~np.isnan(values)])
     drawings = {axis: [_draw(runs, name, axis, size, log) for size in sizes] for axis in axes}
-    return Figure(title_of(name), drawings, _caption(_series(runs, name, "updates", 1), log))
+    return Figure(shorten(name, 60), drawings, _caption(_series(runs, name, "updates", 1), log))
 
 
 def _draw(runs: list[Run], name: str, axis: str, size: tuple[int, int], log: bool) -> Markup:
@@ -108,7 +84,7 @@ def _draw(runs: list[Run], name: str, axis: str, size: tuple[int, int], log: boo
     lines = _series(runs, name, axis, scale)
     if not lines:
         return Markup('<p class="note">Not recorded.</p>')
-    title, identity = f"{title_of(name)} against {label}", f"{name} {axis} {size}"
+    title, identity = f"{shorten(name, 60)} against {label}", f"{name} {axis} {size}"
     return line_chart(lines, title=title, x_label=label, size=size, log=log, identity=identity)
 
 
@@ -148,11 +124,3 @@ def _caption(lines: list[Series], log: bool) -> str:
     outside = sum(int(((s.line.raw_y < bottom) | (s.line.raw_y > top)).sum()) for s in lines)
     texts = [f"Smoothed over up to {window:,} log lines."] if window > 1 else []
     return " ".join(texts + ([f"Values outside the axis: {outside}."] if outside else []))
-
-
-def title_of(name: str) -> str:
-    """What stands above the chart of a logged value."""
-    prefix, _, function = name.partition("rewards/")
-    if name not in TITLES and function.endswith("/mean") and prefix in ("", "eval_"):
-        return f"Reward {shorten(function.removesuffix('/mean'), 40)}" + (", evaluation" if prefix else "")
-    return TITLES.get(name, shorten(name, 60))

@@ -10,12 +10,10 @@ import numpy as np
 
 from rlr_trainer.observing.hacking import WAYS_OUT, HackingSigns
 from rlr_trainer.observing.report.reading import Floats, Run
-from rlr_trainer.observing.report.series import Mean, ends, mean_of, number, window_size
+from rlr_trainer.observing.report.series import Mean, ends, mean_of, window_size
 
 CLEAR = 2.0  # standard errors that a change must exceed
 MANY_DROPPED = 0.05
-CLEAR_FALL = 4.0  # the same from the best window, which luck has chosen among many
-FALL = 0.1  # of the rise that is lost again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,21 +110,10 @@ def remarks_of(run: Run, facts: Facts) -> Iterator[tuple[str, str]]:
     seen = [f"At update {line['step']}: {text}." for line in run.lines for text in signs.read(line)]
     if seen:
         yield "Signs of reward hacking", f"{' '.join(seen)} {WAYS_OUT}."
-    yield from _reward_path(facts)
-
-
-def _reward_path(facts: Facts) -> Iterator[tuple[str, str]]:
-    rise, lost = facts.best - facts.start.value, facts.best - facts.end.value
     if facts.is_clear and facts.change.value < 0:
         fall = Mean(-facts.change.value, facts.change.error)
         text = f"It ended {fall} lower than it began. Try a lower learning rate or more samples per update."
         yield "The reward fell", text
-    elif lost > max(CLEAR_FALL * facts.change.error, FALL * rise) and facts.best_step < facts.updates:
-        yield (
-            "The reward fell at the end",
-            f"Its best mean was {number(facts.best)} around update {facts.best_step}; it ended at {facts.end}. An earlier checkpoint may be "
-            "the better model; a lower learning rate or a decaying one keeps what was gained.",
-        )
     elif not facts.is_clear and not math.isnan(facts.change.error):
         yield (
             "No clear change of the reward",

@@ -18,8 +18,8 @@ from rlr_trainer.observing.report import series
 from rlr_trainer.observing.report.charts import recorded_axes, reward_figure, section_figures
 from rlr_trainer.observing.report.drawing import COLOURS
 from rlr_trainer.observing.report.facts import Facts, facts_of, remarks_of, reward_at
-from rlr_trainer.observing.report.pictures import MOST_BYTES, MOST_COLUMNS, MOST_ROWS, grid_of
-from rlr_trainer.observing.report.reading import Run, as_list, hide_secrets
+from rlr_trainer.observing.report.pictures import MOST_COLUMNS, MOST_ROWS, grid_of
+from rlr_trainer.observing.report.reading import Run, as_list
 
 ASSETS = Path(__file__).parent / "assets"
 NAMES_OF_PLACES = {"output_dir", "logging_dir", "run_name", "overwrite"}  # differ between any two runs
@@ -62,14 +62,7 @@ def _environment() -> jinja2.Environment:
     """Escapes everything but what is `Markup`; an undefined name is an error."""
     options: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), **options)
-    filters: list[Callable[..., str]] = [
-        series.number,
-        series.count,
-        series.duration,
-        series.shorten,
-        series.value_text,
-        dropped_text,
-    ]
+    filters: list[Callable[..., str]] = [series.number, series.count, series.duration, series.shorten, dropped_text]
     environment.filters |= {function.__name__: function for function in filters}
     return environment
 
@@ -78,7 +71,7 @@ def _view(run: Run, facts: Facts, index: int, total: int) -> dict[str, Any]:
     """A run as the template shows it; its tables are dicts of a row's name to its cells."""
     info = run.info
     columns, rows = (MOST_COLUMNS, MOST_ROWS) if total == 1 else (4, 5) if total <= 3 else (3, 3)
-    grid = grid_of(run, MOST_BYTES // total, columns, rows)
+    grid = grid_of(run, columns, rows)
     versions = info["versions"] if isinstance(info.get("versions"), dict) else {}
     versions = dict(sorted(versions.items())) | {name: info[name] for name in ("device", "processes") if name in info}
     missing = [text for name, text in MISSING.items() if name not in run.names]
@@ -97,7 +90,6 @@ def _view(run: Run, facts: Facts, index: int, total: int) -> dict[str, Any]:
         "grid": grid,
         "changed": _rows(info["changed"]),
         "options": _rows(info["options"]),
-        "resumed": changed_on_resuming(info),
         "versions": _rows(versions),
         "summary": _rows(run.summary),
         "missing": missing,
@@ -160,18 +152,6 @@ def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
     names = sorted({name for options in recorded for name in options} - NAMES_OF_PLACES)
     rows = {name: [series.value_text(options[name]) if name in options else "default" for options in recorded] for name in names}
     return {name: cells for name, cells in rows.items() if len(set(cells)) > 1} if all(recorded) else {}
-
-
-def changed_on_resuming(info: dict[str, Any]) -> dict[str, list[str]]:
-    """What a resumed run did otherwise than before: setting -> before, after, update."""
-    rows = {}
-    for entry in as_list(info.get("resumed")):
-        changed, update = (entry.get("changed"), entry.get("update")) if isinstance(entry, dict) else ({}, None)
-        for name, pair in hide_secrets(changed).items():
-            before, now = pair if isinstance(pair, list) and len(pair) == 2 else (pair, pair)
-            cells = ["default" if value is None else series.value_text(value) for value in (before, now)]
-            rows[f"{name} (update {update})"] = cells
-    return rows
 
 
 def dropped_text(facts: Facts) -> str:

@@ -13,12 +13,10 @@ import numpy as np
 from rlr_trainer.observing.report.reading import Run
 from rlr_trainer.observing.report.series import number, shorten
 
-MOST_BYTES = 4_000_000  # of all pictures of a report, before base64
 MOST_COLUMNS = 6  # that a phone shows side by side
 MOST_ROWS = 8
 LARGEST_SIDE = 224  # pixels
 PIXELATED_BELOW = 97  # pixels: smaller pictures are enlarged without smoothing, and stay PNG
-NEGLIGIBLE = 1e-4  # of the largest reward of the grid: shown as about 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +57,10 @@ class Grid:
         return any(cell.picture is not None and not cell.picture.pixelated for cell in self.cells)
 
 
-def grid_of(run: Run, most_bytes: int = MOST_BYTES, most_columns: int = MOST_COLUMNS, most_rows: int = MOST_ROWS) -> Grid | None:
+def grid_of(run: Run, most_columns: int = MOST_COLUMNS, most_rows: int = MOST_ROWS) -> Grid | None:
     """The grid of a run, or None if it has no pictures.
 
     Args:
-        most_bytes: of the encoded pictures; rows that would exceed it are left out.
         most_columns: points in time, evenly spread, the first and the last among them.
         most_rows: prompts, the first ones.
     """
@@ -71,20 +68,16 @@ def grid_of(run: Run, most_bytes: int = MOST_BYTES, most_columns: int = MOST_COL
     if not taken:
         return None
     columns = [taken[i] for i in np.unique(np.linspace(0, len(taken) - 1, min(most_columns, len(taken))).round().astype(int))]
-    largest = np.nanmax([0.0, *(abs(reward) for pictures in columns for _, reward, _ in pictures.rows)])
     # Place i is row i, as long as its prompt stays the same; others get rows of their own.
     order: dict[tuple[int, str], list[tuple[int, float, Path | None] | None]] = {}
     for k, pictures in enumerate(columns):
         for place, (prompt, reward, file) in enumerate(pictures.rows):
             order.setdefault((place, prompt), [None] * len(columns))[k] = (pictures.step, reward, file)
-    grid = Grid([pictures.step for pictures in columns], [], [])
-    used = 0
-    for (_, prompt), entries in list(order.items())[:most_rows]:
-        cells = [None if entry is None else _cell(*entry, largest) for entry in entries]
-        used += sum(len(cell.picture.source) * 3 // 4 for cell in cells if cell is not None and cell.picture is not None)
-        if grid.rows and used > most_bytes:
-            break
-        grid.rows.append((shorten(prompt, 300), cells))
+    rows = [
+        (shorten(prompt, 300), [None if entry is None else _cell(*entry) for entry in entries])
+        for (_, prompt), entries in list(order.items())[:most_rows]
+    ]
+    grid = Grid([pictures.step for pictures in columns], rows, [])
     unreadable = sum(cell.picture is None for cell in grid.cells)
     if len(columns) < len(taken) or len(grid.rows) < len(order):
         grid.notes.append(
@@ -96,9 +89,8 @@ def grid_of(run: Run, most_bytes: int = MOST_BYTES, most_columns: int = MOST_COL
     return grid
 
 
-def _cell(step: int, reward: float, file: Path | None, largest: float) -> Cell:
-    text = "\N{ALMOST EQUAL TO} 0" if 0 < abs(reward) < NEGLIGIBLE * largest else number(reward)
-    return Cell(None if file is None else encode(file), step, text)
+def _cell(step: int, reward: float, file: Path | None) -> Cell:
+    return Cell(None if file is None else encode(file), step, number(reward))
 
 
 def encode(path: Path) -> Picture | None:

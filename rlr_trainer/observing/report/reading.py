@@ -1,7 +1,7 @@
 """Reads a run's folder, whatever of it is there.
 
 The files: `metrics.jsonl` (needed), and where they exist `rewards.jsonl`, `samples/step_*.json` with their pictures, `run.json`
-(or `rlr_config.json`) and `summary.json`. Damaged lines and files are left out with a note in `Run.notes`.
+and `summary.json`. Damaged lines and files are left out with a note in `Run.notes`.
 The folder may be someone else's: only plain files inside it are read.
 """
 
@@ -105,7 +105,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             f"{folder}: has no metrics.jsonl with a finite reward; name the output_dir of a run that has logged (every logging_steps "
             f"updates). {' '.join(notes)}"
         )
-    info = _read_object(folder, "run.json", notes) or {"options": _read_object(folder, "rlr_config.json", notes)}
+    info = _read_object(folder, "run.json", notes) or {}
     sets = _read_sets(folder, notes)
     return Run(
         name=name or folder.resolve().name,
@@ -200,14 +200,10 @@ def _table(lines: list[dict[str, Any]]) -> Table:
     return Table(np.array(list(by_step), dtype=np.float64), known, {name: count for name, count in bad.items() if count})
 
 
-def as_float(value: Any) -> float:
-    """A JSON number as a float; NaN for null, for anything else, and from `LARGEST` on, as good as infinite."""
-    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else math.nan
-
-
 def floats(values: list[Any]) -> Floats:
-    """JSON numbers as an array, NaN for null."""
-    return np.array([as_float(value) for value in values], dtype=np.float64)
+    """JSON numbers as an array; NaN for null, for anything else, and from `LARGEST` on, as good as infinite."""
+    numbers = [float(v) if isinstance(v, int | float) and abs(v) < LARGEST else math.nan for v in values]
+    return np.array(numbers, dtype=np.float64)
 
 
 def as_list(value: Any) -> list[Any]:
