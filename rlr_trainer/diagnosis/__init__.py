@@ -51,7 +51,6 @@ def diagnose(
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches={num_batches}: must be at least 1, or None for as many as the time allows")
     with measuring(trainer, time_limit) as (bench, deadline):
-        queries = bench.queries
         deadline.report("first batch")
         builder, batch, black_box = start_profile(bench)
         costs = measure_step_costs(bench, batch, builder.differentiable)
@@ -64,8 +63,12 @@ def diagnose(
         comparison = Comparison(builder, candidates)
         notes += comparison.run(batch, deadline, num_batches or MAX_ROUNDS)
         settings = bench.settings() | about_reference(comparison)
-        settings |= {"time_limit": time_limit, "num_batches": num_batches, "seconds": round(time_limit - deadline.left, 1)}
-        settings |= {"reward_queries": bench.queries - queries, "black_box": black_box}
+        settings |= {
+            "time_limit": time_limit,
+            "num_batches": num_batches,
+            "black_box": black_box,
+            "seconds": round(time_limit - deadline.left, 1),
+        }
     rows = evaluate(comparison, costs)
     versions = {"python": platform.python_version(), "rlr_trainer": __version__} | {
         name: importlib.metadata.version(name) for name in PACKAGES

@@ -67,10 +67,8 @@ def auto_ho_length(
 
 
 def _too_few(option: str, profile: VarianceProfile, time_limit: float) -> str:
-    return (
-        f"{option}='auto': {profile.num_batches} batch(es) fitted into {time_limit:g} s, and a variance needs two; give a number for "
-        f"{option}, or more time"
-    )
+    found = f"{profile.num_batches} batch(es) fitted into {time_limit:g} s, and a variance needs two"
+    return f"{option}='auto': {found}; give a number for {option}, or more time"
 
 
 @contextlib.contextmanager
@@ -102,11 +100,8 @@ def choose_ho_length(num_steps: int, memory_budget: float, memory_ho: float, mem
     The first term is what fits in memory when the graph of the whole sub-chain is held (`recompute="graph"`). The second balances the
     noise of HO against that of the ZO steps which it replaces: it has a meaning only for `rest_estimator="zo"`.
 
-    Args:
-        num_steps: T.
-        memory_budget: B, memory for the steps, beyond weights and optimizer; in the unit of the next two.
-        memory_ho, memory_zo: B_h and B_z, memory per half-order and zeroth-order step.
-        std_ho, std_zo: V_h and V_z, standard deviation of one step's share of the gradient.
+    with T = num_steps, B = memory_budget (beyond weights and optimizer), B_h and B_z = memory_ho and memory_zo (per step, same unit), V_h
+    and V_z = std_ho and std_zo (of one step's share of the gradient).
 
     Returns:
         h from 1 to T. If B_h <= B_z, memory is no limit; if V_h >= V_z, or not even h = 1 fits, it is 1.

@@ -24,26 +24,16 @@ FITTED = 2  # batches after which the control variate's scale is fitted rather t
 
 @dataclasses.dataclass
 class Measured:
-    """What the updates of one candidate left behind.
-
-    Attributes:
-        candidate, control_scale: the plan, and what its control variate has learned.
-        is_composed: whether its updates are put together from the per-step shares that all such plans have in common.
-        gradients: batch number -> update [P].
-        sweep_seconds: of every timed update, without sampling and reward.
-        sample_seconds: of the rollouts that it sampled itself, because it perturbs parameters.
-        sweep_bytes: most memory of an update beyond weights and rollouts (with sampling, if it samples itself); 0: not measured.
-        cost: seconds of its last round.
-    """
+    """What the updates of one candidate left behind."""
 
     candidate: Candidate
-    is_composed: bool
+    is_composed: bool  # put together from the per-step shares that all such plans have in common
     control_scale: ControlVariateScale | None
-    gradients: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    sweep_seconds: list[float] = dataclasses.field(default_factory=list)
+    gradients: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # batch number -> update [P]
+    sweep_seconds: list[float] = dataclasses.field(default_factory=list)  # without sampling and reward
     sample_seconds: list[float] = dataclasses.field(default_factory=list)
-    sweep_bytes: int = 0
-    cost: float = math.inf
+    sweep_bytes: int = 0  # most memory of an update beyond weights and rollouts; 0: not measured
+    cost: float = math.inf  # seconds of its last round
 
 
 def is_composable(plan: EstimatorPlan) -> bool:
@@ -66,10 +56,6 @@ class Comparison:
 
     Plans of first-order and single likelihood-ratio steps are sums of the same per-step shares: two sweeps give them all. The first
     round warms up and measures memory (which slows it on the CPU); its gradients count, its times do not.
-
-    Args:
-        builder: of the profile; it takes in every batch.
-        candidates: in the order of importance.
     """
 
     def __init__(self, builder: ProfileBuilder, candidates: list[Candidate]) -> None:
@@ -97,11 +83,7 @@ class Comparison:
         return notes
 
     def _warm_up(self, batch: Batch, deadline: Deadline, spent: float) -> list[str]:
-        """Keeps the most important candidates for which the time allows `MINIMUM_BATCHES` rounds; composed ones cost nothing.
-
-        Args:
-            spent: seconds of what is shared, per round.
-        """
+        """Keeps the most important candidates for which the time allows `MINIMUM_BATCHES` rounds beside the shared seconds `spent`."""
         allowed, dropped = deadline.left / MINIMUM_BATCHES, []
         reserved = deadline.left - allowed
         for entry in [e for e in self.measured if not e.is_composed]:

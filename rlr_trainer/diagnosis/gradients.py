@@ -15,10 +15,6 @@ class GradientReader:
 
     Above `max_entries` entries it is a count sketch (Charikar, Chen, Farach-Colton 2002): entry i is added with a random sign to a random
     place, the same for all gradients. Inner products keep their expectation, squared norms are right within sqrt(2 / max_entries), 0.6 %.
-
-    Args:
-        params: name -> parameter.
-        max_entries: see above; None: `MAX_ENTRIES`.
     """
 
     def __init__(self, params: Mapping[str, Tensor], max_entries: int | None = None) -> None:

@@ -51,14 +51,15 @@ class _LiveStorages(TorchDispatchMode):
         return sum(self._bytes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(storage) for storage in _storages((args, kwargs))}
+        given = {id(storage) for storage in storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
+        for storage in storages(result):
             if id(storage) not in given:
                 self._bytes[storage] = storage.nbytes()
         self.peak = max(self.peak, self.live())
         return result
 
 
-def _storages(tree: Any) -> list[Any]:
+def storages(tree: Any) -> list[Any]:
+    """Of all tensors in nested containers."""
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

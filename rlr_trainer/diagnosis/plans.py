@@ -40,20 +40,14 @@ def zeroth_order_options(given: Mapping[str, Any], batch_size: int, group_size: 
 def default_candidates(
     own: Candidate, stds: Sequence[float], batch_size: int, group_size: int, differentiable: bool
 ) -> tuple[list[Candidate], list[str]]:
-    """The configured plan and the usual alternatives, the most informative first (what is left when time is short).
+    """The configured plan and the usual alternatives, the most informative first (what is left when time is short), and why some were left out.
 
-    Args:
-        own: the configured plan.
-        stds: T standard deviations of the transitions; a plan that would score a step without noise is left out.
-        batch_size, group_size: samples of one sampling batch, and of one prompt.
-        differentiable: whether the reward has a gradient.
-
-    Returns:
-        Candidates with different plans, and a note for each plan left out.
+    `stds` are of the T transitions: a plan that would score a step without noise is left out. `batch_size` and `group_size` are the
+    samples of one sampling batch, and of one prompt.
     """
     num_steps = own.plan.num_steps
     zeroth = zeroth_order_options(own.options, batch_size, group_size)
-    usual = _usual(num_steps, zeroth) if differentiable else _usual_for_black_boxes(num_steps, zeroth)
+    usual = _usual(num_steps, zeroth, differentiable)
     chosen: list[Candidate] = []
     notes: list[str] = []
     for name, options in [(YOURS, own.options), *usual.items()]:
@@ -75,11 +69,17 @@ def default_candidates(
     return chosen, notes
 
 
-def _usual(num_steps: int, zeroth: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _usual(num_steps: int, zeroth: dict[str, Any], differentiable: bool) -> dict[str, dict[str, Any]]:
     third, half = math.ceil(0.3 * num_steps), math.ceil(0.5 * num_steps)
+    ddpo, es = {"estimator": "ddpo", "advantage": "leave_one_out"}, {"estimator": "es"} | zeroth
+    if not differentiable:
+        scored = max(1, num_steps // 2)
+        paper = {"estimator": "rlr_paper", "fo_steps": 0, "ho_length": 2} | zeroth
+        partial = ddpo | {"rest_num_steps": scored}
+        return {"ddpo": ddpo, f"ddpo on {scored} steps": partial, "rlr K=0 h=2": _rlr(0, 2), "rlr_paper K=0": paper, "es": es}
     return {
         "full_bp": {"estimator": "full_bp"},
-        "ddpo": {"estimator": "ddpo", "advantage": "leave_one_out"},
+        "ddpo": ddpo,
         f"rlr K={third}": _rlr(third, 1),
         "sqdf": {"estimator": "sqdf"},
         "rlr K=1": _rlr(1, 1),
@@ -90,19 +90,7 @@ def _usual(num_steps: int, zeroth: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "rlr K=1 h=2": _rlr(1, 2),
         f"rlr K={half} h=2": _rlr(half, 2),
         "rlr_paper": {"estimator": "rlr_paper"} | zeroth,
-        "es": {"estimator": "es"} | zeroth,
-    }
-
-
-def _usual_for_black_boxes(num_steps: int, zeroth: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    half = max(1, num_steps // 2)
-    ddpo = {"estimator": "ddpo", "advantage": "leave_one_out"}
-    return {
-        "ddpo": ddpo,
-        f"ddpo on {half} steps": ddpo | {"rest_num_steps": half},
-        "rlr K=0 h=2": _rlr(0, 2),
-        "rlr_paper K=0": {"estimator": "rlr_paper", "fo_steps": 0, "ho_length": 2} | zeroth,
-        "es": {"estimator": "es"} | zeroth,
+        "es": es,
     }
 
 

@@ -25,9 +25,8 @@ class PlanRow:
         num_batches: updates measured.
         bias: distance of the mean update from the reference gradient, over the latter's norm.
         captured: share of the reference gradient that the mean update contains, along the reference; 1 if unbiased.
-        std, relative_std: square root of the total variance of one update, in gradient units; over the reference gradient's norm.
+        std: square root of the total variance of one update, in gradient units.
         largest_share: of the total variance, that of the batch which deviates most; about 1 / num_batches without heavy tails.
-        cosine_of_mean: of the mean update with the reference gradient.
         seconds, peak_bytes: wall time of one update, and its most memory beyond the weights; None: not measured.
         efficiency: (captured / std)^2 per second, captured = 1 for plans that are unbiased or only smoothed; ranks the plans.
         signal_per_second: efficiency * |reference|^2, the squared signal-to-noise ratio gained per second.
@@ -47,8 +46,6 @@ class PlanRow:
     captured: Estimate
     std: Estimate
     largest_share: float | None
-    relative_std: Estimate
-    cosine_of_mean: Estimate
     seconds: float | None
     peak_bytes: int | None
     efficiency: Estimate
@@ -126,14 +123,14 @@ class Diagnosis:
 
 LEGEND = (
     "bias: distance of the mean update from the reference gradient, over its norm; < x: none seen, and less than x; ?: the batches do",
-    "not tell. captured: share of the reference in the mean update. std: of one update (x?: mostly of a single batch); rel. std: over the",
-    "reference's norm. cosine: of the mean update with the reference. s, MB: of one update, memory beyond the weights. n: updates measured.",
-    "signal/s: squared signal-to-noise ratio gained per second; x yours: the same over that of the configured plan.",
+    "not tell. captured: share of the reference in the mean update. std: of one update (x?: mostly of a single batch). s, MB: of one",
+    "update, memory beyond the weights. signal/s: squared signal-to-noise ratio gained per second; x yours: over that of the configured",
+    "plan. n: updates measured.",
 )
 
 
 def _plan_cells(rows: list[PlanRow]) -> list[list[str]]:
-    header = ["plan", "in theory", "bias", "captured", "std", "rel. std", "cosine", "s", "MB", "signal/s", "x yours", "n"]
+    header = ["plan", "in theory", "bias", "captured", "std", "s", "MB", "signal/s", "x yours", "n"]
     return [header] + [
         [
             row.name,
@@ -141,7 +138,6 @@ def _plan_cells(rows: list[PlanRow]) -> list[list[str]]:
             format_bias(row.bias),
             format_estimate(row.captured),
             _number(row.std.value) + ("?" if row.is_heavy_tailed else ""),
-            *map(format_estimate, (row.relative_std, row.cosine_of_mean)),
             _number(row.seconds),
             _number(None if row.peak_bytes is None else row.peak_bytes / MEGABYTE),
             *map(format_estimate, (row.signal_per_second, row.speed)),

@@ -11,7 +11,7 @@ import torch
 
 from rlr_trainer.diagnosis.comparison import Comparison, Measured
 from rlr_trainer.diagnosis.plans import LONG_FO_SHARE, YOURS
-from rlr_trainer.diagnosis.result import TIE, PlanRow, Recommendation, format_estimate
+from rlr_trainer.diagnosis.result import TIE, PlanRow, Recommendation, format_bias, format_estimate
 from rlr_trainer.diagnosis.statistics import (
     EXACTLY_ONE,
     MINIMUM_BATCHES,
@@ -21,11 +21,9 @@ from rlr_trainer.diagnosis.statistics import (
     Products,
     RelativeBias,
     captured,
-    cosine_of_mean,
     jackknife,
     judge_bias,
     largest_share,
-    mean_square,
     product_of_powers,
     reference_square,
     total_variance,
@@ -37,8 +35,8 @@ CONTRADICTION = 4.0  # standard errors of bias that it takes to doubt a plan whi
 # standard errors of the reference's squared norm above 0 at which numbers relative to it are given (verdicts take more)
 GLIMPSED = 2.0
 HACKING = (
-    "risk: a faithful gradient of a reward is not yet a good picture. Long first-order parts and one-step predictions find the reward's blind "
-    "spots fastest, where it has some, and nothing in this measurement shows it: train with them only beside an independent judge"
+    "risk: long first-order parts and one-step predictions find a reward's blind spots fastest, and nothing in this measurement shows it: "
+    "train with them only beside an independent judge"
 )
 
 
@@ -58,9 +56,10 @@ def _row(comparison: Comparison, entry: Measured, costs: Mapping[str, StepCost])
     variance, square = jackknife(total_variance, products), jackknife(reference_square, products)
     known = square if square.exceeds(GLIMPSED) else UNKNOWN
     share = EXACTLY_ONE if is_reference else UNKNOWN if known is UNKNOWN else jackknife(captured, products)
+    bias = judge_bias(products, DETECTABLE, CONTRADICTION if by_construction else RESOLVED)
+    if is_reference:
+        bias = RelativeBias(None, None, 0.0, "reference")
     efficiency = product_of_powers((EXACTLY_ONE if by_construction else share, 2), (variance, -1), (Estimate(seconds, 0.0), -1))
-    # where the candidate's own mean does not stand out of its noise, the cosine would be a ratio of noises
-    has_direction = known is not UNKNOWN and jackknife(mean_square, products).resolved
     return PlanRow(
         name=candidate.name,
         options=candidate.options,
@@ -71,14 +70,10 @@ def _row(comparison: Comparison, entry: Measured, costs: Mapping[str, StepCost])
         biases=plan.biases(),
         only_smoothed=candidate.only_smoothed,
         num_batches=products.num_batches,
-        bias=RelativeBias(None, None, 0.0, "reference")
-        if is_reference
-        else judge_bias(products, DETECTABLE, CONTRADICTION if by_construction else RESOLVED),
+        bias=bias,
         captured=share,
         std=product_of_powers((variance, 0.5)),
         largest_share=largest_share(products),
-        relative_std=product_of_powers((variance, 0.5), (known, -0.5)),
-        cosine_of_mean=EXACTLY_ONE if is_reference else jackknife(cosine_of_mean, products) if has_direction else UNKNOWN,
         seconds=seconds,
         peak_bytes=comparison.peak_bytes(entry, costs),
         efficiency=efficiency,
@@ -116,26 +111,17 @@ def notes_on_power(rows: Sequence[PlanRow], settings: Mapping[str, Any]) -> list
     few = [row.name for row in rows if row.num_batches < MINIMUM_BATCHES]
     rare = [f"{row.name} ({row.largest_share:.0%})" for row in rows if row.is_heavy_tailed]
     notes = []
-    if settings["reference_norm"] is None:
-        notes.append(f"underpowered: {reference} does not stand out of its noise, so nothing relative to it is given; {enough}")
-    elif not settings["reference_resolved"]:
-        notes.append(f"underpowered: {reference} barely stands out of its noise, so there is no verdict on bias; {enough}")
+    if not settings["reference_resolved"]:
+        notes.append(f"underpowered: {reference} does not stand out of its noise, so there is no verdict on bias; {enough}")
     elif unclear:
-        notes.append(
-            f"underpowered: a bias of {DETECTABLE:.0%} or more could hide behind the noise of {', '.join(unclear)}; by construction they "
-            "are what the table's second column says"
-        )
+        notes.append(f"underpowered: a bias of {DETECTABLE:.0%} or more could hide behind the noise of {', '.join(unclear)}")
     if few:
         notes.append(f"fewer than {MINIMUM_BATCHES} batches, too few for errors to be believed: {', '.join(few)}")
     if rare:
-        notes.append(
-            f"most of the measured variance comes from one batch: {', '.join(rare)}. Such gradients are rarely large, so this std is rough, "
-            "more likely too small than too large, and signal/s the other way round"
-        )
+        notes.append(f"most of the measured variance comes from one batch, so std and signal/s are rough: {', '.join(rare)}")
     if settings["configured_advantage"] != settings["advantage"]:
         notes.append(
-            f"measured with advantage={settings['advantage']!r} for all plans; advantage={settings['configured_advantage']!r}, as configured, "
-            "rescales the whole update"
+            f"measured with advantage={settings['advantage']!r}; the configured {settings['configured_advantage']!r} rescales the update"
         )
     if not any(row.is_yours for row in rows):
         notes.append(f"the configured plan ({YOURS}) was not measured, so no speed is given relative to it")
@@ -145,9 +131,8 @@ def notes_on_power(rows: Sequence[PlanRow], settings: Mapping[str, Any]) -> list
 def recommend(rows: list[PlanRow]) -> Recommendation:
     """The unbiased plan with the most signal per second among those with first order on at most half of the chain.
 
-    Of plans that are equally good within the errors, the one with the fewest first-order steps (then the shorter sub-chain, and no
-    control variate). Plans that are biased, by construction or as measured, are never chosen, and long first order neither, because
-    its risk (reward hacking) does not show in bias and variance; both are mentioned where they measured better.
+    Of plans that are equally good within the errors, the one with the fewest first-order steps. Biased plans are never chosen, nor long
+    first order, whose risk (reward hacking) does not show in bias and variance; both are mentioned where they measured better.
     """
     usable = [row for row in rows if row.efficiency.value is not None and row.num_batches >= MINIMUM_BATCHES]
     wrong = [row.name for row in usable if row.is_unbiased and row.bias.verdict == "biased"]
@@ -156,8 +141,8 @@ def recommend(rows: list[PlanRow]) -> Recommendation:
     remarks = []
     if wrong:
         remarks.append(
-            f"{', '.join(wrong)}: unbiased by construction, yet measured as biased against the reward's own gradient. Look for a part of the "
-            "reward that is cut from its graph (detach, rounding, a threshold, another precision), or for a network that is not smooth"
+            f"{', '.join(wrong)}: unbiased by construction, yet measured as biased. Look for a part of the reward that is cut from its graph "
+            "(detach, rounding, a threshold, another precision), or for a network that is not smooth"
         )
     if not short:
         return Recommendation(None, {}, f"No recommendation: {_why_none(wrong, sound)}.", remarks)
@@ -169,13 +154,12 @@ def recommend(rows: list[PlanRow]) -> Recommendation:
     biased = [row for row in better if not row.is_unbiased and not row.only_smoothed and row.captured.resolved]
     if long:
         row = max(long, key=_efficiency)
-        doubt = " (by a std that is mostly of one batch, see below)" if row.is_heavy_tailed else ""
-        remarks.append(f"not recommended for its risk: {row.name} (K={row.fo_steps}), unbiased, with {_times(row, chosen)}{doubt}")
+        remarks.append(f"not recommended for its risk: {row.name} (K={row.fo_steps}), unbiased, with {_times(row, chosen)}")
     if biased:
         row = max(biased, key=_efficiency)
         remarks.append(
             f"biased alternative: {row.name} has {_times(row, chosen)} and captures {format_estimate(row.captured)} of the gradient, but is "
-            f"biased by construction ({'; '.join(row.biases)}); {_measured_bias(row.bias)}"
+            f"biased by construction ({'; '.join(row.biases)}); measured bias over the gradient's norm: {format_bias(row.bias)}"
         )
     if long or biased:
         remarks.append(HACKING)
@@ -187,14 +171,10 @@ def _reason(chosen: PlanRow, best: PlanRow, count: int, equal: int) -> str:
     merit = f"none is better beyond the errors of measurement ({equal} are equal), and it has the fewest first-order steps"
     if chosen is best:
         merit = "it has the most signal per second"
-    yours = (
-        "that of your plan is not known"
-        if chosen.speed.value is None
-        else f"{format_estimate(chosen.speed)} times that of your plan"
-    )
+    speed = "it is your plan" if chosen.is_yours else f"{format_estimate(chosen.speed)} times that of your plan"
     return (
         f"Recommended: {chosen.name} ({options}), because of the {count} unbiased plans with first order on at most half of the chain "
-        f"{merit}: {'it is your plan' if chosen.is_yours else yours}."
+        f"{merit}: {speed}."
     )
 
 
@@ -204,15 +184,6 @@ def _why_none(wrong: list[str], sound: list[PlanRow]) -> str:
     if sound:
         return "the only unbiased plans here have first order on more than half of the chain, whose risk is not measured"
     return f"no unbiased plan was measured on {MINIMUM_BATCHES} batches or more; give a longer time_limit (or larger num_batches)"
-
-
-def _measured_bias(bias: RelativeBias) -> str:
-    if bias.value is not None:
-        return f"its measured bias is {bias.value:.2f} +- {bias.error:.2f} of the gradient's norm"
-    if bias.upper is None:
-        return "its bias could not be measured"
-    seen = "no bias was seen, one" if bias.verdict == "none seen" else "its bias could not be resolved: one"
-    return f"{seen} below {bias.upper:.2g} of the gradient's norm is possible"
 
 
 def _efficiency(row: PlanRow) -> float:

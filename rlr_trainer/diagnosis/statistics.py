@@ -137,13 +137,8 @@ def captured(p: Products) -> Tensor:
     return _over(mean_product(p), reference_square(p))
 
 
-def cosine_of_mean(p: Products) -> Tensor:
-    """Cosine between E c and E r."""
-    return _over(mean_product(p), (mean_square(p) * reference_square(p)).sqrt())
-
-
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient; NaN where the denominator, a square or a root of one, is not above 0."""
+    """The quotient; NaN where the denominator, a square, is not above 0."""
     return torch.where(denominator > 0, numerator / denominator, math.nan)
 
 
@@ -161,28 +156,18 @@ def jackknife(statistic: Statistic, products: Products) -> Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class RelativeBias:
-    """A measured bias, relative to the reference gradient's norm.
+    """A measured bias, relative to the reference gradient's norm: sqrt(|E c - E r|^2 / |E r|^2)."""
 
-    Attributes:
-        value: sqrt(|E c - E r|^2 / |E r|^2) where that was seen, else None.
-        error: its standard error, None where no bias was seen.
-        upper: the bias is below this (two standard errors above the measured square); None where nothing can be said.
-        verdict: "biased", "none seen" (a bias above `detectable` would have been), "underpowered", or "reference" (is the reference).
-    """
-
-    value: float | None
-    error: float | None
-    upper: float | None
-    verdict: str
+    value: float | None  # None where no bias was seen
+    error: float | None  # its standard error
+    upper: float | None  # two standard errors above the measured square; None where nothing can be said
+    verdict: (
+        str  # "biased", "none seen" (one above `detectable` would have been), "underpowered", or "reference" (is the reference)
+    )
 
 
 def judge_bias(products: Products, detectable: float, limit: float = RESOLVED) -> RelativeBias:
-    """Decides whether a bias was seen, from the U-statistic and its jackknife error.
-
-    Args:
-        detectable: relative bias that must not go unseen for "none seen" to be said.
-        limit: standard errors from which a bias counts as seen.
-    """
+    """Whether a bias was seen, by `limit` standard errors; "none seen" is said only where one of `detectable` would have been."""
     square = jackknife(relative_bias_square, products)
     reference = jackknife(reference_square, products)
     if square.value is None or square.error is None or products.num_batches < MINIMUM_BATCHES or not reference.resolved:

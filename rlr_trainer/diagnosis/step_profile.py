@@ -56,17 +56,11 @@ class Deadline:
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """Cost of one piece of work on one sampling batch.
+    """Cost of one piece of work on one sampling batch."""
 
-    Attributes:
-        seconds: median wall time.
-        held_bytes: held between forward and backward pass, for the backward pass (0 without one).
-        peak_bytes: most that is held at any time, beyond weights and stored latents.
-    """
-
-    seconds: float
-    held_bytes: int
-    peak_bytes: int
+    seconds: float  # median wall time
+    held_bytes: int  # between forward and backward pass (0 without one)
+    peak_bytes: int  # most that is held at any time, beyond weights and stored latents
 
 
 Numbers = list[float | None]  # None: not there
@@ -109,17 +103,7 @@ class VarianceProfile:
 
 
 class ProfileBuilder:
-    """Takes in batches one by one.
-
-    Args:
-        bench: where updates are computed.
-        differentiable: whether the reward has a gradient.
-
-    Attributes:
-        reference: the plan that others are compared with.
-        shares, combinations: variances of the steps' shares, "fo", "ho" and "zo", and of FO(K) + LR(rest), for every K.
-        seconds: of sampling, and of one step's backward pass.
-    """
+    """Takes in batches one by one; `reference` is the plan that others are compared with."""
 
     def __init__(self, bench: Workbench, differentiable: bool) -> None:
         self.bench, self.differentiable = bench, differentiable
@@ -129,20 +113,16 @@ class ProfileBuilder:
         ratio = EstimatorPlan(steps, fo_steps=self.fewest_fo, rest_estimator="lr")
         self.plans = {"fo": EstimatorPlan.from_preset("full_bp", steps), "ho": ratio}
         self.reference = self.plans["fo" if differentiable else "ho"]
-        self.shares = {kind: RunningVariance() for kind in ("fo", "ho", "zo")}
-        self.combinations = RunningVariance()
-        self.seconds: dict[str, list[float]] = {"sample": [], "fo": [], "ho": []}
+        self.shares = {kind: RunningVariance() for kind in ("fo", "ho", "zo")}  # of single steps
+        self.combinations = RunningVariance()  # of FO(K) + LR(rest), for every K
+        self.seconds: dict[str, list[float]] = {"sample": [], "fo": [], "ho": []}  # sampling; one step's backward pass
 
     @property
     def count(self) -> int:
         return self.combinations.count
 
     def add(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Takes in a batch that was sampled for the reference plan.
-
-        Returns:
-            Pathwise and likelihood-ratio share of every step, [T, P] each; NaN where there is none (a black box, a step without noise).
-        """
+        """Takes in a batch of the reference plan; returns the pathwise and likelihood-ratio shares, [T, P] each, NaN where there are none."""
         ratio = self._measure("ho", batch)
         first_order = self._measure("fo", batch) if self.differentiable else torch.full_like(ratio, math.nan)
         steps = len(ratio)
@@ -181,11 +161,7 @@ def _finite(values: Tensor) -> Numbers:
 
 
 def start_profile(bench: Workbench) -> tuple[ProfileBuilder, Batch, str | None]:
-    """An empty profile, a batch for its reference, and why the reward counts as a black box (None: it has a gradient).
-
-    Raises:
-        ValueError: a black-box reward on a chain with a step without noise.
-    """
+    """An empty profile, a batch for its reference, and why the reward counts as a black box (None: it has a gradient)."""
     first_order = EstimatorPlan.from_preset("full_bp", bench.num_steps)
     try:
         batch = bench.collect(0, first_order)
@@ -198,10 +174,8 @@ def start_profile(bench: Workbench) -> tuple[ProfileBuilder, Batch, str | None]:
         reason = BLACK_BOX
     builder = ProfileBuilder(bench, differentiable=False)
     if builder.fewest_fo:
-        raise ValueError(
-            f"{reason}, and step {bench.num_steps - builder.fewest_fo} adds no noise, so that no estimator but zeroth order covers it: set "
-            "sample_eta above 0"
-        )
+        step = bench.num_steps - builder.fewest_fo
+        raise ValueError(f"{reason}, and step {step} adds no noise, so that only zeroth order covers it: set sample_eta above 0")
     return builder, bench.collect(0, builder.reference), reason
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlr_trainer.diagnosis.gradients import GradientReader
+from rlr_trainer.diagnosis.memory import storages
 from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.chain import DenoisingChain, Rollout, mix_seed, seeded_generator
 from rlr_trainer.estimators.plan import EstimatorPlan
@@ -28,7 +29,7 @@ from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
 from rlr_trainer.rollouts.batches import CHOICES, ScoredBatch
 from rlr_trainer.rollouts.collector import Collector, RolloutOptions
-from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts, PromptRow
+from rlr_trainer.rollouts.prompts import PromptRow
 
 DIAGNOSIS = 1_000  # names the diagnosis's stream of randomness: its batches are none that the training will see
 PLAN_OPTIONS = tuple(field.name for field in dataclasses.fields(EstimatorPlan) if field.name != "num_steps")
@@ -73,31 +74,20 @@ def untouched(trainer: Any) -> Iterator[Workbench]:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The rollouts of one update.
+    """The rollouts of one update."""
 
-    Attributes:
-        number: of the batch; fixes its prompts and its noise, for any plan.
-        plan: that sampled; perturbations and reward gradients are there only if it needed them.
-        parts: its sampling batches.
-        share: 1 / the number of samples that have a reward, the weight of a sample.
-        sample_seconds, reward_seconds: wall time.
-    """
-
-    number: int
-    plan: EstimatorPlan
+    number: int  # fixes its prompts and its noise, for any plan
+    plan: EstimatorPlan  # that sampled; perturbations and reward gradients are there only if it needed them
     parts: list[ScoredBatch]
-    share: float
+    share: float  # 1 / the number of samples that have a reward, the weight of a sample
     sample_seconds: float
     reward_seconds: float
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the stored rollouts and reward gradients."""
-        stored: list[Tensor] = []
-        for part in self.parts:
-            rollout, gradient = part.rollout, part.reward_gradient
-            stored += [*rollout.latents, *rollout.noises, *rollout.means, *rollout.stds, *([] if gradient is None else [gradient])]
-        return sum(tensor.untyped_storage().nbytes() for tensor in stored)
+        rollouts = [(part.rollout, part.reward_gradient) for part in self.parts]
+        return sum(s.nbytes() for r, g in rollouts for s in storages((r.latents, r.noises, r.means, r.stds, g)))
 
     @property
     def has_dead_gradient(self) -> bool:
@@ -112,44 +102,23 @@ class Workbench:
 
     Advantages are leave-one-out for all plans (or none, where the config says none): then each estimates the same gradient, which
     normalized advantages would divide by the standard deviation of the rewards.
-
-    Attributes:
-        plan: the configured one.
-        num_steps, stds: of the chain; T standard deviations.
-        batch_size, num_batches: samples of one sampling batch, and sampling batches per update.
-        reader: of gradients.
-        factor: by which `backward` multiplies gradients.
     """
 
-    def __init__(
-        self,
-        config: Any,
-        model: nn.Module,
-        run: Collector,
-        prompts: FunctionPrompts | DatasetPrompts,
-        params: dict[str, nn.Parameter],
-    ) -> None:
+    def __init__(self, config: Any, model: nn.Module, run: Collector, prompts: Any, params: dict[str, nn.Parameter]) -> None:
         self.config, self.model, self.run, self.plan, self.params = config, model, run, run.plan, params
         self.device: torch.device = run.processes.device
         self.num_steps: int = run.sampler.schedule.num_steps
         self.stds: tuple[float, ...] = run.sampler.schedule.stds
         self.options, self.advantages = measuring_options(config, run.options), measuring_advantages(run.advantages)
         self.batch_size: int = self.options.batch_size
-        self.num_batches: int = self.options.num_batches
+        self.num_batches: int = self.options.num_batches  # sampling batches per update
+        self.samples_per_update = self.batch_size * self.num_batches
         self.recompute: str = config.recompute
         self.reader = GradientReader(params)
-        self.factor = FP16_LOSS_SCALE if config.fp16 else 1.0
+        self.factor = FP16_LOSS_SCALE if config.fp16 else 1.0  # by which gradients are multiplied
+        self._queries = run.scorer.rewards.queries
         self._prompts = prompts
         self._rows: tuple[int, list[PromptRow]] = (-1, [])
-
-    @property
-    def samples_per_update(self) -> int:
-        return self.batch_size * self.num_batches
-
-    @property
-    def queries(self) -> int:
-        """Pictures that the reward has been asked about so far."""
-        return self.run.scorer.rewards.queries
 
     @property
     def configured_options(self) -> dict[str, Any]:
@@ -159,7 +128,7 @@ class Workbench:
         return {"estimator": self.config.estimator} | chosen
 
     def settings(self) -> dict[str, Any]:
-        """What is measured, on what."""
+        """What is measured, on what, and how many pictures the reward was asked about for it."""
         return {
             "num_steps": self.num_steps,
             "samples_per_update": self.samples_per_update,
@@ -170,6 +139,7 @@ class Workbench:
             "num_parameters": self.reader.num_entries,
             "sketched_to": self.reader.size if self.reader.sketched else None,
             "seed": self.config.seed,
+            "reward_queries": self.run.scorer.rewards.queries - self._queries,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{platform.machine()} CPU",
         }
 
@@ -208,14 +178,9 @@ class Workbench:
         return self.run.plan_state if plan == self.plan else PlanState(plan)
 
     def update(self, plan: EstimatorPlan, batch: Batch, control_scale: ControlVariateScale | None = None) -> tuple[Tensor, float]:
-        """The update of `plan` on a batch: the gradient of the mean reward (ascending), and the seconds it took.
+        """The gradient [P] of the mean reward (ascending), on the CPU, and the seconds of the backward sweep.
 
-        Args:
-            plan: may differ from the plan that sampled, unless it perturbs parameters.
-            control_scale: fitted factors of the control variate, for plans with one; takes in the batch afterwards.
-
-        Returns:
-            Gradient [P] on the CPU, and the wall time of the backward sweep alone.
+        `plan` may differ from the plan that sampled, unless it perturbs parameters. `control_scale` takes in the batch afterwards.
         """
         self.reader.clear()
         started = self.clock()
@@ -274,7 +239,11 @@ class Workbench:
             (surrogate * self.factor).backward()
             return self.factor
 
-        draw = part.draw if plan is batch.plan else self._draw(plan, batch.number, index).expand(len(part))
+        draw = part.draw
+        if plan is not batch.plan:  # from the stream that the collector uses
+            generator = seeded_generator(self.options.seed, CHOICES, batch.number, index)
+            starts = self._state_of(plan).start_probabilities()
+            draw = plan.draw(self.batch_size, generator, shared=True, start_probabilities=starts).expand(len(part))
         sweep = Sweep.of_plan(
             plan,
             chain,
@@ -298,12 +267,6 @@ class Workbench:
         if control_scale is not None:
             for step, values in result.critic_values.items():
                 control_scale.update(step, part.rewards, values)
-
-    def _draw(self, plan: EstimatorPlan, number: int, index: int) -> Any:
-        """The plan's choices for a sampling batch, from the stream that the collector uses."""
-        probabilities = self._state_of(plan).start_probabilities()
-        generator = seeded_generator(self.options.seed, CHOICES, number, index)
-        return plan.draw(self.batch_size, generator, shared=True, start_probabilities=probabilities)
 
     def _zeroth_order(self, batch: Batch, weight: float, steps: Tensor | None = None) -> Tensor:
         """Zeroth-order part of a batch, or the share of some steps (bool [T]) in it."""

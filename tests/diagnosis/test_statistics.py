@@ -10,7 +10,6 @@ from rlr_trainer.diagnosis.statistics import (
     RunningVariance,
     bias_square,
     captured,
-    cosine_of_mean,
     jackknife,
     judge_bias,
     largest_share,
@@ -65,10 +64,9 @@ def test_common_noise_sharpens_the_bias():
     assert spread(0.95) < 0.3 * spread(0.0)
 
 
-def test_ratios_and_cosines_of_long_measurements():
+def test_ratios_of_long_measurements():
     products = one_measurement(3, count=800, bias=0.5, noise_c=2.0, noise_r=1.0)
     assert captured(products) == pytest.approx(1.5, abs=0.1)
-    assert cosine_of_mean(products) == pytest.approx(1.0, abs=0.03)
     assert relative_bias_square(products) == pytest.approx(0.25, abs=0.1)
 
 
@@ -78,7 +76,6 @@ def test_orthogonal_means_capture_nothing():
     c[:, 1] += 10
     products = Products.of(c, r)
     assert abs(captured(products)) < 0.05
-    assert abs(cosine_of_mean(products)) < 0.05
     assert relative_bias_square(products) == pytest.approx(2.0, rel=0.1)
 
 
