@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from statistics import fmean, variance
 from typing import Any
 
-# Diversity: the mean of the last lines is compared with that of the first ones.
-DIVERSITY_LINES = 5
+DIVERSITY_LINES = 5  # first and last ones, whose means are compared
 DIVERSITY_FRACTION = 0.4
 # KL: two windows that follow each other are compared, once the policy has left the reference: a KL that grows with the square of the
 # number of updates, as in an undisturbed start, no longer doubles from window to window by then.
@@ -20,10 +19,8 @@ KL_WINDOW = 10
 KL_FIRST_LINE = 50
 KL_FACTOR = 2.0
 KL_STANDARD_ERRORS = 2.0  # by which the reward must have risen to justify it
-# Evaluation: consecutive evaluations below the best, and by how much: in standard deviations of single rewards. The training reward must
-# have risen as clearly. An evaluation of a single picture has no standard deviation and is not judged.
-EVAL_PATIENCE = 2
-EVAL_DROP = 0.25
+EVAL_PATIENCE = 2  # consecutive evaluations below the best
+EVAL_DROP = 0.25  # by so many standard deviations of single rewards; the training reward must have risen as clearly
 
 EVAL_REWARD = re.compile(r"eval_(?:.+_)?reward")  # with the name of the data where there are several
 

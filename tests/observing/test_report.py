@@ -424,6 +424,8 @@ def test_runs_are_compared_at_equal_queries_and_time(make_run):
     assert rows["KL, start → end"] == ["0.1 → 0.1", "\N{EN DASH} → \N{EN DASH}"]
     assert differing_settings(runs) == {"learning_rate": ["0.001", "0.0001"], "max_steps": ["default", "20"]}
     namesake = make_run("other/slow", rising()[:2])
+    rows = differing_settings([*runs, read_run(namesake)])  # which recorded nothing
+    assert rows["learning_rate"] == ["0.001", "0.0001", "\N{EN DASH}"]
     text = text_of(report(slow, fast, namesake))
     for part in ("3 runs compared", "run/slow", "other/slow", "extra"):
         assert part in text

@@ -91,7 +91,7 @@ def _view(run: Run, facts: Facts, index: int, total: int) -> dict[str, Any]:
         "changed": _rows(info["changed"]),
         "options": _rows(info["options"]),
         "versions": _rows(versions),
-        "summary": _rows(run.summary),
+        "summary": _rows({name: series.number(v, 4) if isinstance(v, float) else v for name, v in run.summary.items()}),
         "missing": missing,
     }
 
@@ -144,14 +144,20 @@ def comparison(runs: list[Run], facts: list[Facts]) -> dict[str, list[str]]:
 
 
 def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
-    """The options that are not the same in all runs.
+    """The options that are not the same in all runs that recorded them.
 
     Of the options that come from TrainingArguments (not this library's own) a run records those that were changed alone.
     """
-    recorded = [run.info["options"] | run.info["changed"] for run in runs]
-    names = sorted({name for options in recorded for name in options} - NAMES_OF_PLACES)
-    rows = {name: [series.value_text(options[name]) if name in options else "default" for options in recorded] for name in names}
-    return {name: cells for name, cells in rows.items() if len(set(cells)) > 1} if all(recorded) else {}
+    own = {name for run in runs for name in run.info["options"]}
+
+    def cell(run: Run, name: str) -> str:
+        recorded = run.info["options"] | run.info["changed"]
+        absent = "default" if name not in own and run.info["changed"] else series.UNKNOWN
+        return series.value_text(recorded[name]) if name in recorded else absent
+
+    names = own.union(*(run.info["changed"] for run in runs)) - NAMES_OF_PLACES
+    rows = {name: [cell(run, name) for run in runs] for name in sorted(names)}
+    return {name: cells for name, cells in rows.items() if len({*cells} - {series.UNKNOWN}) > 1}
 
 
 def dropped_text(facts: Facts) -> str:
