@@ -24,27 +24,19 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
-    from rlr_trainer.estimators import GradientEstimate, estimate_gradient
-    from rlr_trainer.estimators.chain import DenoisingChain, Rollout
-    from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
-    from rlr_trainer.observing.callbacks import RLRCallback
-    from rlr_trainer.rewards import RewardError
-    from rlr_trainer.training.config import RLRConfig
-    from rlr_trainer.training.trainer import RLRTrainer
+    # "as": type checkers do not read a computed __all__
+    from rlr_trainer.estimators import GradientEstimate as GradientEstimate
+    from rlr_trainer.estimators import estimate_gradient as estimate_gradient
+    from rlr_trainer.estimators.chain import DenoisingChain as DenoisingChain
+    from rlr_trainer.estimators.chain import Rollout as Rollout
+    from rlr_trainer.estimators.plan import EstimatorPlan as EstimatorPlan
+    from rlr_trainer.estimators.plan import PlanError as PlanError
+    from rlr_trainer.observing.callbacks import RLRCallback as RLRCallback
+    from rlr_trainer.rewards import RewardError as RewardError
+    from rlr_trainer.training.config import RLRConfig as RLRConfig
+    from rlr_trainer.training.trainer import RLRTrainer as RLRTrainer
 
-__all__ = [
-    "DenoisingChain",
-    "EstimatorPlan",
-    "GradientEstimate",
-    "PlanError",
-    "RLRCallback",
-    "RLRConfig",
-    "RLRTrainer",
-    "RewardError",
-    "Rollout",
-    "__version__",
-    "estimate_gradient",
-]
+__all__ = ["__version__", *_PUBLIC]
 
 
 # Modules that scripts of earlier versions import -> where they are now.

@@ -142,10 +142,7 @@ class EstimatorPlan:
         return sorted(scored)
 
     def check_noise(self, stds: Sequence[float]) -> None:
-        """Refuses a plan that would divide by a standard deviation of 0.
-
-        Args:
-            stds: T standard deviations, in latent units.
+        """Refuses a plan that would divide by one of the T `stds`, in latent units, that is 0.
 
         Raises:
             PlanError: names the step and the way out.
@@ -280,12 +277,9 @@ def _rules(plan: EstimatorPlan) -> Iterator[tuple[str, bool, str]]:
     low, high = plan.fo_range
     in_order = 0 <= low <= high <= steps
     yield "fo_steps", in_order, f"K must lie between 0 and the number of steps, {steps}; a pair (low, high) needs low <= high"
-    yield (
-        "ho_length",
-        _is_whole(length) and 0 <= length <= steps - high,
-        "h must be a whole number from 0 to what first order leaves, num_steps - fo_steps = "
-        f"{steps} - {high} = {steps - high}; shorten it or lower fo_steps",
-    )
+    left = f"num_steps - fo_steps = {steps} - {high} = {steps - high}"
+    rule = f"h must be a whole number from 0 to what first order leaves, {left}; shorten it or lower fo_steps"
+    yield "ho_length", _is_whole(length) and 0 <= length <= steps - high, rule
     yield "fo_steps", low == high or not length, f"a random K needs ho_length=0, but it is {length}"
     yield from _start_rules(plan)
     yield from _rest_rules(plan)
@@ -307,11 +301,8 @@ def _start_rules(plan: EstimatorPlan) -> Iterator[tuple[str, bool, str]]:
     lengths = f"num_steps={plan.num_steps}, fo_steps={plan.fo_range[1]}, ho_length={plan.ho_length}"
     is_inside = isinstance(start, str) or 0 <= start[0] <= start[1] < count
     yield "ho_start", is_inside, f"starts lie within 0..{count - 1}, the first not after the last ({lengths})"
-    yield (
-        "ho_start_weights",
-        weights is None or _are_weights(weights, count),
-        f"must be one non-negative number per admissible start, {count} of them ({lengths}), not all 0; a range is ho_start",
-    )
+    rule = f"must be one non-negative number per admissible start, {count} of them ({lengths}), not all 0; a range is ho_start"
+    yield "ho_start_weights", weights is None or _are_weights(weights, count), rule
 
 
 def _rest_rules(plan: EstimatorPlan) -> Iterator[tuple[str, bool, str]]:
@@ -323,10 +314,7 @@ def _rest_rules(plan: EstimatorPlan) -> Iterator[tuple[str, bool, str]]:
     fits = count is None or (_is_whole(count) and 1 <= count <= max(plan.num_rest_steps, 1))
     yield "rest_num_steps", fits, f"must lie between 1 and the number of remaining steps, {plan.num_rest_steps}; unset visits all"
     yield "rest_step_weights", weights is None or count is not None, "has no effect when every step is visited; set rest_num_steps"
-    yield (
-        "rest_step_weights",
-        weights is None or (_are_weights(weights, plan.num_steps) and min(weights) > 0),
-        f"must be one positive finite weight per step, {plan.num_steps} of them (of weight 0, a step would never be estimated)",
-    )
+    rule = f"must be one positive finite weight per step, {plan.num_steps} of them (of weight 0, a step would never be estimated)"
+    yield "rest_step_weights", weights is None or (_are_weights(weights, plan.num_steps) and min(weights) > 0), rule
     is_scored = rest == "lr" or plan.ho_length > 0
     yield "control_variate", is_scored or not plan.control_variate, "no step has a likelihood ratio; use rest_estimator='lr'"

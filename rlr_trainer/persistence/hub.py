@@ -17,12 +17,7 @@ logger = logging.getLogger(__name__)
 class HubUploads:
     """What a trainer uploads. Trainer does it in the background, one push at a time.
 
-    Args:
-        trainer: whose weights they are; asked for its hub options, and for the push that goes on.
-        processes: of the run.
-
-    Attributes:
-        behind: whether the last save was not pushed, because the push before it still went on.
+    `behind` says whether the last save was not pushed, because the push before it still went on.
     """
 
     def __init__(self, trainer: Any, processes: Processes) -> None:

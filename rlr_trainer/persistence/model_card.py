@@ -44,11 +44,7 @@ Recursive Likelihood Ratio optimizer, "{paper}", [arXiv:{arxiv}](https://arxiv.o
 
 
 def write_model_card(
-    trainer: Any,
-    folder: Path,
-    model_name: str | None = None,
-    dataset_name: str | None = None,
-    tags: str | list[str] | None = None,
+    trainer: Any, folder: Path, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
 ) -> None:
     """Writes `folder/README.md` for the weights of `trainer`, from the main process."""
     if not trainer.is_world_process_zero():

@@ -21,11 +21,7 @@ def run_in(folder: Path) -> str:
 def free_folder(folder: Path, overwrite: bool, trained_before: bool, may_number: bool) -> Path:
     """The folder for a run that begins: `folder`, or one with a number if that is taken and nobody asked for it by name.
 
-    Args:
-        folder: of the options.
-        overwrite: whether a run there may be replaced; its checkpoints are removed.
-        trained_before: whether the run there is one that this trainer did.
-        may_number: whether the folder is a default.
+    With `overwrite` a run there may be replaced, and its checkpoints are removed; with `trained_before` it is one that this trainer did.
 
     Raises:
         ValueError: the folder holds another run.

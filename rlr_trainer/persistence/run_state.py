@@ -52,12 +52,7 @@ class Part:
 
 
 class RunState:
-    """The parts of a run by name, saved and taken up together.
-
-    Args:
-        parts: name -> part, in the order in which they are taken up.
-        settings: what made them, as `compared_settings` has it.
-    """
+    """The parts of a run by name, saved and taken up together, in this order; `settings` made them, see `compared_settings`."""
 
     def __init__(self, parts: Mapping[str, Stateful], settings: Callable[[], str]) -> None:
         self.parts, self.settings = parts, settings

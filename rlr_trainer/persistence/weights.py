@@ -14,13 +14,7 @@ AVERAGE_FOLDER = "average"  # the averaged weights of a checkpoint
 
 
 class Weights:
-    """Saves and loads what is trained.
-
-    Args:
-        adapter: knows the formats.
-        use_lora: whether LoRA weights alone are trained.
-        average: of the weights, or None.
-    """
+    """Saves and loads what is trained, with `use_lora` the LoRA weights alone; `adapter` knows the formats."""
 
     def __init__(self, adapter: PipelineAdapter, use_lora: bool, average: WeightAverage | None = None) -> None:
         self.adapter, self.use_lora, self.average = adapter, use_lora, average

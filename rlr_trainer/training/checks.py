@@ -143,11 +143,7 @@ def check_best_metric(config: RLRConfig, evaluator: Evaluator, prompts: EvalProm
 
 
 def check_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> None:
-    """Refuses an optimizer given to the trainer that would train nothing, and warns of one that leaves parameters out.
-
-    Args:
-        optimizer: or None.
-        params: the trained parameters.
+    """Refuses an optimizer given to the trainer that would train nothing, and warns of one that leaves trained `params` out.
 
     Raises:
         ValueError: it has none of them.

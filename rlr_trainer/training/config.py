@@ -48,10 +48,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 # Options of RLRConfig that go to EstimatorPlan under the same name.
-PLAN_OPTIONS = (
-    *("fo_steps", "ho_length", "ho_start", "ho_start_weights", "rest_estimator", "rest_num_steps", "rest_step_weights"),
-    *("control_variate", "fo_weight", "ho_weight", "rest_weight", "zo_scale", "zo_num_perturbations", "zo_antithetic"),
-)
+PLAN_OPTIONS = tuple(f.name for f in dataclasses.fields(EstimatorPlan) if f.name != "num_steps")
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -346,7 +343,7 @@ class RLRConfig(TrainingArguments):
 
     def _check_combinations(self) -> None:
         normalizes = self.advantage in (None, *NORMALIZING_ADVANTAGES)
-        conflicts = [
+        refuse(
             (
                 (self.ho_length == AUTO) != (self.memory_budget_gb is not None),
                 f"ho_length={self.ho_length!r} with memory_budget_gb={self.memory_budget_gb}: formula (8) needs both; set "
@@ -370,8 +367,7 @@ class RLRConfig(TrainingArguments):
                 f"reward_aggregation='normalize_then_sum' with advantage={self.advantage!r}: it divides by no standard deviation, so both "
                 "aggregations would be the same; set advantage='normalize' or 'per_prompt'",
             ),
-        ]
-        refuse(*conflicts)
+        )
 
     def _check_plan(self) -> None:
         plan = self.plan

@@ -33,15 +33,8 @@ class Evaluator:
     Picture i depends on the weights, its prompt, the seed and its stream, not on the batch size or the number of processes (up to
     rounding); the processes share the work.
 
-    Args:
-        sampler: with a cache of prompts of its own.
-        scorer: with the rewards of evaluations.
-        processes: of the run.
-        batch_size: pictures per process at a time.
-        averaged: context in which the policy has the weights to evaluate.
-
-    Attributes:
-        queries: pictures scored so far, over all processes.
+    `sampler` has a cache of prompts of its own, `scorer` the rewards of evaluations; `batch_size` is per process; in the context
+    `averaged` the policy has the weights to evaluate. `queries` counts the pictures scored so far, over all processes.
     """
 
     def __init__(
@@ -184,14 +177,8 @@ class Evaluator:
 class FixedPictures:
     """Pictures of the same prompts and noise every time; where the prompts are fewer than the pictures each has several.
 
-    A checkpoint holds the prompts that came from a function, because the function has gone on since.
-
-    Args:
-        evaluator: makes and scores them.
-        source: of the prompts, of which the first are taken.
-        count: number of pictures.
-        at_most: prompts that a rollout takes. A function is asked for no more, so that it is called as often, and in the same order, as
-            without pictures.
+    A checkpoint holds the prompts that came from a function, because the function has gone on since. It is asked for no more than
+    `at_most`, the prompts of a rollout, so that it is called as often, and in the same order, as without pictures.
     """
 
     def __init__(self, evaluator: Evaluator, source: FunctionPrompts | DatasetPrompts, count: int, at_most: int) -> None:

@@ -22,13 +22,7 @@ class StopOnTermination(TrainerCallback):
 
     It takes the signal only where nothing else has (a handler of the user's, or of a launcher, stays) and gives it back after
     training. All processes of a run agree, at the end of each update, on whether to stop.
-
-    Args:
-        accelerator: of the trainer.
-        inside_rollout: whether updates of the present rollout are still to come.
-
-    Attributes:
-        stopped: whether the training was stopped by the signal.
+    `inside_rollout` says whether updates of the present rollout are still to come, `stopped` whether the signal stopped the training.
     """
 
     def __init__(self, accelerator: Any, inside_rollout: Callable[[], bool] = lambda: False) -> None:

@@ -104,10 +104,7 @@ class Parts:
     def connect(self, accelerator: Any, optimizer: Any, own_evaluation: bool) -> None:
         """Builds the parts that know the processes and the device.
 
-        Args:
-            accelerator: the trainer's.
-            optimizer: that was given to the trainer, or None.
-            own_evaluation: whether the trainer's class has an `evaluate` of its own, with metrics of its own.
+        `optimizer` is the one given to the trainer, or None; with `own_evaluation` its class has an `evaluate`, and metrics, of its own.
         """
         config = self.config
         check_launch(config, self.plan, accelerator)
@@ -130,19 +127,16 @@ class Parts:
             tuple(config.prompt_scales or ()),
         )
         self.scorer = Scorer(self.adapter, self.layout, self.rewards)
-        self.collector = Collector(
-            self.sampler,
-            self.scorer,
-            self.plan_state,
-            self.prompts,
-            self.processes,
-            self.rollout_options(),
-            self.advantage_rule(),
-            self.reference,
+        options = RolloutOptions(
+            seed=config.seed,
+            batch_size=config.sample_batch_size,
+            num_batches=config.sample_num_batches_per_epoch,
+            group_size=config.num_images_per_prompt,
+            offload=config.offload_rollouts,
         )
-        self.updater = Updater(
-            self.sampler, self.scorer, self.plan_state, self.processes, self._update_options(accelerator), self.reference
-        )
+        shared = self.sampler, self.scorer, self.plan_state
+        self.collector = Collector(*shared, self.prompts, self.processes, options, self.advantage_rule(), self.reference)
+        self.updater = Updater(*shared, self.processes, self._update_options(accelerator), self.reference)
         eval_scorer = Scorer(self.adapter, self.layout, self.eval_rewards)
         self.evaluator = Evaluator(
             self.sampler.apart(), eval_scorer, self.processes, config.sample_batch_size, self.weights.averaged
@@ -158,12 +152,7 @@ class Parts:
         self.run_state = RunState(self._stateful(), lambda: compared_settings(config, self.rewards.names))
 
     def observers(self, fixed_samples: Callable[[], FixedSamples], trackers: Callable[[], Any]) -> list[TrainerCallback]:
-        """What watches every run, in the order in which it must be told.
-
-        Args:
-            fixed_samples: makes the pictures for the log.
-            trackers: what to send them to.
-        """
+        """What watches every run, in the order in which it must be told. `fixed_samples` makes the pictures that `trackers` get."""
         every, files, termination = self.config.log_images_steps, self.run_files, self.termination
         log = SampleLog(fixed_samples, every, lambda: files.seconds, trackers, lambda: termination.stopped)
         average = [self.average] if self.average is not None else []
@@ -186,17 +175,6 @@ class Parts:
         self.queue.fill([], [])
         self.metrics.values.clear()
         self.updater.reset()
-
-    def rollout_options(self) -> RolloutOptions:
-        """The size of a rollout."""
-        config = self.config
-        return RolloutOptions(
-            seed=config.seed,
-            batch_size=config.sample_batch_size,
-            num_batches=config.sample_num_batches_per_epoch,
-            group_size=config.num_images_per_prompt,
-            offload=config.offload_rollouts,
-        )
 
     def advantage_rule(self) -> AdvantageRule:
         """How rewards become advantages."""
@@ -321,17 +299,16 @@ class Parts:
 
     def _stateful(self) -> dict[str, Stateful]:
         """The parts of a checkpoint, in the order in which they are taken up."""
-        statistics: dict[str, Stateful] = {} if self.statistics is None else {"statistics": self.statistics}
-        average: dict[str, Stateful] = {} if self.average is None else {"average": self.average}
-        return {
+        parts: dict[str, Stateful | None] = {
             "progress": Part(self._progress, self._take_progress),
             "prompts": self.prompts,
             "plan": self.plan_state,
             "metrics": self.metrics,
             "pictures": self.pictures,
-            **statistics,
-            **average,
+            "statistics": self.statistics,
+            "average": self.average,
         }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _progress(self) -> dict[str, Any]:
         return {

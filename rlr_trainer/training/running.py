@@ -55,10 +55,6 @@ def _connect_trackers(trainer: Any) -> None:
 def start(trainer: Any, resume_from_checkpoint: str | bool | int | None, epochs: int | None) -> str | None:
     """Makes everything ready for a training that begins, or goes on from a checkpoint; returns the checkpoint's folder. Collective.
 
-    Args:
-        trainer: the trainer.
-        resume_from_checkpoint, epochs: of its `train`.
-
     Raises:
         ValueError: `output_dir` holds another run.
         CheckpointError: the checkpoint cannot be used.
@@ -200,9 +196,6 @@ def placeholders(args: RLRConfig, collector: Collector) -> DataLoader:
 class Backward:
     """The backward pass of a surrogate, by accelerate or DeepSpeed. Surrogates ascend the reward and optimizers descend: the sign is turned
     here, once.
-
-    Args:
-        trainer: whose accelerator it is.
     """
 
     def __init__(self, trainer: Any) -> None:

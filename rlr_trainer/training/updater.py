@@ -55,13 +55,7 @@ class UpdateOptions:
 class Updater:
     """Accumulates the gradient of updates. For every rollout `begin`, for every micro-batch `accumulate`, after the last of an update `finish`.
 
-    Args:
-        sampler: makes the chain of a batch.
-        scorer: scores one-step predictions.
-        plan_state: the plan in force; its factors and starts learn from each update.
-        processes: of the run.
-        options: see there.
-        reference: the reference policy, or None.
+    `sampler` makes the chain of a batch, `scorer` scores one-step predictions; the factors and starts of `plan_state` learn from updates.
     """
 
     def __init__(
@@ -115,7 +109,6 @@ class Updater:
 
         Args:
             model: the policy as Trainer wrapped it.
-            batch: the samples.
             backward: differentiates a surrogate, which ascends the reward.
             factor: what `backward` multiplies gradients by.
             on_policy: whether the weights are still those that sampled. Then a ratio differs from 1 by rounding alone, which over a small
@@ -160,15 +153,9 @@ class Updater:
         return self._metrics(batch, result, clip_range)
 
     def finish(self, batch: ScoredBatch, factor: float = 1.0, where: str = "the update") -> dict[str, float]:
-        """Completes the update after its last micro-batch, `batch`: adds the zeroth-order part to `.grad`.
+        """Completes the update after its last micro-batch, `batch`: adds the zeroth-order part, times `factor`, to `.grad`.
 
-        Args:
-            batch: the micro-batch.
-            factor: what gradients are multiplied by.
-            where: for messages.
-
-        Returns:
-            Gradient norms of the parts and, if asked for, of the steps; the start of the sub-chain.
+        Returns metrics: gradient norms of the parts and, if asked for, of the steps; the start of the sub-chain.
 
         Raises:
             FloatingPointError: the norm of the whole gradient is not finite.

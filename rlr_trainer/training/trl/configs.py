@@ -69,28 +69,21 @@ def use_summed_density(config: Any, latent_entries: int) -> Any:
 
 # Fields of TRL's DDPOConfig and AlignPropConfig (0.23.1) -> options of RLRConfig that mean the same.
 SAME_MEANING = {
-    "seed": "seed",
+    **{name: name for name in ("seed", "push_to_hub")},
+    **{
+        f"sample_{name}": f"sample_{name}" for name in ("num_steps", "eta", "guidance_scale", "batch_size", "num_batches_per_epoch")
+    },
+    **{
+        f"train_{name}": name
+        for name in ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps")
+    },
+    **{f"train_{name}": name for name in ("max_grad_norm", "num_inner_epochs", "adv_clip_max", "clip_range")},
     "num_epochs": "num_train_epochs",
-    "sample_num_steps": "sample_num_steps",
-    "sample_eta": "sample_eta",
-    "sample_guidance_scale": "sample_guidance_scale",
-    "sample_batch_size": "sample_batch_size",
-    "sample_num_batches_per_epoch": "sample_num_batches_per_epoch",
     "train_batch_size": "per_device_train_batch_size",
-    "train_learning_rate": "learning_rate",
-    "train_adam_beta1": "adam_beta1",
-    "train_adam_beta2": "adam_beta2",
     "train_adam_weight_decay": "weight_decay",
-    "train_adam_epsilon": "adam_epsilon",
-    "train_gradient_accumulation_steps": "gradient_accumulation_steps",
-    "train_max_grad_norm": "max_grad_norm",
-    "train_num_inner_epochs": "num_inner_epochs",
-    "train_adv_clip_max": "adv_clip_max",
-    "train_clip_range": "clip_range",
     "per_prompt_stat_tracking_buffer_size": "per_prompt_buffer_size",
     "per_prompt_stat_tracking_min_count": "per_prompt_min_count",
     "async_reward_computation": "async_rewards",
-    "push_to_hub": "push_to_hub",
 }
 # Fields that are converted in another way -> where that leads.
 CONVERTED = {
