@@ -133,7 +133,7 @@ def train(folder, job, pipeline):
         "hooked": hooked,
         "history": [row for row in trainer.state.log_history if "loss" in row],
         "evaluation": trainer.evaluate() if job.get("evaluate") else None,
-        "pictures": [row.prompt for row, _ in trainer.parts.pictures.rows(False)] if trainer.args.num_log_images else None,
+        "pictures": [row.prompt for row, _ in trainer.parts.pictures.rows()] if trainer.args.num_log_images else None,
         "updates": trainer.state.global_step,
     }
 
