@@ -1,4 +1,4 @@
-"""The `rlr-trainer` command: one module a subcommand, each with `run(options) -> exit code`. See docs/command_line.md."""
+"""The `rlr-trainer` command: `runs` has train and diagnose, each other subcommand its module. See docs/command_line.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rlr_trainer.cli.parsers import build_parser
 
 __all__ = ["build_parser", "main"]
 
-EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)  # what the package raises for input that cannot be
 
@@ -30,10 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = rest
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        module = importlib.import_module(f"rlr_trainer.cli.{options.command.replace('-', '_')}")
-        code: int = module.run(options)
+        command = options.command.replace("-", "_")
+        module = importlib.import_module(f"rlr_trainer.cli.{'runs' if command in ('train', 'diagnose') else command}")
+        getattr(module, command)(options)
         sys.stdout.flush()
-        return code
+        return 0
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"rlr-trainer {options.command}: {_in_one_line(error)}", file=sys.stderr)
-        return getattr(error, "exit_code", EXIT_FAILED)
+        return getattr(error, "exit_code", 1)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -47,8 +47,8 @@ def demo_config(**options: Any) -> RLRConfig:
     )
 
 
-def run(options: argparse.Namespace) -> int:
-    """Trains, judges, and writes the run's files to `output_dir`; returns the exit code."""
+def demo(options: argparse.Namespace) -> None:
+    """Trains, judges, and writes the run's files to `output_dir`."""
     started = time.perf_counter()
     target = options.target if options.reward == "digit" else None
     reward = {"ink": ink, "compressibility": jpeg_compressibility}.get(options.reward) or digit_reward(options.target)
@@ -87,7 +87,6 @@ def run(options: argparse.Namespace) -> int:
             print(f"{label:24}{summary[f'{name}_before']:>10.3f}{summary[f'{name}_after']:>10.3f}")
     print(f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_mb']} MB")
     print(f"written to {folder}: summary.json, metrics.jsonl, reward.png, before_after.png, LoRA weights")
-    return 0
 
 
 @torch.no_grad()
@@ -111,9 +110,8 @@ def _plot_reward(history: list[dict[str, Any]], summary: dict[str, Any], path: P
         if None not in ends:
             label = f"{NUMBERS[name]}, {EVALUATION_SAMPLES} evaluation samples, fixed seeds"
             axes.plot((0, summary["updates"]), ends, marker, mfc="none", label=label)
-    axes.set_xlabel(f"update (batch {BATCH_SIZE})")
-    axes.set_ylabel(f"reward: {summary['reward']}")
-    axes.set_title(f"{summary['estimator']}: {summary['reward_queries']} pictures scored in {summary['seconds']:.0f} s")
+    title = f"{summary['estimator']}: {summary['reward_queries']} pictures scored in {summary['seconds']:.0f} s"
+    axes.set(xlabel=f"update (batch {BATCH_SIZE})", ylabel=f"reward: {summary['reward']}", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -122,9 +120,6 @@ def _plot_reward(history: list[dict[str, Any]], summary: dict[str, Any], path: P
 def _grid_before_after(pictures: dict[str, Tensor], summary: dict[str, Any]) -> Any:
     """Grids of the same 64 seeds before and after, side by side."""
     grids = [images[:64].unflatten(0, (8, 8)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2) for images in pictures.values()]
-    numbers = {when: [(name, summary[f"{name}_{when}"]) for name in NUMBERS] for when in pictures}
-    texts = [
-        f"{when}\n" + ", ".join(f"{name} {value:.4g}" for name, value in known if value is not None)
-        for when, known in numbers.items()
-    ]
+    known = [name for name in NUMBERS if summary[f"{name}_before"] is not None]
+    texts = [f"{when}\n" + ", ".join(f"{name} {summary[f'{name}_{when}']:.4g}" for name in known) for when in pictures]
     return picture_grid(torch.stack(grids), texts)

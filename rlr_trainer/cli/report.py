@@ -7,8 +7,7 @@ import argparse
 from rlr_trainer.observing.report import write_report
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs it; returns the exit code."""
+def report(options: argparse.Namespace) -> None:
+    """Writes the page about runs."""
     path = write_report(options.folders, options.output)
     print(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    return 0

@@ -19,15 +19,18 @@ from rlr_trainer.training.trainer import RLRTrainer
 SAMPLING = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompt", "height", "width")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs it; returns the exit code."""
+def sample(options: argparse.Namespace) -> None:
+    """Samples, and writes the pictures and their rewards."""
     if options.num_images < 1:
         raise ValueError(f"--num_images {options.num_images}: must be at least 1")
     folder = Path(options.output_dir)
     old = [path for path in folder.glob("*.png") if path.stem.isdigit() or path.stem == "grid"]
     if old and not options.overwrite:
         raise ValueError(f"--output_dir {folder}: holds {len(old)} pictures; choose another folder, or allow it with --overwrite")
-    rows = _prompt_rows(options.prompts, options.num_images)
+    rows: list[PromptRow] = []
+    for source in options.prompts:
+        dataset = DatasetPrompts(load_prompts(source, "--prompts"), 0, False, f"--prompts {source}")
+        rows += [row for row in dataset.peek(len(dataset)) for _ in range(options.num_images)]
     folder.mkdir(parents=True, exist_ok=True)  # before the work, so that none is done in vain
     trainer = _trainer(options)
     prompts = [row.prompt for row in rows]
@@ -43,23 +46,12 @@ def run(options: argparse.Namespace) -> int:
     picture_grid(images, prompts if result is None else captions(prompts, result.total)).save(folder / "grid.png")
     print(f"written to {folder}: {files[0]} to {files[-1]}, grid.png")
     if result is not None:
-        rewards, parts = _numbers(result.total), {name: _numbers(values) for name, values in result.parts.items()}
-        record = {"seed": options.seed, "prompts": prompts, "files": files, "rewards": rewards, "parts": parts}
-        (folder / "rewards.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(f"mean reward {result.total.nanmean():.4g} of {len(rewards) - rewards.count(None)} pictures; all are in rewards.json")
-    return 0
-
-
-def _prompt_rows(sources: list[str], repeats: int) -> list[PromptRow]:
-    """One row per picture, those of a prompt one after the other."""
-    rows = []
-    for source in sources:
-        dataset = load_prompts(source, "--prompts")
-        if callable(dataset):
-            raise ValueError(f"--prompts {source}: is a function; give prompts or a file of them")
-        prompts = DatasetPrompts(dataset, 0, False, f"--prompts {source}")
-        rows += [row for row in prompts.peek(len(prompts)) for _ in range(repeats)]
-    return rows
+        rewards, parts = result.total.tolist(), {name: values.tolist() for name, values in result.parts.items()}
+        record = json.dumps({"seed": options.seed, "prompts": prompts, "files": files, "rewards": rewards, "parts": parts})
+        record = json.dumps(json.loads(record, parse_constant=lambda _: None), indent=1)  # JSON has no NaN: it becomes null
+        (folder / "rewards.json").write_text(record + "\n", encoding="utf-8")
+        count = len(rewards) - int(result.total.isnan().sum())
+        print(f"mean reward {result.total.nanmean():.4g} of {count} pictures; all are in rewards.json")
 
 
 def _trainer(options: argparse.Namespace) -> RLRTrainer:
@@ -99,8 +91,3 @@ def _load_model(model: str, lora: str | None) -> Any:
         cause = f"{type(error).__name__}: {error}"
         raise ValueError(f"--lora {lora}: cannot be loaded on --model {model}; {rule} ({cause})") from error
     return pipeline
-
-
-def _numbers(values: Any) -> list[float | None]:
-    """JSON has no NaN."""
-    return [None if value != value else value for value in values.tolist()]

@@ -16,8 +16,8 @@ from rlr_trainer.rewards.remote.server import RewardServer
 GRACE_SECONDS = 30
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs it; returns the exit code."""
+def serve_reward(options: argparse.Namespace) -> None:
+    """Serves until Ctrl-C or SIGTERM."""
     limits = {name: getattr(options, name) for name in ("max_request_mb", "max_megapixels", "workers", "receive_timeout")}
     token = options.token or os.environ.get(TOKEN_VARIABLE) or None
     server = RewardServer(settings.load_reward(options.reward), host=options.host, port=options.port, token=token, **limits)
@@ -34,6 +34,6 @@ def run(options: argparse.Namespace) -> int:
             finished = server.stop(GRACE_SECONDS)
     if finished:
         print("stopped", flush=True)
-        return 0
+        return
     print(f"stopped, leaving requests unanswered (the limit is {GRACE_SECONDS} s)", file=sys.stderr, flush=True)
     os._exit(1)  # the thread of a hanging reward would keep the process alive

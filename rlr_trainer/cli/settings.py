@@ -27,7 +27,6 @@ from rlr_trainer.rollouts.prompts import FILE_LOADERS, open_dataset
 from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.trainer import RLRTrainer
 
-PROMPT_KEYS = ("path", "split", "name", "column")  # of `prompts`, where it is a mapping
 REWARDS: dict[str, Callable[..., Any]] = {
     "ink": ink,
     "jpeg_compressibility": rewards.jpeg_compressibility,
@@ -118,20 +117,21 @@ def _read_file(path: str | Path, parser: TrlParser) -> dict[str, Any]:
     actions: dict[str, Any] = {action.dest: action for action in parser._actions}
     defaults: dict[str, Any] = {}
     for key, text in texts.items():
-        if key not in actions:
+        if (action := actions.get(key)) is None:
             raise SettingsError(_unknown(key, parser))
-        value, is_plain = values.get(key), isinstance(text, str) and values.get(key) is not None
+        value = values.get(key)
+        is_plain = isinstance(text, str) and value is not None
         kinds = {get_origin(kind) or kind for kind in get_args(hints[key]) or (hints[key],)}
-        if not is_plain and type(value) not in kinds and value is not actions[key].default:
+        if not is_plain and type(value) not in kinds and value is not action.default:
             raise SettingsError(
                 f"{key}={value!r}: cannot be a {type(value).__name__}; see `rlr-trainer train --help`, or leave it out"
             )
         defaults[key] = text if is_plain else value
-        if value is not None and actions[key].nargs == "+":
+        if value is not None and action.nargs == "+":
             try:
-                defaults[key] = [actions[key].type(item) for item in ([text] if is_plain else text)]
+                defaults[key] = [action.type(item) for item in ([text] if is_plain else text)]
             except (TypeError, ValueError) as error:
-                raise SettingsError(f"{key}={value!r}: must be a list of {actions[key].type.__name__} ({error})") from error
+                raise SettingsError(f"{key}={value!r}: must be a list of {action.type.__name__} ({error})") from error
     return defaults
 
 
@@ -207,16 +207,16 @@ def load_prompts(source: Any, field: str = "prompts") -> Any:
     """Prompts of a run: a function, or something that `RLRTrainer` takes as a dataset.
 
     Args:
-        source: a list of prompts; or one of: `package.module:function`, what `prompts.open_dataset` opens, a mapping of `PROMPT_KEYS`
-            to its arguments, or else a single prompt.
+        source: a list of prompts; or one of: `package.module:function`, what `prompts.open_dataset` opens, a mapping of path,
+            split, name and column to its arguments, or else a single prompt.
         field: how messages call it.
 
     Raises:
         ValueError: nothing of that name, or something that cannot be read.
     """
     if isinstance(source, Mapping):
-        if not {"path"} <= source.keys() <= {*PROMPT_KEYS}:
-            raise ValueError(f"{field}={source}: the keys are path, and optionally {', '.join(PROMPT_KEYS[1:])}")
+        if not {"path"} <= source.keys() <= {"path", "split", "name", "column"}:
+            raise ValueError(f"{field}={source}: the keys are path, and optionally split, name, column")
         return open_dataset(str(source["path"]), field, **{key: value for key, value in source.items() if key != "path"})
     texts = source if isinstance(source, list) else [source]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -226,14 +226,15 @@ def load_prompts(source: Any, field: str = "prompts") -> Any:
         )
     if isinstance(source, list):
         return texts
-    is_there = os.path.exists(source)
-    if _FUNCTION.fullmatch(source) and not is_there:
-        return load_function(source, field)
-    ending = Path(source).suffix
-    is_one_word = not re.search(r"\s", source)  # a word with a slash or an ending is a misspelt name rather than a prompt
-    if is_there or ending in (".txt", *FILE_LOADERS) or (is_one_word and ("/" in source or ending)):
+    if os.path.exists(source):
         return open_dataset(source, field)
-    return texts
+    if _FUNCTION.fullmatch(source):
+        return load_function(source, field)
+    ending, is_word = Path(source).suffix, not re.search(r"\s", source)
+    is_name = ending in (".txt", *FILE_LOADERS) or (
+        is_word and ("/" in source or ending)
+    )  # and a misspelt one rather than a prompt
+    return open_dataset(source, field) if is_name else texts
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:

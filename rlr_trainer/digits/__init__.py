@@ -5,7 +5,7 @@ ships; `weights/README.md` is the model card with the measured quality. Nothing 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,17 +128,14 @@ def _quiet() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    enabled = [library for library in (diffusers_logging, logging) if library.is_progress_bar_enabled()]
-    for library in enabled:
-        library.disable_progress_bar()
-    try:
+    with ExitStack() as stack:
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
+        for library in (diffusers_logging, logging):
+            if library.is_progress_bar_enabled():
+                stack.callback(library.enable_progress_bar)
+                library.disable_progress_bar()
         yield
-    finally:
-        logging.set_verbosity(verbosity)
-        for library in enabled:
-            library.enable_progress_bar()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`rlr-trainer train`."""
+"""`rlr-trainer train` and `diagnose`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rlr_trainer.persistence.checkpoints import CheckpointStore
 logger = logging.getLogger(__name__)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs it; returns the exit code. SIGTERM leaves by SystemExit(143)."""
+def train(options: argparse.Namespace) -> None:
+    """Trains; SIGTERM leaves by SystemExit(143)."""
     if options.help:
         print(f"{options.usage()}\n{help_on_keys()}")
-        return 0
+        return
     described = parse_run(options.config, options.overrides)
     if isinstance(options.resume, str) and not Path(options.resume).is_dir():
         raise ValueError(f"--resume {options.resume}: no such folder; give that of a checkpoint, or nothing for the last one")
@@ -33,4 +33,13 @@ def run(options: argparse.Namespace) -> int:
     trainer.save_pretrained(config.output_dir)
     if trainer.is_world_process_zero():
         print(f"written to {config.output_dir}: the trained weights, README.md, metrics.jsonl")
-    return 0
+
+
+def diagnose(options: argparse.Namespace) -> None:
+    """Measures the estimators in a run."""
+    trainer = build_trainer(*parse_run(options.config, options.overrides))
+    diagnosis = trainer.diagnose(time_limit=options.time_limit, num_batches=options.num_batches)
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "diagnosis.json").write_text(diagnosis.to_json() + "\n")
+    print(f"{diagnosis.table()}\n\nwritten to {folder}: diagnosis.json")
