@@ -69,15 +69,10 @@ def use_summed_density(config: Any, latent_entries: int) -> Any:
 
 # Fields of TRL's DDPOConfig and AlignPropConfig (0.23.1) -> options of RLRConfig that mean the same.
 SAME_MEANING = {
-    **{name: name for name in ("seed", "push_to_hub")},
-    **{
-        f"sample_{name}": f"sample_{name}" for name in ("num_steps", "eta", "guidance_scale", "batch_size", "num_batches_per_epoch")
-    },
-    **{
-        f"train_{name}": name
-        for name in ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "gradient_accumulation_steps")
-    },
-    **{f"train_{name}": name for name in ("max_grad_norm", "num_inner_epochs", "adv_clip_max", "clip_range")},
+    **{name: name for name in ("seed", "push_to_hub", "sample_num_steps", "sample_eta", "sample_guidance_scale")},
+    **{name: name for name in ("sample_batch_size", "sample_num_batches_per_epoch")},
+    **{f"train_{name}": name for name in ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "clip_range")},
+    **{f"train_{name}": name for name in ("gradient_accumulation_steps", "max_grad_norm", "num_inner_epochs", "adv_clip_max")},
     "num_epochs": "num_train_epochs",
     "train_batch_size": "per_device_train_batch_size",
     "train_adam_weight_decay": "weight_decay",
