@@ -9,25 +9,7 @@ from rlr_trainer.estimators.sweep import Feedback, Sweep, SweepResult
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps, zeroth_order
 
 __all__ = [
-    "Advantages",
-    "ControlVariateScale",
-    "Feedback",
-    "GradientEstimate",
-    "NonDifferentiableRewardError",
-    "PerPromptStatistics",
-    "Perturbations",
-    "Sweep",
-    "SweepResult",
-    "control_variate",
-    "estimate_gradient",
-    "leave_one_out",
-    "likelihood_ratio",
-    "no_baseline",
-    "normalize",
-    "pathwise",
-    "perturbed_steps",
-    "prediction_critic",
-    "prediction_pathwise",
-    "reward_and_gradient",
-    "zeroth_order",
-]
+    "Advantages", "ControlVariateScale", "Feedback", "GradientEstimate", "NonDifferentiableRewardError", "PerPromptStatistics",
+    "Perturbations", "Sweep", "SweepResult", "control_variate", "estimate_gradient", "leave_one_out", "likelihood_ratio", "no_baseline",
+    "normalize", "pathwise", "perturbed_steps", "prediction_critic", "prediction_pathwise", "reward_and_gradient", "zeroth_order",
+]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from rlr_trainer.observing.pictures import thumbnails, vector_diversity
 from rlr_trainer.observing.progress import RolloutBar
@@ -68,11 +69,12 @@ def start(trainer: Any, resume_from_checkpoint: str | bool | int | None, epochs:
     if resume_from_checkpoint:
         folder = _checkpoint_to_resume(trainer, resume_from_checkpoint)
         parts.run_state.load(folder, parts.has_own_optimizer)
-        trainer._resumed_at = trainer_updates(folder)
+        trainer._resumed_at = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
     else:
         folder, trainer._resumed_at = None, 0
         parts.begin_anew()
-        args.output_dir = str(_everywhere(parts.processes, trainer.is_world_process_zero(), lambda: _folder_to_begin_in(trainer)))
+        taken, before = Path(args.output_dir), trainer.state.global_step > 0
+        args.output_dir = str(_everywhere(trainer, lambda: free_folder(taken, args.overwrite, before, args.output_dir_is_default)))
         _connect_trackers(trainer)
         if args.check_reward:
             parts.collector.probe(trainer.model)
@@ -105,18 +107,6 @@ def trackers(trainer: Any) -> HookTracker:
     return HookTracker(trainer.callback_handler.callbacks, Path(trainer.args.output_dir), trainer.state.global_step)
 
 
-def trainer_updates(checkpoint: Path) -> int:
-    """Updates of a checkpoint."""
-    from transformers import TrainerState
-
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
-
-
-def _folder_to_begin_in(trainer: Any) -> Path:
-    args = trainer.args
-    return free_folder(Path(args.output_dir), args.overwrite, trainer.state.global_step > 0, args.output_dir_is_default)
-
-
 def _checkpoint_to_resume(trainer: Any, asked: str | bool | Path) -> Path:
     """The checkpoint folder that `resume_from_checkpoint` means, found and checked by the main process for all."""
     output = Path(trainer.args.output_dir)
@@ -128,18 +118,18 @@ def _checkpoint_to_resume(trainer: Any, asked: str | bool | Path) -> Path:
         check_folder_to_go_on_in(output, Path(asked), trainer.args.overwrite)
         return Path(asked)
 
-    return _everywhere(trainer.parts.processes, trainer.is_world_process_zero(), find)
+    return _everywhere(trainer, find)
 
 
-def _everywhere(processes: Processes, is_main: bool, function: Any) -> Any:
+def _everywhere(trainer: Any, function: Callable[[], Any]) -> Any:
     """What the function returns on the main process, on all; what it raises there, too."""
     answer: Any = None
-    if is_main:
+    if trainer.is_world_process_zero():
         try:
             answer = function()
         except ValueError as error:
             answer = error
-    answer = processes.of_main(answer)
+    answer = trainer.parts.processes.of_main(answer)
     if isinstance(answer, ValueError):
         raise answer
     return answer
@@ -177,11 +167,6 @@ def without_an_epoch_too_many(values: tuple[Any, ...], resumed_at: int) -> tuple
     return min(epochs, resumed_at // updates_per_epoch), *values[1:]
 
 
-def first(items: list[Any]) -> Any:
-    """The one item of a batch of placeholders."""
-    return items[0]
-
-
 def placeholders(args: RLRConfig, collector: Collector) -> DataLoader:
     """One placeholder per micro-batch of an epoch: one rollout, or as many as a pass over a dataset's prompts takes."""
     rollouts = 1
@@ -190,7 +175,7 @@ def placeholders(args: RLRConfig, collector: Collector) -> DataLoader:
         rollouts = -(-samples // (args.rollout_size * collector.processes.count))
     count = rollouts * args.updates_per_rollout * args.gradient_accumulation_steps
     numbers: Any = [{"micro_batch": number} for number in range(count)]  # Trainer counts them, the rollout makes the micro-batches
-    return DataLoader(numbers, collate_fn=first, generator=torch.Generator())
+    return DataLoader(numbers, collate_fn=operator.itemgetter(0), generator=torch.Generator())
 
 
 class Backward:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ class RLRTrainer(TRLBaseTrainer):
         )  # fmt: skip
         let_gloo_finish_at_exit()
         super().__init__(
-            self.parts.policy, self.parts.config, running.first, train_dataset, eval_dataset,
+            self.parts.policy, self.parts.config, operator.itemgetter(0), train_dataset, eval_dataset,
             callbacks=[RewardHackingMonitor(), *(callbacks or [])], optimizers=optimizers,
         )  # fmt: skip
         self.parts.connect(self.accelerator, optimizers[0], own_evaluation=type(self).evaluate is not RLRTrainer.evaluate)
