@@ -29,7 +29,9 @@ class HubUploads:
         args = self.trainer.args
         if args.hub_strategy == HubStrategy.END:
             return
-        self.behind = self.processes.of_main(self._goes_on() and not args.hub_always_push)
+        push_before = getattr(self.trainer, "push_in_progress", None)
+        goes_on = push_before is not None and not push_before.is_done()
+        self.behind = self.processes.of_main(goes_on and not args.hub_always_push)
         if self.behind:  # Trainer leaves this one out, and the push that goes on reads the files in output_dir
             return
         self.warn_of_failures()
@@ -70,10 +72,6 @@ class HubUploads:
                 trainer.args.output_dir,
             )
             return None
-
-    def _goes_on(self) -> bool:
-        push = getattr(self.trainer, "push_in_progress", None)
-        return push is not None and not push.is_done()
 
     def warn_of_failures(self) -> None:
         """Trainer starts uploads in the background and never asks how they ended."""

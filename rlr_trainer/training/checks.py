@@ -1,4 +1,4 @@
-"""Combinations of options, rewards and launchers that cannot be: refused before any long work."""
+"""Combinations of options, rewards and launchers that cannot be: refused before any long work. Each check raises a ValueError with the way out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_launch(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> None:
-    """Refuses what is not computed with FSDP or DeepSpeed, and fp16 on a CPU, where its networks would meet inputs of another precision.
-
-    Raises:
-        ValueError: names the option and the way out.
-    """
+    """Refuses what is not computed with FSDP or DeepSpeed, and fp16 on a CPU, where its networks would meet inputs of another precision."""
     deepspeed, fsdp = (getattr(accelerator.state, f"{kind}_plugin", None) for kind in ("deepspeed", "fsdp"))
     stage = getattr(deepspeed, "zero_stage", 2)
     version, kind = getattr(fsdp, "fsdp_version", 2), getattr(fsdp, "state_dict_type", "FULL_STATE_DICT")
@@ -98,11 +94,7 @@ def check_rewards(rewards: Rewards, config: RLRConfig, plan: EstimatorPlan, proc
 
 
 def check_batches(config: RLRConfig, plan: EstimatorPlan, processes: int) -> None:
-    """Refuses batch sizes that groups of a prompt, or pairs of perturbations, do not divide.
-
-    Raises:
-        ValueError: names the options.
-    """
+    """Refuses batch sizes that groups of a prompt, or pairs of perturbations, do not divide."""
     group, size, zeroth = config.num_images_per_prompt, config.sample_batch_size, plan.uses_zeroth_order
     samples, batch = config.rollout_size * processes, size * processes
     needed = plan.zo_num_perturbations * (2 if plan.zo_antithetic else 1)
@@ -125,11 +117,7 @@ def check_batches(config: RLRConfig, plan: EstimatorPlan, processes: int) -> Non
 
 
 def check_best_metric(config: RLRConfig, evaluator: Evaluator, prompts: EvalPrompts | None) -> None:
-    """Refuses a `metric_for_best_model` that the evaluations of the run will not have; Trainer would find out at the first one.
-
-    Raises:
-        ValueError: names the metrics that they have.
-    """
+    """Refuses a `metric_for_best_model` that the evaluations of the run will not have; Trainer would find out at the first one."""
     metric = config.metric_for_best_model
     if metric is None or prompts is None or config.eval_strategy == "no":
         return
@@ -143,11 +131,7 @@ def check_best_metric(config: RLRConfig, evaluator: Evaluator, prompts: EvalProm
 
 
 def check_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> None:
-    """Refuses an optimizer given to the trainer that would train nothing, and warns of one that leaves trained `params` out.
-
-    Raises:
-        ValueError: it has none of them.
-    """
+    """Refuses an optimizer given to the trainer that would train nothing, and warns of one that leaves trained `params` out."""
     if optimizer is None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -53,16 +53,11 @@ class GradientMeter:
 
     def part_norms(self) -> dict[str, float]:
         """Part -> norm of its summed gradient."""
-        return {part: _norm(tensors) for part, tensors in self.sums.items()}
+        return {part: sum(float(t.square().sum()) for t in tensors.values()) ** 0.5 for part, tensors in self.sums.items()}
 
     def step_norms(self) -> dict[int, float]:
         """Step -> root of the summed squares of its gradients (one per batch of the update)."""
         return {step: float(total.sqrt()) for step, total in self.squares.items()}
-
-
-def _norm(tensors: dict[str, Tensor]) -> float:
-    total = sum(float(tensor.square().sum()) for tensor in tensors.values())
-    return total**0.5
 
 
 class MetricsLog:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import TrainerCallback
 
 from rlr_trainer.estimators.advantages import PerPromptStatistics
@@ -191,16 +191,11 @@ class Parts:
 
     def facts(self) -> dict[str, Any]:
         """What `run.json` says of the run."""
-        import accelerate
-        import diffusers
-        import peft
-        import trl
-
-        import rlr_trainer
+        from rlr_trainer import __version__
 
         device = self.processes.device
         name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-        libraries = (rlr_trainer, torch, transformers, diffusers, trl, peft, accelerate)
+        libraries = ("torch", "transformers", "diffusers", "trl", "peft", "accelerate")
         return {
             "model": self.policy.config.name_or_path or type(self.adapter.pipeline).__name__,
             "rewards": self.rewards.names,
@@ -208,7 +203,7 @@ class Parts:
             "plan": str(self.plan),
             "options": self.config.rlr_options(),
             "changed": self.config.changed_options(),
-            "versions": {library.__name__: str(library.__version__) for library in libraries},
+            "versions": {"rlr_trainer": __version__} | {name: importlib.metadata.version(name) for name in libraries},
             "device": name,
             "processes": self.processes.count,
             "trainable_parameters": sum(p.numel() for p in self.policy.trainable_parameters().values()),

@@ -143,11 +143,7 @@ def check_assignment(trainer: Any, name: str) -> str:
 
 
 def explains_arguments(init: Callable[P, None]) -> Callable[P, None]:
-    """A constructor that says, of a keyword that it does not know, what it is called here.
-
-    Raises:
-        TypeError: on the call; names the keywords.
-    """
+    """A constructor that says, of a keyword that it does not know, what it is called here (TypeError)."""
     known = inspect.signature(init).parameters
 
     @functools.wraps(init)
@@ -162,11 +158,7 @@ def explains_arguments(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def explains_options(config_class: C) -> C:
-    """A config that says, of a field of TRL's DDPOConfig and AlignPropConfig, what the option is called here.
-
-    Raises:
-        TypeError: when one is made with such a field; names the options.
-    """
+    """A config that says, of a field of TRL's DDPOConfig and AlignPropConfig, what the option is called here (TypeError)."""
     init = vars(config_class)["__init__"]
     known = inspect.signature(init).parameters
 
