@@ -1,4 +1,4 @@
-"""Combinations of options, rewards and launchers that cannot be: refused before any long work. Each check raises a ValueError with the way out."""
+"""Combinations of options, rewards and launchers that cannot be: refused, by a ValueError with the way out, before any long work."""
 
 from __future__ import annotations
 
