@@ -171,7 +171,8 @@ def _reason(chosen: PlanRow, best: PlanRow, count: int, equal: int) -> str:
     merit = f"none is better beyond the errors of measurement ({equal} are equal), and it has the fewest first-order steps"
     if chosen is best:
         merit = "it has the most signal per second"
-    speed = "it is your plan" if chosen.is_yours else f"{format_estimate(chosen.speed)} times that of your plan"
+    times = "an unknown number of" if chosen.speed.value is None else format_estimate(chosen.speed)
+    speed = "it is your plan" if chosen.is_yours else f"{times} times that of your plan"
     return (
         f"Recommended: {chosen.name} ({options}), because of the {count} unbiased plans with first order on at most half of the chain "
         f"{merit}: {speed}."

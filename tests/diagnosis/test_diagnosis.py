@@ -1,6 +1,7 @@
 """The diagnosis as a whole: candidates, rows, verdicts, recommendation, and the files of the command line."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import time
@@ -235,6 +236,8 @@ def test_the_most_efficient_unbiased_plan_is_recommended():
     assert recommend(rows).plan == "best"
     assert "9 +- 0 times that of your plan" in recommend(rows).reason
     assert "it is your plan" in recommend(rows[:1]).reason
+    rows[2] = dataclasses.replace(rows[2], speed=Estimate(None, None))
+    assert "an unknown number of times that of your plan" in recommend(rows).reason
     assert recommend([row("mine", 1.0, batches=4)]).plan is None  # too few batches
 
 
