@@ -10,6 +10,7 @@ import pytest
 import torch
 from programs import environment, torchrun
 from transformers import TrainerCallback
+from warm_weights import warm_lora
 
 from rlr_trainer import RewardError, RLRConfig, digits
 from rlr_trainer.digits.rewards import ink
@@ -35,15 +36,7 @@ pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 @pytest.fixture
 def warm(pipeline):
-    """LoRA weights that do something: with B = 0 half of the gradients are 0."""
-    from peft import LoraConfig
-
-    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in pipeline.unet.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    return pipeline
+    return warm_lora(pipeline)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainerCallback
+from warm_weights import warm_lora
 
 from rlr_trainer import PlanError, RewardError, RLRConfig, RLRTrainer, digits
 from rlr_trainer.digits.rewards import ink
@@ -46,18 +47,6 @@ def assert_same(left, right, relative=1e-5):
     largest = max(float(tensor.abs().max()) for tensor in right.values())
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=relative * largest, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def warm_lora(pipeline):
-    """LoRA weights that do something: with B = 0 half of the gradients are 0, and a wrong one would not show."""
-    from peft import LoraConfig
-
-    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in pipeline.unet.named_parameters():
-        if "lora_" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    return pipeline
 
 
 def replay(trainer, pipeline_unet, rollout_number, count):
