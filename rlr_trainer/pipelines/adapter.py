@@ -111,7 +111,7 @@ class PipelineAdapter(abc.ABC):
 
     def schedule(self, layout: Layout, sampler: SamplerOptions) -> Schedule:
         """The steps of the sampler on samples of this layout, on the grid that the pipeline's own call would use."""
-        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, sampler.num_steps, sampler.eta)
+        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, sampler.num_steps, 1.0 if sampler.eta is None else sampler.eta)
 
     def timestep_arguments(self, layout: Layout, num_steps: int) -> dict[str, Any]:
         """What the pipeline's call gives to `scheduler.set_timesteps` beside the number of steps: `sigmas`, `mu`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -14,11 +15,15 @@ class SamplerOptions:
 
     Attributes:
         num_steps: T.
-        eta: noise level, in the sampler's own unit.
+        eta: noise level, in the sampler's own unit; None for its usual one.
+        sampler: name of the sampler, or "auto" for that of the pipeline's scheduler.
+        noise_steps: steps that add noise: the first n, or (first, last); None for all.
     """
 
     num_steps: int
-    eta: float
+    eta: float | None = None
+    sampler: str = "auto"
+    noise_steps: int | Sequence[int] | None = None
 
 
 @runtime_checkable
