@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
-from rlr_trainer.schedules import DDIMSchedule, SamplerOptions, Schedule
+from rlr_trainer.schedules import SamplerOptions, Schedule, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class PipelineAdapter(abc.ABC):
 
     def schedule(self, layout: Layout, sampler: SamplerOptions) -> Schedule:
         """The steps of the sampler on samples of this layout."""
-        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, sampler.num_steps, sampler.eta)
+        return make_schedule(self.pipeline.scheduler, sampler)
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Rows:
