@@ -15,9 +15,10 @@ class SamplerOptions:
 
     Attributes:
         num_steps: T.
-        eta: noise level, in the sampler's own unit; None for its usual one.
-        sampler: name of the sampler, or "auto" for that of the pipeline's scheduler.
-        noise_steps: steps that add noise: the first n, or (first, last); None for all.
+        eta: noise level, in the sampler's own unit; None for its default, and for samplers that have none.
+        sampler: a name in `SAMPLERS`, or "auto" for that of the pipeline's scheduler.
+        noise_steps: which steps add noise: None for all, n for the first n, (first, last) for those and the ones between. The others
+            are steps of the ODE.
     """
 
     num_steps: int
