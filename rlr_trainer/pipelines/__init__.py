@@ -10,6 +10,7 @@ from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.chain import PipelineChain
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
 from rlr_trainer.pipelines.flux import FluxAdapter
+from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Pipeline class name -> adapter. Names, so that no pipeline class has to be imported to look one up.
 ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "FluxPipeline": FluxAdapter,
+    "FluxKontextPipeline": FluxKontextAdapter,
     "StableDiffusionPipeline": StableDiffusionAdapter,
     "StableDiffusion3Pipeline": StableDiffusion3Adapter,
 }
@@ -72,6 +74,6 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 
 __all__ = [
-    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "FluxAdapter", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache",
+    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "FluxAdapter", "FluxKontextAdapter", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache",
     "ScaledConditioning", "StableDiffusion3Adapter", "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
 ]  # fmt: skip
