@@ -74,6 +74,6 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 
 __all__ = [
-    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "FluxAdapter", "FluxKontextAdapter", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache",
-    "ScaledConditioning", "StableDiffusion3Adapter", "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
+    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache",
+    "ScaledConditioning", "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
 ]  # fmt: skip
