@@ -9,14 +9,22 @@ from typing import Any
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.chain import PipelineChain
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
+from rlr_trainer.pipelines.flux import FluxAdapter
+from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
+from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
 
 logger = logging.getLogger(__name__)
 
 # Pipeline class name -> adapter. Names, so that no pipeline class has to be imported to look one up.
-ADAPTERS: dict[str, type[PipelineAdapter]] = {"StableDiffusionPipeline": StableDiffusionAdapter}
+ADAPTERS: dict[str, type[PipelineAdapter]] = {
+    "FluxPipeline": FluxAdapter,
+    "FluxKontextPipeline": FluxKontextAdapter,
+    "StableDiffusionPipeline": StableDiffusionAdapter,
+    "StableDiffusion3Pipeline": StableDiffusion3Adapter,
+}
 
 
 def adapt(pipeline: Any) -> PipelineAdapter:
@@ -30,7 +38,7 @@ def adapt(pipeline: Any) -> PipelineAdapter:
             return ADAPTERS[cls.__name__](inner)
     raise TypeError(
         f"sd_pipeline is a {type(inner).__name__}, which has no adapter; supported are {', '.join(ADAPTERS)}. Write a "
-        "PipelineAdapter (CONTRIBUTING.md, 'Add a pipeline') and pass it in its place"
+        "PipelineAdapter (docs/add-a-family.md), check it with rlr_trainer.testing.check_adapter, and pass it in place of the pipeline"
     )
 
 

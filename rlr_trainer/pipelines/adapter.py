@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
-from rlr_trainer.schedules import DDIMSchedule, SamplerOptions, Schedule
+from rlr_trainer.pipelines.lora import load_lora_weights, save_lora_weights
+from rlr_trainer.schedules import SamplerOptions, Schedule, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,34 +35,50 @@ class Layout:
 class PipelineAdapter(abc.ABC):
     """A diffusers pipeline, seen as the parts of a denoising chain.
 
-    The layout comes before the schedule, because some samplers depend on the number of tokens.
+    The layout comes before the schedule, because some samplers depend on the number of tokens. A family says what is special about it:
+    most need `layout`, `encode_prompts` and `call`, and those that pack or normalize their latents `unpack`.
 
     Attributes:
         pipeline: the pipeline.
         lora_targets: names of the modules that get LoRA weights by default.
-        denoiser_folder: of the trained network in the pipeline's layout on disk.
+        denoiser_folder: the pipeline's name of the trained network, and its folder in the layout on disk.
+        text_encoders: the pipeline's names of its text encoders; those that it lacks are left out.
+        guidance_argument: argument of the pipeline's `__call__` that `sample_guidance_scale` stands for.
+        batched_guidance: whether both branches of guidance go through the network in one call, negative rows first.
+        rescales_guidance: whether the pipeline's `__call__` takes a `guidance_rescale`.
+        negatives_apart: whether negative prompts are encoded in another way than prompts, by `encode_negative_prompts`.
+        conditions: names of the metadata (columns of a dataset) that every sample must bring, such as "image".
+        encoder_device: where text encoders work, if they wait on the CPU between calls; None leaves them where they are.
     """
 
     lora_targets: tuple[str, ...]
-    denoiser_folder = "unet"
+    denoiser_folder = "transformer"
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    guidance_argument = "guidance_scale"
+    batched_guidance = True
+    rescales_guidance = False
+    negatives_apart = False
+    conditions: tuple[str, ...] = ()
+    encoder_device: torch.device | None = None
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
 
     @property
-    @abc.abstractmethod
     def denoiser(self) -> Any:
         """The network that is trained."""
+        return getattr(self.pipeline, self.denoiser_folder)
 
     @property
-    @abc.abstractmethod
     def frozen_modules(self) -> list[nn.Module]:
-        """The pipeline's other networks, except those that decode."""
+        """The text encoders."""
+        found = [getattr(self.pipeline, name, None) for name in self.text_encoders]
+        return [module for module in found if module is not None]
 
     @property
-    @abc.abstractmethod
     def decoder(self) -> nn.Module:
         """The network that makes pictures of latents."""
+        return self.pipeline.vae
 
     @abc.abstractmethod
     def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
@@ -71,49 +88,157 @@ class PipelineAdapter(abc.ABC):
             ValueError: a size that does not fit, or frames of a model that makes pictures; names the rule.
         """
 
+    def picture_size(
+        self, height: int | None, width: int | None, num_frames: int | None, *, default: tuple[int, int], multiple: int, rule: str
+    ) -> tuple[int, int]:
+        """Height and width in pixels of a picture, checked.
+
+        Args:
+            height, width, num_frames: as asked for; None is the model's own.
+            default: the model's own size.
+            multiple: both must be multiples of it.
+            rule: what `multiple` is, in words, for the message.
+
+        Raises:
+            ValueError: another size, or a number of frames.
+        """
+        if num_frames is not None:
+            raise ValueError(f"num_frames={num_frames}: {type(self.pipeline).__name__} makes pictures, not videos; leave it unset")
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < multiple or pixels % multiple):
+                raise ValueError(f"{name}={pixels}: must be a positive multiple of {multiple}, {rule}")
+        return default[0] if height is None else height, default[1] if width is None else width
+
     def schedule(self, layout: Layout, sampler: SamplerOptions) -> Schedule:
-        """The steps of the sampler on samples of this layout."""
-        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, sampler.num_steps, sampler.eta)
+        """The steps of the sampler on samples of this layout, on the grid that the pipeline's own call would use."""
+        return make_schedule(self.pipeline.scheduler, sampler, **self.timestep_arguments(layout, sampler.num_steps))
+
+    def timestep_arguments(self, layout: Layout, num_steps: int) -> dict[str, Any]:
+        """What the pipeline's call gives to `scheduler.set_timesteps` beside the number of steps: `sigmas`, `mu`."""
+        return {}
 
     @abc.abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Rows:
         """Encodes prompts to the network's keyword arguments, one row each. Called once per distinct prompt, without gradients."""
 
-    def batch_inputs(self, layout: Layout) -> dict[str, Any]:
-        """Keyword arguments of the network that are the same for every sample of a batch."""
+    def encode_negative_prompts(self, prompts: Sequence[str]) -> Rows:
+        """The same for negative prompts, where `negatives_apart`; "" stands for none given."""
+        return self.encode_prompts(prompts)
+
+    def encode_metadata(self, metadata: Sequence[Mapping[str, Any]], layout: Layout) -> Rows:
+        """Encodes the `conditions` of a batch of samples to rows, which both branches of guidance get."""
         return {}
 
+    def batch_inputs(self, layout: Layout, guidance_scale: float) -> dict[str, Any]:
+        """Keyword arguments of `call` that are the same for every sample of a batch (position ids, an embedded guidance scale)."""
+        return {}
+
+    def is_guided(self, guidance_scale: float) -> bool:
+        """Whether this scale needs a second, unconditional branch: not at 1 or less, nor where the network takes the scale as an input."""
+        return guidance_scale > 1
+
     def encode(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str], guidance_scale: float, layout: Layout, cache: PromptCache
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        guidance_scale: float,
+        layout: Layout,
+        cache: PromptCache,
+        *,
+        guidance_rescale: float = 0.0,
+        metadata: Sequence[Mapping[str, Any]] = (),
     ) -> Conditioning:
-        """Conditioning of a batch; each distinct prompt is encoded once. No guidance at a scale of 1 or less."""
-        guided = guidance_scale > 1
+        """Conditioning of a batch; each distinct prompt is encoded once."""
+        guided, apart = self.is_guided(guidance_scale), self.negatives_apart
         with torch.no_grad():
-            positive = cache.rows(prompts, self.encode_prompts, keep=negative_prompts if guided else ())
-            negative = cache.rows(negative_prompts, self.encode_prompts) if guided else None
+            shared = negative_prompts if guided and not apart else ()
+            positive = cache.rows(prompts, self._with_encoders(self.encode_prompts), keep=shared)
+            negative = None
+            if guided:
+                encode = self._with_encoders(self.encode_negative_prompts)
+                negative = cache.rows(negative_prompts, encode, kind="negative" if apart else "")
+            extra = self.encode_metadata(metadata, layout) if self.conditions else {}
         cache.shrink()
-        return Conditioning(positive, negative, guidance_scale, self.batch_inputs(layout))
+        return Conditioning(
+            {**positive, **extra},
+            None if negative is None else {**negative, **extra},
+            guidance_scale,
+            self.batch_inputs(layout, guidance_scale),
+            guidance_rescale,
+        )
+
+    def _with_encoders(self, encode: Callable[[Sequence[str]], Rows]) -> Callable[[Sequence[str]], Rows]:
+        """`encode`, for which text encoders that wait on the CPU come to their device."""
+
+        def run(prompts: Sequence[str]) -> Rows:
+            if self.encoder_device is None:
+                return encode(prompts)
+            for module in self.frozen_modules:
+                module.to(self.encoder_device)
+            try:
+                return encode(prompts)
+            finally:
+                for module in self.frozen_modules:
+                    module.to("cpu")
+
+        return run
 
     def predict(self, network: Callable[..., Tensor], x: Tensor, time: float, conditioning: Conditioning) -> Tensor:
-        """The guided output of `network` (x, time, **conditioning) at latents `x` [N, ...] and `Schedule.time`, in one batched call."""
+        """The guided output of `network` at latents `x` [N, ...] and `Schedule.time`, as the pipeline's own call makes it."""
         told = torch.tensor(time, device=x.device)
-        if conditioning.negative is None:
-            return network(x, told, **conditioning.positive, **conditioning.batch)
-        both = network(torch.cat([x, x]), told, **conditioning.guided(), **conditioning.batch)
-        unconditional, conditional = both.float().chunk(2)  # FSDP2 casts the policy's output to the precision of the run
-        return unconditional + conditioning.guidance_scale * (conditional - unconditional)
+        positive, negative, batch = conditioning.positive, conditioning.negative, conditioning.batch
+        if negative is None:
+            return self.call(network, x, told, positive, batch)
+        if self.batched_guidance:
+            both = self.call(network, torch.cat([x, x]), told, conditioning.guided(), batch)
+            unconditional, conditional = both.float().chunk(2)  # FSDP2 casts the policy's output to the precision of the run
+        else:
+            conditional = self.call(network, x, told, positive, batch).float()
+            unconditional = self.call(network, x, told, negative, batch).float()
+        return self.guide(unconditional, conditional, conditioning)
 
-    @abc.abstractmethod
+    def call(self, network: Callable[..., Tensor], x: Tensor, time: Tensor, rows: Rows, batch: Mapping[str, Any]) -> Tensor:
+        """One call of `network`, which passes its arguments to the denoiser and returns its output, [N, ...] as `x`.
+
+        Args:
+            x: latents [N, ...].
+            time: `Schedule.time`, a tensor without dimensions on the device of `x`.
+            rows: of `encode_prompts` and `encode_metadata`, N each.
+            batch: of `batch_inputs`.
+        """
+        return network(x, time, **rows, **batch)
+
+    def guide(self, unconditional: Tensor, conditional: Tensor, conditioning: Conditioning) -> Tensor:
+        """Classifier-free guidance (arXiv:2207.12598), rescaled to the norm of the conditional output (section 3.4 of arXiv:2305.08891)."""
+        guided = unconditional + conditioning.guidance_scale * (conditional - unconditional)
+        share = conditioning.guidance_rescale
+        if not share:
+            return guided
+        dims = tuple(range(1, guided.dim()))
+        rescaled = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+        return share * rescaled + (1 - share) * guided
+
+    def unpack(self, latents: Tensor, layout: Layout) -> Tensor:
+        """Latents [N, ...] as the decoder takes them: unpacked, and in its own scale."""
+        return latents / self.decoder.config.scaling_factor
+
     def decode(self, latents: Tensor, layout: Layout) -> Tensor:
-        """Latents [N, ...] to pictures [N, 3, H, W] (videos [N, F, 3, H, W]) in [0, 1], with a graph if the latents have one."""
+        """Latents [N, ...] to pictures [N, 3, H, W] (videos [N, F, 3, H, W]), float32 in [0, 1], with a graph if the latents have one.
 
-    @abc.abstractmethod
+        In the decoder's own precision, within autocast too.
+        """
+        vae: Any = self.decoder
+        with torch.autocast(latents.device.type, enabled=False):
+            images = vae.decode(self.unpack(latents, layout).to(vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
     def save_lora(self, directory: str | Path) -> None:
         """Writes the LoRA weights in the format that `pipeline.load_lora_weights` reads."""
+        save_lora_weights(type(self.pipeline), self.denoiser, directory, layers=f"{self.denoiser_folder}_lora_layers")
 
-    @abc.abstractmethod
     def load_lora(self, directory: str | Path) -> None:
         """Reads them back into the adapter that is being trained."""
+        load_lora_weights(self.denoiser, directory, prefix=self.denoiser_folder)
 
     def save_denoiser(self, directory: str | Path) -> None:
         """Writes the whole network, in float32, to its folder of the pipeline's layout."""

@@ -38,12 +38,14 @@ class Conditioning:
         negative: the same for the unconditional branch, or None without guidance.
         guidance_scale: w in output = unconditional + w (conditional - unconditional).
         batch: keyword arguments that belong to the whole batch and are the same for any rows of it (position ids, shapes).
+        guidance_rescale: share phi of the rescaled output in the guided one (arXiv:2305.08891, eq. 16); 0 for none.
     """
 
     positive: Rows
     negative: Rows | None
     guidance_scale: float
     batch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guidance_rescale: float = 0.0
 
     def select(self, rows: Tensor) -> Conditioning:
         """The conditioning of some rows."""
@@ -112,24 +114,28 @@ class PromptCache:
 
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
         self.max_bytes = max_bytes
-        self._rows: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._rows: OrderedDict[tuple[str, str], dict[str, Tensor]] = OrderedDict()
 
-    def rows(self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Rows], keep: Sequence[str] = ()) -> dict[str, Tensor]:
+    def rows(
+        self, prompts: Sequence[str], encode: Callable[[Sequence[str]], Rows], keep: Sequence[str] = (), kind: str = ""
+    ) -> dict[str, Tensor]:
         """The rows of a batch of prompts.
 
         Args:
             prompts: N of them.
             encode: prompts -> rows; called once with all that are missing.
             keep: prompts that are asked for next, encoded with the others.
+            kind: keeps apart what is encoded in different ways.
         """
         wanted = list(dict.fromkeys([*prompts, *keep]))
-        missing = [prompt for prompt in wanted if prompt not in self._rows]
+        missing = [prompt for prompt in wanted if (kind, prompt) not in self._rows]
         if missing:
             encoded = encode(missing)
-            self._rows |= {prompt: {name: t[i : i + 1].clone() for name, t in encoded.items()} for i, prompt in enumerate(missing)}
-        joined = join_rows([self._rows[prompt] for prompt in prompts])
+            for i, prompt in enumerate(missing):
+                self._rows[kind, prompt] = {name: t[i : i + 1].clone() for name, t in encoded.items()}
+        joined = join_rows([self._rows[kind, prompt] for prompt in prompts])
         for prompt in wanted:
-            self._rows.move_to_end(prompt)
+            self._rows.move_to_end((kind, prompt))
         return joined
 
     def shrink(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ class Sampler:
         negative_prompt: of rows that bring none of their own.
         first_steps: steps at which the next, finer scale of prompts begins (Diffusive Chain-of-Thought); none for one prompt.
         device: where latents live.
+        guidance_rescale: share of the rescaled output in the guided one; 0 for none.
         cache: encoded prompts.
     """
 
@@ -39,6 +41,7 @@ class Sampler:
     device: torch.device
     negative_prompt: str = ""
     first_steps: tuple[int, ...] = ()
+    guidance_rescale: float = 0.0
     cache: PromptCache = dataclasses.field(default_factory=PromptCache)
 
     def apart(self) -> Sampler:
@@ -49,11 +52,12 @@ class Sampler:
         """Conditioning of a batch of prompts; one per scale where there are scales.
 
         Raises:
-            ValueError: a row brings another number of prompts than there are scales.
+            ValueError: a row brings another number of prompts than there are scales, or lacks what the pipeline is conditioned on.
         """
         negatives = [self.negative_prompt if row.negative_prompt is None else row.negative_prompt for row in rows]
-        if self.guidance_scale <= 1 and any(negatives):
+        if any(negatives) and not self.adapter.is_guided(self.guidance_scale):
             _warn_of_unused_negative_prompts()
+        conditions = [_conditions(row, self.adapter.conditions) for row in rows]
         scales = len(self.first_steps) + 1
         for row in rows:
             if row.scale_prompts is not None and len(row.scale_prompts) != scales:
@@ -63,7 +67,15 @@ class Sampler:
                 )
 
         def encode(prompts: Sequence[str]):
-            return self.adapter.encode(prompts, negatives, self.guidance_scale, self.layout, self.cache)
+            return self.adapter.encode(
+                prompts,
+                negatives,
+                self.guidance_scale,
+                self.layout,
+                self.cache,
+                guidance_rescale=self.guidance_rescale,
+                metadata=conditions,
+            )
 
         if not self.first_steps:
             return encode([row.prompt for row in rows])
@@ -87,6 +99,23 @@ class Sampler:
         return sample_chain(self.chain(model, self.condition(rows)), len(rows), generators, on_step=on_step)
 
 
+def _conditions(row: PromptRow, names: Sequence[str]) -> dict[str, Any]:
+    """What a pipeline is conditioned on beside the prompt, of the row's metadata."""
+    if not names:
+        return {}
+    metadata = row.metadata if isinstance(row.metadata, Mapping) else {}
+    missing = [name for name in names if metadata.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"prompt {row.prompt!r:.60} comes without {', '.join(missing)}, which this pipeline is conditioned on; give it as a column of the "
+            "dataset, or in the metadata that the prompt function returns"
+        )
+    return {name: metadata[name] for name in names}
+
+
 @functools.cache  # once per process
 def _warn_of_unused_negative_prompts() -> None:
-    logger.warning("negative prompts act through guidance alone: with sample_guidance_scale of 1 or less they are not used")
+    logger.warning(
+        "negative prompts act through guidance with two branches alone: with sample_guidance_scale of 1 or less, or where the network takes "
+        "the scale as an input, they are not used"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -14,11 +15,16 @@ class SamplerOptions:
 
     Attributes:
         num_steps: T.
-        eta: noise level, in the sampler's own unit.
+        eta: noise level, in the sampler's own unit; None for its default, and for samplers that have none.
+        sampler: a name in `SAMPLERS`, or "auto" for that of the pipeline's scheduler.
+        noise_steps: which steps add noise: None for all, n for the first n, (first, last) for those and the ones between. The others
+            are steps of the ODE.
     """
 
     num_steps: int
-    eta: float
+    eta: float | None = None
+    sampler: str = "auto"
+    noise_steps: int | Sequence[int] | None = None
 
 
 @runtime_checkable
