@@ -59,7 +59,7 @@ class Settings:
 
     seed: int = 0
     vae_steps: int = 1000
-    flow_steps: int = 12000
+    flow_steps: int = 8000
     batch_size: int = 64
     quality_samples: int = 1000
     threads: int = 1  # their number changes the order of sums

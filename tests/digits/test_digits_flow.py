@@ -188,8 +188,8 @@ def test_class_prompts_are_drawn_as_asked(pipeline, program, named, noise, guida
 def test_class_prompts_are_drawn_as_asked_with_the_rows_that_the_pipeline_adds(pipeline, named):
     prompts, labels = named
     generator = torch.Generator().manual_seed(3)
-    images = pipeline(prompts[:60], num_inference_steps=10, guidance_scale=1.0, generator=generator, output_type="pt").images
-    assert share_read_as(labels[:60], images) >= 0.9
+    images = pipeline(prompts[:40], num_inference_steps=10, guidance_scale=1.0, generator=generator, output_type="pt").images
+    assert share_read_as(labels[:40], images) >= 0.9
 
 
 def test_plain_prompt_draws_every_digit(pipeline, program):

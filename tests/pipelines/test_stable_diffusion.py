@@ -135,6 +135,12 @@ def test_a_pipeline_without_an_adapter():
         adapt(OtherPipeline())
 
 
+def test_a_part_that_the_pipeline_was_saved_without_is_not_missed():
+    loaded = load_pipeline(digits.MODELS["digits-flow"] / "pipeline")
+    assert loaded.text_encoder_3 is None
+    assert loaded.transformer is not None
+
+
 def test_a_folder_that_is_missing_or_damaged(pipeline, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no model_index.json"):
