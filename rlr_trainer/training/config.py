@@ -109,7 +109,8 @@ class RLRConfig(TrainingArguments):
     zo_scale: float | None = _option(None, "Standard deviation of the parameter perturbations. Default: 0.01.")
     silent_estimator: str | None = _option(
         None,
-        "Of steps without noise that the plan would give a likelihood ratio: none leaves their share out (biased). Default: they are refused.",
+        "Of steps without noise that the plan would give a likelihood ratio: none leaves their share out (biased), ho covers them by half-order "
+        "segments that end at the next step with noise (unbiased, noisier). Default: they are refused.",
     )
     zo_antithetic: bool | None = _option(None, "Use every perturbation with both signs, on common noise. Default: true.")
     fo_weight: float | None = _option(None, "Factor on the first-order part; the sum is the gradient only at 1. Default: 1.")
