@@ -283,6 +283,7 @@ PLAN_OPTIONS = tuple(f.name for f in dataclasses.fields(EstimatorPlan) if f.name
 # likelihood ratio is noisiest (docs/estimators.md has the measurement).
 PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
     "rlr": lambda t: {"fo_steps": max(1, math.ceil(0.3 * t)), "ho_length": 1, "rest_estimator": "lr"},
+    "rlr_black_box": lambda t: {"rest_estimator": "lr", "silent_estimator": "none"},
     "rlr_paper": lambda t: {"fo_steps": 1, "ho_length": 2, "rest_estimator": "zo"},
     "ddpo": lambda t: {"rest_estimator": "lr"},
     "draft": lambda t: {"fo_steps": 1},
@@ -291,6 +292,10 @@ PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
     "sqdf": lambda t: {"rest_estimator": "prediction"},
     "es": lambda t: {"rest_estimator": "zo"},
 }
+
+# Presets that put the noise of a pipeline's sampler in the first steps alone, and how many these are. The last, low-noise steps make the
+# likelihood ratio slow (docs/estimators.md).
+NOISE_WINDOWS: dict[str, Callable[[int], int]] = {"rlr_black_box": lambda t: max(1, math.ceil(0.3 * t))}
 
 
 def _listed(steps: Sequence[int]) -> str:

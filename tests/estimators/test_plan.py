@@ -234,6 +234,7 @@ def test_presets_are_the_points_of_the_design_space_that_the_table_names():
     plans = {name: EstimatorPlan.from_preset(name, 10) for name in PRESETS}
     assert {name: (plan.fo_steps, plan.ho_length, plan.rest_estimator) for name, plan in plans.items()} == {
         "rlr": (3, 1, "lr"),
+        "rlr_black_box": (0, 0, "lr"),
         "rlr_paper": (1, 2, "zo"),
         "ddpo": (0, 0, "lr"),
         "draft": (1, 0, "none"),
@@ -439,7 +440,7 @@ def test_what_cannot_be_is_refused(options, name, values, rule):
 
 
 def test_presets_refuse_unknown_names_and_options():
-    with pytest.raises(PlanError, match=r"estimator='ppo': unknown; choose one of rlr, rlr_paper, ddpo"):
+    with pytest.raises(PlanError, match=r"estimator='ppo': unknown; choose one of rlr, rlr_black_box, rlr_paper"):
         EstimatorPlan.from_preset("ppo", 4)
     with pytest.raises(PlanError, match=r"unknown plan option fo_step; the options are .*fo_steps"):
         EstimatorPlan.from_preset("rlr", 4, fo_step=2)
