@@ -24,7 +24,9 @@ def make_sized_pipeline() -> Any:
     from diffusers import FluxKontextPipeline
 
     class Sized(FluxKontextPipeline):
-        def __call__(self, *, image: Any, height: int, width: int, **arguments: Any) -> Any:
+        def __call__(self, *, image: Any, height: int | None = None, width: int | None = None, **arguments: Any) -> Any:
+            own = self.default_sample_size * self.vae_scale_factor
+            height, width = height or own, width or own
             image = [self.image_processor.resize(one, height, width) for one in image]
             size = {"height": height, "width": width, "max_area": height * width, "_auto_resize": False}
             return super().__call__(image=image, **size, **arguments)
