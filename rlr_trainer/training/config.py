@@ -33,7 +33,7 @@ COUNTS = (
     *("num_images_per_prompt", "per_prompt_buffer_size", "per_prompt_min_count", "reward_workers", "eval_images_per_prompt"),
 )
 OPTIONAL_COUNTS = (
-    *("sample_batch_size", "sample_num_batches_per_epoch", "lora_alpha", "height", "width"),
+    *("sample_batch_size", "sample_num_batches_per_epoch", "lora_alpha", "height", "width", "num_frames"),
     *("reward_batch_size", "log_images_steps"),
 )
 # Option -> (which finite numbers it may be, in words); None where the option allows it.
@@ -189,6 +189,7 @@ class RLRConfig(TrainingArguments):
     )
     height: int | None = _option(None, "Picture height in pixels. Default: the model's.")
     width: int | None = _option(None, "Picture width in pixels. Default: the model's.")
+    num_frames: int | None = _option(None, "Frames of a video; for pipelines that make pictures it stays unset.")
     shuffle_prompts: bool = _option(True, "Shuffle the prompts of train_dataset anew in every pass.")
 
     offload_text_encoders: bool = _option(
@@ -200,7 +201,9 @@ class RLRConfig(TrainingArguments):
     use_lora: bool = _option(True, "Train LoRA weights; false trains the whole network.")
     lora_r: int = _option(16, "Rank of the LoRA weights.")
     lora_alpha: int | None = _option(None, "LoRA scaling numerator. Default: lora_r.")
-    lora_target_modules: list[str] | None = _option(None, "Module names that get LoRA weights. Default: the attention projections.")
+    lora_target_modules: list[str] | None = _option(
+        None, "Module names that get LoRA weights. Default: the family's, as in diffusers' own examples."
+    )
 
     # ---- logging and output ----
     log_estimator_norms: bool = _option(
