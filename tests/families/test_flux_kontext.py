@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageColumn
 from families.conformance import CONFORMANCE
+from families.short_prompts import SHORT, adapt_short
 from families.tiny.flux_kontext import make_pipeline, make_sized_pipeline, pictures
 from PIL import Image
 
@@ -23,7 +24,7 @@ REFERENCES = [{"image": picture} for picture in pictures()]
 
 @pytest.mark.parametrize("check", CONFORMANCE)
 def test_it_conforms(check):
-    check_adapter(make_sized_pipeline, metadata=REFERENCES, height=16, width=16, checks=[check])
+    check_adapter(make_sized_pipeline, metadata=REFERENCES, height=16, width=16, checks=[check], **SHORT)
 
 
 def latents(*images, size=(16, 16)):
@@ -86,8 +87,7 @@ def dataset():
 
 
 def make_trainer(folder, **options):
-    adapter = adapt(make_pipeline())
-    adapter.max_sequence_length = 24
+    adapter = adapt_short(make_pipeline())
     data = {name: options.pop(name) for name in ("prompt_function", "eval_dataset", "image_samples_hook") if name in options}
     if "prompt_function" not in data:
         data["train_dataset"] = options.pop("train_dataset", None) or dataset()

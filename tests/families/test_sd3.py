@@ -6,6 +6,7 @@ import functools
 
 import pytest
 from families.conformance import CONFORMANCE
+from families.short_prompts import SHORT
 from families.tiny.sd3 import make_pipeline
 
 from rlr_trainer.pipelines import adapt
@@ -14,11 +15,11 @@ from rlr_trainer.testing import check_adapter
 
 @pytest.mark.parametrize("check", CONFORMANCE)
 def test_it_conforms(check):
-    check_adapter(make_pipeline, checks=[check])
+    check_adapter(make_pipeline, checks=[check], **SHORT)
 
 
-@pytest.mark.parametrize("options", [{"t5": False}, {"dynamic_shifting": True}])
-def test_a_variant_generates_as_its_pipeline(options):
+@pytest.mark.parametrize("options", [{}, {"t5": False}, {"dynamic_shifting": True}])
+def test_every_variant_generates_as_its_pipeline(options):
     check_adapter(functools.partial(make_pipeline, **options), checks=["generation"])
 
 
