@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import state as accelerate_state
 from accelerate.utils import DistributedType
+from families.tiny import sd3
 from transformers import TrainerCallback
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits
@@ -147,7 +148,7 @@ def main():
         place.mkdir(exist_ok=True)
         try:
             with as_if_sharded(job.get("fsdp")):
-                result = train(place, job, copy.deepcopy(pipeline))
+                result = train(place, job, sd3.make_pipeline() if job.get("family") == "sd3" else copy.deepcopy(pipeline))
         except ValueError as error:  # refused, by every process alike
             result = {"refused": f"{type(error).__name__}: {error}"}
         except Exception:

@@ -45,10 +45,11 @@ def sample(options: argparse.Namespace) -> None:
     trainer = _trainer(options)
     prompts = [row.prompt for row in rows]
     negatives: Any = [row.negative_prompt for row in rows]
-    images = trainer.generate([row.scale_prompts or row.prompt for row in rows], negatives, seed=options.seed)
+    metadata = tuple(row.metadata for row in rows)
+    texts = [row.scale_prompts or row.prompt for row in rows]
+    images = trainer.generate(texts, negatives, seed=options.seed, metadata=metadata)
     result = None
     if options.reward is not None:
-        metadata = tuple(row.metadata for row in rows)
         result = trainer.parts.evaluator.scorer.rate(images, tuple(prompts), metadata, "rlr-trainer sample")
     for path in old:
         path.unlink()

@@ -59,6 +59,7 @@ CASES = {
     "offload": {"options": {"estimator": "rlr", "offload_rollouts": True, "num_inner_epochs": 2}},
     "accumulation": {"options": {"estimator": "rlr", "gradient_accumulation_steps": 2}},
     "whole_network": {"options": {"estimator": "rlr", "use_lora": False, "kl_coef": 0.1, "learning_rate": 1e-5}},
+    "sd3": {"options": {"estimator": "rlr", "sample_guidance_scale": 4.0}, "family": "sd3"},  # a transformer, and a flow
 }
 SPLIT = ("rlr", "ddpo", "full_bp", "sqdf", "kl", "whole_network")  # run once more by one process, in two micro-batches
 
