@@ -11,12 +11,17 @@ from rlr_trainer.pipelines.chain import PipelineChain
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
+from rlr_trainer.pipelines.sdxl import StableDiffusionXLAdapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
 
 logger = logging.getLogger(__name__)
 
 # Pipeline class name -> adapter. Names, so that no pipeline class has to be imported to look one up.
-ADAPTERS: dict[str, type[PipelineAdapter]] = {"StableDiffusionPipeline": StableDiffusionAdapter}
+ADAPTERS: dict[str, type[PipelineAdapter]] = {
+    "StableDiffusionPipeline": StableDiffusionAdapter,
+    "LatentConsistencyModelPipeline": StableDiffusionAdapter,
+    "StableDiffusionXLPipeline": StableDiffusionXLAdapter,
+}
 
 
 def adapt(pipeline: Any) -> PipelineAdapter:
@@ -67,5 +72,5 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 __all__ = [
     "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache",
-    "ScaledConditioning", "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
+    "ScaledConditioning", "StableDiffusionAdapter", "StableDiffusionXLAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
 ]  # fmt: skip
