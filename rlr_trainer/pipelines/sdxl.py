@@ -35,8 +35,8 @@ class StableDiffusionXLAdapter(StableDiffusionAdapter):
             self._time_ids(1, 1)
         except ValueError as error:
             raise ValueError(
-                f"the UNet takes other facts of a picture than its sizes and its crop: {error} The refiner takes an aesthetic score, and makes no "
-                "pictures from noise; use the base model"
+                f"the UNet takes other facts of a picture than its sizes and its crop: {error} The refiner, which takes an aesthetic score, "
+                "makes no pictures from noise; use the base model"
             ) from error
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:

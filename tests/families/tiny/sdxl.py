@@ -9,14 +9,14 @@ from families.tokenizers import CLIP_SPECIAL_TOKENS, CLIP_VOCAB_SIZE, clip_token
 
 
 def make_pipeline(time_cond_proj_dim: int | None = None, vae: dict[str, Any] | None = None, **unet: Any) -> Any:
-    """A `StableDiffusionXLPipeline`, with the DDIM sampler.
+    """A `StableDiffusionXLPipeline`, with the settings of the base model's scheduler.
 
     Args:
         time_cond_proj_dim: of a UNet that takes the guidance scale as an input.
         vae: options of the VAE's config.
         unet: options of the UNet's config.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     text = CLIPTextConfig(
@@ -47,8 +47,8 @@ def make_pipeline(time_cond_proj_dim: int | None = None, vae: dict[str, Any] | N
     pipeline = StableDiffusionXLPipeline(
         vae=decoder.eval(), text_encoder=encoders[0].eval(), text_encoder_2=encoders[1].eval(), tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(pad_token="!"), unet=denoiser.eval(), add_watermarker=False,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
         ),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
