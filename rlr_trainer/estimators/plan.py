@@ -89,10 +89,9 @@ class EstimatorPlan:
         """
         if name not in PRESETS:
             raise PlanError(f"estimator={name!r}: unknown; choose one of {', '.join(PRESETS)}")
-        known = {field.name for field in dataclasses.fields(cls)} - {"num_steps", "silent_steps"}
-        unknown = sorted(set(options) - known)
+        unknown = sorted(set(options) - set(PLAN_OPTIONS))
         if unknown:
-            raise PlanError(f"unknown plan option {', '.join(unknown)}; the options are {', '.join(sorted(known))}")
+            raise PlanError(f"unknown plan option {', '.join(unknown)}; the options are {', '.join(sorted(PLAN_OPTIONS))}")
         given = {key: value for key, value in options.items() if value is not None}
         chosen = PRESETS[name](num_steps) | given
         if "ho_length" not in given:
@@ -265,6 +264,9 @@ class EstimatorPlan:
             start=start[:, 0],
         )
 
+
+# What a user may set; the chain says the rest.
+PLAN_OPTIONS = tuple(f.name for f in dataclasses.fields(EstimatorPlan) if f.name not in ("num_steps", "silent_steps"))
 
 # What each preset sets, as a function of the number of steps. In "rlr" first order takes 30 % of them: the low-noise end, where the
 # likelihood ratio is noisiest (docs/estimators.md has the measurement).

@@ -9,8 +9,11 @@ from typing import Any
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.chain import PipelineChain
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
+from rlr_trainer.pipelines.flux import FluxAdapter
+from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
+from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
 from rlr_trainer.pipelines.sdxl import StableDiffusionXLAdapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
 
@@ -18,8 +21,11 @@ logger = logging.getLogger(__name__)
 
 # Pipeline class name -> adapter. Names, so that no pipeline class has to be imported to look one up.
 ADAPTERS: dict[str, type[PipelineAdapter]] = {
-    "StableDiffusionPipeline": StableDiffusionAdapter,
+    "FluxPipeline": FluxAdapter,
+    "FluxKontextPipeline": FluxKontextAdapter,
     "LatentConsistencyModelPipeline": StableDiffusionAdapter,
+    "StableDiffusionPipeline": StableDiffusionAdapter,
+    "StableDiffusion3Pipeline": StableDiffusion3Adapter,
     "StableDiffusionXLPipeline": StableDiffusionXLAdapter,
 }
 

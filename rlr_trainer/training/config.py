@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from rlr_trainer.estimators.plan import NAMED_STARTS, EstimatorPlan, PlanError
+from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
 from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
@@ -48,9 +48,6 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "sample_guidance_scale": (lambda value: True, "be finite; 1 or less is no guidance"),
     "max_steps": (lambda value: value != 0, "be a number of updates, or -1 to train for num_train_epochs"),
 }
-
-# Options of RLRConfig that go to EstimatorPlan under the same name.
-PLAN_OPTIONS = tuple(f.name for f in dataclasses.fields(EstimatorPlan) if f.name not in ("num_steps", "silent_steps"))
 
 
 def _option(default: Any, help_text: str) -> Any:
