@@ -58,6 +58,8 @@ CASES = {
     "offload": {"options": {"estimator": "rlr", "offload_rollouts": True, "num_inner_epochs": 2}},
     "accumulation": {"options": {"estimator": "rlr", "gradient_accumulation_steps": 2}},
     "whole_network": {"options": {"estimator": "rlr", "use_lora": False, "kl_coef": 0.1, "learning_rate": 1e-5}},
+    # two text encoders, and inputs that belong to the batch
+    "sdxl": {"options": {"estimator": "rlr", "sample_guidance_scale": 3.0}, "pipeline": "sdxl"},
 }
 SPLIT = ("rlr", "ddpo", "full_bp", "sqdf", "kl", "whole_network")  # run once more by one process, in two micro-batches
 
