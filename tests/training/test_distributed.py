@@ -272,6 +272,7 @@ def sharded(tmp_path_factory):
         {"name": "accumulation", "options": CASES["accumulation"]["options"]},
         {"name": "kl", "options": CASES["kl"]["options"]},
         {"name": "whole_network", "options": CASES["whole_network"]["options"]},
+        {"name": "sdxl"} | CASES["sdxl"],
     ]
     refused = [("es", {"estimator": "es", "zo_num_perturbations": 2}), ("sqdf", {"estimator": "sqdf"}), ("ema", {"ema_decay": 0.9}),
                ("start", {"ho_start": "grad_norm"}), ("norms", {"log_step_norms": True})]  # fmt: skip
@@ -290,6 +291,7 @@ def sharded(tmp_path_factory):
         ("accumulation", "accumulation"),
         ("kl", "kl"),
         ("whole_network", "whole_network"),
+        ("sdxl", "sdxl"),
     ],
 )
 def test_fsdp_gives_the_gradients_of_ddp(two, sharded, name, plain):
