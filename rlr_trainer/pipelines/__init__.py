@@ -41,7 +41,7 @@ def adapt(pipeline: Any) -> PipelineAdapter:
             return ADAPTERS[cls.__name__](inner)
     raise TypeError(
         f"sd_pipeline is a {type(inner).__name__}, which has no adapter; supported are {', '.join(ADAPTERS)}. Write a "
-        "PipelineAdapter (CONTRIBUTING.md, 'Add a pipeline') and pass it in its place"
+        "PipelineAdapter (docs/add-a-family.md), check it with rlr_trainer.testing.check_adapter, and pass it in place of the pipeline"
     )
 
 

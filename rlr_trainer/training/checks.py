@@ -70,8 +70,8 @@ def check_rewards(rewards: Rewards, config: RLRConfig, plan: EstimatorPlan, proc
     reason = rewards.without_graph()
     if plan.needs_differentiable_reward and reason is not None:
         raise NonDifferentiableRewardError(
-            f"estimator={config.estimator!r} needs the reward's gradient, but {reason}, or choose a plan that needs none: estimator='ddpo', or "
-            "fo_steps=0 with rest_estimator='lr'"
+            f"estimator={config.estimator!r} needs the reward's gradient, but {reason}, or choose a plan that needs none: "
+            "estimator='rlr_black_box', or fo_steps=0 with rest_estimator='lr'"
         )
     group, size = config.num_images_per_prompt, config.sample_batch_size
     grouped = rewards.needs_groups

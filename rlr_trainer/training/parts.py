@@ -82,7 +82,7 @@ class Parts:
         names.check_pipeline(pipeline)
         self.sd_pipeline, self.prompt_fn, self.reward_fn = pipeline, prompt_function, reward_function  # DDPOTrainer's names
         self.adapter = adapt(pipeline)
-        self.layout = self.adapter.layout(config.height, config.width)
+        self.layout = self.adapter.layout(config.height, config.width, config.num_frames)
         self.schedule = self.adapter.schedule(self.layout, config.sampler_options)
         self.plan_state = PlanState(config.plan.on_noise(self.schedule.stds))
         self.config = configs.use_summed_density(config, math.prod(self.layout.shape))

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 # The batch of all processes is 4 unless a case says another. LoRA weights that do something, and a smooth reward.
 CASES = {
     "rlr": {"options": {"estimator": "rlr"}},
+    "rlr_black_box": {"options": {"estimator": "rlr_black_box", "noise_steps": [1, 2]}},
     "rlr_paper": {"options": {"estimator": "rlr_paper", "zo_num_perturbations": 2}},
     "ddpo": {"options": {"estimator": "ddpo"}},
     "draft": {"options": {"estimator": "draft"}},
