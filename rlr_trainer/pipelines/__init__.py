@@ -14,6 +14,7 @@ from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
+from rlr_trainer.pipelines.sdxl import StableDiffusionXLAdapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
 
 logger = logging.getLogger(__name__)
@@ -22,8 +23,10 @@ logger = logging.getLogger(__name__)
 ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "FluxPipeline": FluxAdapter,
     "FluxKontextPipeline": FluxKontextAdapter,
+    "LatentConsistencyModelPipeline": StableDiffusionAdapter,
     "StableDiffusionPipeline": StableDiffusionAdapter,
     "StableDiffusion3Pipeline": StableDiffusion3Adapter,
+    "StableDiffusionXLPipeline": StableDiffusionXLAdapter,
 }
 
 
@@ -75,5 +78,5 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 __all__ = [
     "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache",
-    "ScaledConditioning", "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
+    "ScaledConditioning", "StableDiffusionAdapter", "StableDiffusionXLAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
 ]  # fmt: skip
