@@ -13,6 +13,7 @@ from rlr_trainer.pipelines.flux import FluxAdapter
 from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
+from rlr_trainer.pipelines.qwen_image import QwenImageAdapter
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "FluxPipeline": FluxAdapter,
     "FluxKontextPipeline": FluxKontextAdapter,
+    "QwenImagePipeline": QwenImageAdapter,
     "StableDiffusionPipeline": StableDiffusionAdapter,
     "StableDiffusion3Pipeline": StableDiffusion3Adapter,
 }
@@ -74,6 +76,7 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 
 __all__ = [
-    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "FluxAdapter", "FluxKontextAdapter", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache",
-    "ScaledConditioning", "StableDiffusion3Adapter", "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
+    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "FluxAdapter", "FluxKontextAdapter", "Layout", "PipelineAdapter",
+    "PipelineChain", "Policy", "PromptCache", "QwenImageAdapter", "ScaledConditioning", "StableDiffusion3Adapter",
+    "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
 ]  # fmt: skip
