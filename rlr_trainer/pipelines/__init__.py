@@ -16,6 +16,7 @@ from rlr_trainer.pipelines.policy import Policy, cast_frozen
 from rlr_trainer.pipelines.qwen_image import QwenImageAdapter
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
+from rlr_trainer.pipelines.z_image import ZImageAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "QwenImagePipeline": QwenImageAdapter,
     "StableDiffusionPipeline": StableDiffusionAdapter,
     "StableDiffusion3Pipeline": StableDiffusion3Adapter,
+    "ZImagePipeline": ZImageAdapter,
 }
 
 
@@ -78,5 +80,5 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 __all__ = [
     "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "FluxAdapter", "FluxKontextAdapter", "Layout", "PipelineAdapter",
     "PipelineChain", "Policy", "PromptCache", "QwenImageAdapter", "ScaledConditioning", "StableDiffusion3Adapter",
-    "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
+    "StableDiffusionAdapter", "ZImageAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
 ]  # fmt: skip
