@@ -10,6 +10,7 @@ from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.chain import PipelineChain
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
 from rlr_trainer.pipelines.flux import FluxAdapter
+from rlr_trainer.pipelines.flux2 import Flux2Adapter, Flux2KleinAdapter
 from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # Pipeline class name -> adapter. Names, so that no pipeline class has to be imported to look one up.
 ADAPTERS: dict[str, type[PipelineAdapter]] = {
+    "Flux2KleinPipeline": Flux2KleinAdapter,
+    "Flux2Pipeline": Flux2Adapter,
     "FluxPipeline": FluxAdapter,
     "FluxKontextPipeline": FluxKontextAdapter,
     "QwenImagePipeline": QwenImageAdapter,
@@ -78,7 +81,7 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 
 __all__ = [
-    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "FluxAdapter", "FluxKontextAdapter", "Layout", "PipelineAdapter",
+    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "Flux2Adapter", "Flux2KleinAdapter", "FluxAdapter", "FluxKontextAdapter", "Layout", "PipelineAdapter",
     "PipelineChain", "Policy", "PromptCache", "QwenImageAdapter", "ScaledConditioning", "StableDiffusion3Adapter",
     "StableDiffusionAdapter", "ZImageAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
 ]  # fmt: skip

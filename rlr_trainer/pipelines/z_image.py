@@ -43,7 +43,9 @@ class ZImageAdapter(PipelineAdapter):
                 "cannot sample; use a text-to-image model"
             )
         if (_PATCH, 1) not in zip(config.all_patch_size, config.all_f_patch_size, strict=True):
-            raise ValueError(f"the transformer has patches of {config.all_patch_size}, but ZImagePipeline samples with patches of {_PATCH}")
+            raise ValueError(
+                f"the transformer has patches of {config.all_patch_size}, but ZImagePipeline samples with patches of {_PATCH}"
+            )
 
     def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
         """Latents [C, H / f, W / f], f the VAE's scale factor; ValueError for a size that does not fit the patches or their positions."""
