@@ -81,7 +81,8 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 
 __all__ = [
-    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "Flux2Adapter", "Flux2KleinAdapter", "FluxAdapter", "FluxKontextAdapter", "Layout", "PipelineAdapter",
-    "PipelineChain", "Policy", "PromptCache", "QwenImageAdapter", "ScaledConditioning", "StableDiffusion3Adapter",
-    "StableDiffusionAdapter", "ZImageAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
+    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "Flux2Adapter", "Flux2KleinAdapter", "FluxAdapter",
+    "FluxKontextAdapter", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache", "QwenImageAdapter",
+    "ScaledConditioning", "StableDiffusion3Adapter", "StableDiffusionAdapter", "ZImageAdapter", "adapt", "attach_lora",
+    "cast_frozen", "load_pipeline",
 ]  # fmt: skip

@@ -4,7 +4,6 @@ import pytest
 from families.conformance import CONFORMANCE
 from families.tiny.qwen_image import make_pipeline
 
-from rlr_trainer.pipelines import PromptCache, adapt
 from rlr_trainer.testing import check_adapter
 
 
