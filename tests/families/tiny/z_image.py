@@ -24,7 +24,7 @@ def make_pipeline() -> Any:
         torch.default_generator.manual_seed(0)
         transformer = ZImageTransformer2DModel(
             in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH, axes_dims=[8, 4, 4],
-            axes_lens=[256, 8, 8],
+            axes_lens=[256, 256, 256],
         )  # fmt: skip
         for token in (transformer.x_pad_token, transformer.cap_pad_token):
             torch.nn.init.normal_(token)  # zeros as diffusers makes them
