@@ -10,8 +10,8 @@ from families.chat_tokenizers import mistral_tokenizer, qwen_tokenizer
 WIDTH = 8  # of the text encoders, three of whose layers the transformer takes side by side
 
 
-def make_pipeline() -> Any:
-    """A `Flux2Pipeline` with the same random weights at every call.
+def make_pipeline(**transformer_options: Any) -> Any:
+    """A `Flux2Pipeline` with the same random weights at every call; `transformer_options` are exchanged in its transformer's configuration.
 
     Its tokenizer is the one inside the real pipeline's `PixtralProcessor`, which does the same with texts (and needs torchvision).
     """
@@ -20,7 +20,7 @@ def make_pipeline() -> Any:
     tokenizer = mistral_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        parts = _parts(guidance_embeds=True)
+        parts = _parts(guidance_embeds=True, **transformer_options)
         text_encoder = _mistral3(len(tokenizer)).eval()
     return _ready(Flux2Pipeline(text_encoder=text_encoder, tokenizer=tokenizer, **parts))
 
@@ -37,13 +37,14 @@ def make_klein(distilled: bool = False) -> Any:
     return _ready(Flux2KleinPipeline(text_encoder=text_encoder, tokenizer=tokenizer, is_distilled=distilled, **parts))
 
 
-def _parts(guidance_embeds: bool) -> dict[str, Any]:
+def _parts(**transformer_options: Any) -> dict[str, Any]:
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
-    transformer = Flux2Transformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=3 * WIDTH,
-        timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance_embeds,
-    )  # fmt: skip
+    options = {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 3 * WIDTH, "timestep_guidance_channels": 16, "axes_dims_rope": (4, 4, 4, 4),
+    }  # fmt: skip
+    transformer = Flux2Transformer2DModel(**options | transformer_options)
     with torch.no_grad():  # a prompt is a few of 512 tokens: attention has to choose among them for it to matter
         for name, weight in transformer.named_parameters():
             if "norm_q" in name or "norm_added_q" in name:

@@ -10,8 +10,12 @@ from families.chat_tokenizers import qwen_tokenizer
 WIDTH = 16  # of the text encoder
 
 
-def make_pipeline() -> Any:
-    """A `ZImagePipeline` with the same random weights at every call."""
+def make_pipeline(**transformer_options: Any) -> Any:
+    """A `ZImagePipeline` with the same random weights at every call.
+
+    Args:
+        transformer_options: exchanged in the transformer's configuration.
+    """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
@@ -20,12 +24,13 @@ def make_pipeline() -> Any:
         hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
         vocab_size=len(tokenizer), initializer_range=0.3, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
+    options = {
+        "in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": WIDTH,
+        "axes_dims": [8, 4, 4], "axes_lens": [256, 256, 256],
+    }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        transformer = ZImageTransformer2DModel(
-            in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH, axes_dims=[8, 4, 4],
-            axes_lens=[256, 256, 256],
-        )  # fmt: skip
+        transformer = ZImageTransformer2DModel(**options | transformer_options)
         for token in (transformer.x_pad_token, transformer.cap_pad_token):
             torch.nn.init.normal_(token)  # zeros as diffusers makes them
         vae = AutoencoderKL(
