@@ -81,7 +81,8 @@ class ZImageAdapter(PipelineAdapter):
 
     def call(self, network: Callable[..., Tensor], x: Tensor, time: Tensor, rows: Rows, batch: Mapping[str, Any]) -> Tensor:
         """One call of the transformer, [N, C, h, w]. It takes lists, and its time runs from 0 (noise) to 1, so that it predicts x0 - x1."""
-        prompts = [states[mask] for states, mask in zip(rows["states"], rows["mask"], strict=True)]
+        lengths = rows["mask"].sum(1).tolist()  # padding is at the end
+        prompts = [states[:length] for states, length in zip(rows["states"], lengths, strict=True)]
         output = network(list(x.unsqueeze(2)), (1000 - time.expand(x.shape[0])) / 1000, prompts)
         return -output.squeeze(2)
 

@@ -51,7 +51,7 @@ def _parts(**transformer_options: Any) -> dict[str, Any]:
                 weight.mul_(6)
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
-        norm_num_groups=4, layers_per_block=1, latent_channels=4, sample_size=16,
+        norm_num_groups=4, layers_per_block=1, latent_channels=4, sample_size=16, batch_norm_eps=0.1,
     )  # fmt: skip
     vae.bn.running_mean.normal_(std=0.3)  # as if trained: zeros and ones at first
     vae.bn.running_var.uniform_(0.5, 2)
