@@ -10,23 +10,30 @@ from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.chain import PipelineChain
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
 from rlr_trainer.pipelines.flux import FluxAdapter
+from rlr_trainer.pipelines.flux2 import Flux2Adapter, Flux2KleinAdapter
 from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
+from rlr_trainer.pipelines.qwen_image import QwenImageAdapter
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
 from rlr_trainer.pipelines.sdxl import StableDiffusionXLAdapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
+from rlr_trainer.pipelines.z_image import ZImageAdapter
 
 logger = logging.getLogger(__name__)
 
 # Pipeline class name -> adapter. Names, so that no pipeline class has to be imported to look one up.
 ADAPTERS: dict[str, type[PipelineAdapter]] = {
+    "StableDiffusionPipeline": StableDiffusionAdapter,
+    "LatentConsistencyModelPipeline": StableDiffusionAdapter,
+    "StableDiffusionXLPipeline": StableDiffusionXLAdapter,
+    "StableDiffusion3Pipeline": StableDiffusion3Adapter,
     "FluxPipeline": FluxAdapter,
     "FluxKontextPipeline": FluxKontextAdapter,
-    "LatentConsistencyModelPipeline": StableDiffusionAdapter,
-    "StableDiffusionPipeline": StableDiffusionAdapter,
-    "StableDiffusion3Pipeline": StableDiffusion3Adapter,
-    "StableDiffusionXLPipeline": StableDiffusionXLAdapter,
+    "Flux2Pipeline": Flux2Adapter,
+    "Flux2KleinPipeline": Flux2KleinAdapter,
+    "QwenImagePipeline": QwenImageAdapter,
+    "ZImagePipeline": ZImageAdapter,
 }
 
 
@@ -78,5 +85,5 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 __all__ = [
     "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache",
-    "ScaledConditioning", "StableDiffusionAdapter", "StableDiffusionXLAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
+    "ScaledConditioning", "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
 ]  # fmt: skip
