@@ -20,7 +20,7 @@ from rlr_trainer.estimators import Feedback, Sweep
 from rlr_trainer.estimators.chain import sample_chain
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.pipelines import Conditioning, Layout, PipelineAdapter, PipelineChain, Policy
-from rlr_trainer.schedules.ddim import DDIMSchedule
+from rlr_trainer.schedules import SamplerOptions, make_schedule
 
 STEPS = 12
 LENGTHS = (1, 2, 4, 8)
@@ -57,7 +57,7 @@ def make_chain(size: str, device: torch.device, batch: int):
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
-    schedule = DDIMSchedule.from_scheduler(scheduler, STEPS, 1.0)
+    schedule = make_schedule(scheduler, SamplerOptions(STEPS, 1.0))
     layout, live = Layout((4, edge, edge), 8 * edge, 8 * edge), policy.trainable_parameters()
     return PipelineChain(UNetOnly(unet), policy, policy, schedule, conditioning, layout, device, live)
 

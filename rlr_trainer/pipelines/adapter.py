@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
 from rlr_trainer.pipelines.lora import LORA_FILE, load_lora_weights, save_lora_weights
-from rlr_trainer.schedules import DDIMSchedule, SamplerOptions, Schedule
+from rlr_trainer.schedules import SamplerOptions, Schedule, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class PipelineAdapter(abc.ABC):
 
     def schedule(self, layout: Layout, sampler: SamplerOptions) -> Schedule:
         """The steps of the sampler on samples of this layout, on the grid that the pipeline's own call would use."""
-        return DDIMSchedule.from_scheduler(self.pipeline.scheduler, sampler.num_steps, sampler.eta)
+        return make_schedule(self.pipeline.scheduler, sampler, **self.timestep_arguments(layout, sampler.num_steps))
 
     def timestep_arguments(self, layout: Layout, num_steps: int) -> dict[str, Any]:
         """What the pipeline's call gives to `scheduler.set_timesteps` beside the number of steps: `sigmas`, `mu`."""

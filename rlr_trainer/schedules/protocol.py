@@ -14,11 +14,16 @@ class SamplerOptions:
 
     Attributes:
         num_steps: T.
-        eta: noise level, in the sampler's own unit.
+        eta: noise level, in the sampler's own unit; None for its default, and for samplers that have none.
+        sampler: a name in `SAMPLERS`, or "auto" for that of the pipeline's scheduler.
+        noise_steps: which steps add noise: None for all, n for the first n, (first, last) for those and the ones between. The others
+            are steps of the ODE.
     """
 
     num_steps: int
-    eta: float
+    eta: float | None = None
+    sampler: str = "auto"
+    noise_steps: int | tuple[int, int] | None = None
 
 
 @runtime_checkable

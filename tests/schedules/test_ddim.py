@@ -1,15 +1,16 @@
-"""`DDIMSchedule` is the Gaussian inside `diffusers.DDIMScheduler.step`, in every configuration that it accepts."""
+"""On a DDIM scheduler, the schedule is the Gaussian inside `diffusers.DDIMScheduler.step`, in every configuration that it accepts."""
 
 import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 
 from rlr_trainer.estimators.chain import next_latent
 from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
-from rlr_trainer.schedules.ddim import PREDICTION_TYPES, DDIMSchedule
+from rlr_trainer.schedules import InterpolantSchedule, SamplerOptions, make_schedule
 
+PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
 LENGTHS = [1, 2, 5, 10, 50]
 SPACINGS = ["leading", "trailing", "linspace"]
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -19,15 +20,19 @@ def make(**options) -> DDIMScheduler:
     return DDIMScheduler(**{**STABLE_DIFFUSION, **options})
 
 
+def ddim(scheduler: DDIMScheduler, num_steps: int, eta: float) -> InterpolantSchedule:
+    return make_schedule(scheduler, SamplerOptions(num_steps, eta))
+
+
 def tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Three of standard normal entries."""
     return tuple(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(s), dtype=dtype) for s in range(3))
 
 
-def latent_and_output(schedule: DDIMSchedule, step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_and_output(schedule: InterpolantSchedule, step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A latent of this noise level, and what a network that is a little off would say of it."""
     clean, noise, error = tensors(torch.float64)
-    signal, sigma = schedule.alphas[step] ** 0.5, (1 - schedule.alphas[step]) ** 0.5
+    signal, sigma = schedule.signal[step], schedule.noise[step]
     x, guess = signal * clean + sigma * noise, noise + 0.3 * error
     predicted = (x - sigma * guess) / signal
     outputs = {"epsilon": guess, "sample": predicted, "v_prediction": signal * guess - sigma * predicted}
@@ -36,14 +41,14 @@ def latent_and_output(schedule: DDIMSchedule, step: int, dtype: torch.dtype) -> 
 
 def largest_difference(scheduler: DDIMScheduler, num_steps: int, eta: float, dtype: torch.dtype) -> float:
     """Over all steps, relative to the size of the next latent. In float64 the scheduler's tables are widened as well."""
-    schedule = DDIMSchedule.from_scheduler(scheduler, num_steps, eta)
+    schedule = ddim(scheduler, num_steps, eta)
     scheduler.set_timesteps(num_steps)
-    assert schedule.timesteps == tuple(scheduler.timesteps.tolist()) and schedule.num_steps == num_steps
+    assert schedule.times == tuple(scheduler.timesteps.tolist()) and schedule.num_steps == num_steps
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(dtype)
     scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.to(dtype)
     noise = tensors(dtype)[2]
     worst = 0.0
-    for step, timestep in enumerate(schedule.timesteps):
+    for step, timestep in enumerate(schedule.times):
         x, output = latent_and_output(schedule, step, dtype)
         expected = scheduler.step(output, timestep, x, eta=eta, variance_noise=noise)
         mean, std = schedule.transition(step, x, output)
@@ -73,10 +78,10 @@ def test_predictions_are_clipped_as_the_scheduler_clips_them(prediction_type):
     for limit in (1.0, 0.3):
         scheduler = make(prediction_type=prediction_type, clip_sample=True, clip_sample_range=limit)
         assert largest_difference(scheduler, 10, 1.0, torch.float32) <= 1e-6
-        schedule = DDIMSchedule.from_scheduler(scheduler, 10, 1.0)
+        schedule = ddim(scheduler, 10, 1.0)
         x, output = latent_and_output(schedule, 0, torch.float32)
         assert float(schedule.clean_and_noise(0, x, output)[0].abs().max()) == pytest.approx(limit)
-    assert DDIMSchedule.from_scheduler(make(), 10, 1.0).clip_range is None
+    assert ddim(make(), 10, 1.0).clip_range is None
 
 
 @pytest.mark.parametrize("to_one", [True, False])
@@ -90,7 +95,7 @@ def test_a_long_chain_s_small_strides(eta, to_one):
 
 def test_a_schedule_rescaled_to_end_in_pure_noise():
     scheduler = make(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    assert DDIMSchedule.from_scheduler(scheduler, 10, 1.0).alphas[0] < 1e-12
+    assert ddim(scheduler, 10, 1.0).signal[0] < 1e-6
     assert largest_difference(scheduler, 10, 1.0, torch.float64) <= 1e-7  # the scheduler keeps alpha of 1e-15 in float32
 
 
@@ -103,7 +108,7 @@ def test_beta_schedules(beta_schedule):
 
 
 def test_without_eta_no_step_adds_noise():
-    assert DDIMSchedule.from_scheduler(make(), 10, 0.0).stds == (0.0,) * 10
+    assert ddim(make(), 10, 0.0).stds == (0.0,) * 10
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
@@ -112,7 +117,7 @@ def test_without_eta_no_step_adds_noise():
 )
 def test_only_the_last_step_may_be_without_noise(to_one, offset, quiet_end, eta):
     """It ends at alpha = 1, or starts at timestep 0 and goes nowhere. Stable Diffusion's own setting is the last: always some noise."""
-    schedule = DDIMSchedule.from_scheduler(make(set_alpha_to_one=to_one, steps_offset=offset), 10, eta)
+    schedule = ddim(make(set_alpha_to_one=to_one, steps_offset=offset), 10, eta)
     assert all(std > 0 for std in schedule.stds[:-1])
     assert (schedule.stds[-1] == 0) == quiet_end
     plan = EstimatorPlan.from_preset("ddpo", 10)
@@ -126,7 +131,7 @@ def test_only_the_last_step_may_be_without_noise(to_one, offset, quiet_end, eta)
 
 def test_noise_is_proportional_to_eta_and_that_of_ddpm_at_one():
     """At eta = 1 and a stride of 1 the variance is DDPM's posterior variance (fixed_small)."""
-    half, full = (DDIMSchedule.from_scheduler(make(set_alpha_to_one=True), 1000, eta).stds for eta in (0.5, 1.0))
+    half, full = (ddim(make(set_alpha_to_one=True), 1000, eta).stds for eta in (0.5, 1.0))
     assert all(a == pytest.approx(b / 2) for a, b in zip(half, full, strict=True))
     ddpm = DDPMScheduler(**STABLE_DIFFUSION, variance_type="fixed_small")
     ddpm.alphas, ddpm.betas = ddpm.alphas.double(), ddpm.betas.double()
@@ -143,31 +148,27 @@ def test_the_scheduler_is_left_as_it_was():
     scheduler = make()
     scheduler.set_timesteps(7)
     before = copy.deepcopy(scheduler)
-    DDIMSchedule.from_scheduler(scheduler, 20, 1.0)
+    ddim(scheduler, 20, 1.0)
     assert scheduler.config == before.config and scheduler.num_inference_steps == 7
     assert torch.equal(scheduler.timesteps, before.timesteps)
     assert torch.equal(scheduler.alphas_cumprod, before.alphas_cumprod)
 
 
-@pytest.mark.parametrize("kind", [PNDMScheduler, DDPMScheduler, EulerDiscreteScheduler])
-def test_other_schedulers_are_read_by_their_configuration(kind):
-    """As a pipeline's scheduler is exchanged with `DDIMScheduler.from_config`."""
+def test_pndm_is_read_by_its_configuration():
+    """Its own grid repeats timesteps. As a pipeline's scheduler is exchanged with `DDIMScheduler.from_config`."""
     options = {name: value for name, value in STABLE_DIFFUSION.items() if name != "clip_sample"}
-    other = kind(**options, steps_offset=1) if kind is not DDPMScheduler else kind(**STABLE_DIFFUSION, steps_offset=1)
-    assert DDIMSchedule.from_scheduler(other, 10, 1.0) == DDIMSchedule.from_scheduler(
-        DDIMScheduler.from_config(other.config), 10, 1.0
-    )
+    pndm = PNDMScheduler(**options, steps_offset=1, skip_prk_steps=True)
+    assert ddim(pndm, 10, 1.0) == ddim(DDIMScheduler.from_config(pndm.config), 10, 1.0)
 
 
 def test_a_gradient_flows_through_mean_and_prediction():
-    schedule = DDIMSchedule.from_scheduler(make(), 10, 1.0)
+    schedule = ddim(make(), 10, 1.0)
     x, output, _ = (t.requires_grad_() for t in tensors(torch.float64))
     mean, std = schedule.transition(4, x, output)
     mean.sum().backward()
-    alpha, following = schedule.alphas[4], schedule.alphas_next[4]
-    direction = (1 - following - schedule.stds[4] ** 2) ** 0.5
-    torch.testing.assert_close(x.grad, torch.full_like(x, (following / alpha) ** 0.5))
-    torch.testing.assert_close(output.grad, torch.full_like(x, direction - (following * (1 - alpha) / alpha) ** 0.5))
+    ratio = schedule.next_signal[4] / schedule.signal[4]
+    torch.testing.assert_close(x.grad, torch.full_like(x, ratio))
+    torch.testing.assert_close(output.grad, torch.full_like(x, schedule.direction[4] - ratio * schedule.noise[4]))
     assert not std.requires_grad
 
 
@@ -191,4 +192,4 @@ def test_a_gradient_flows_through_mean_and_prediction():
 )
 def test_what_is_no_gaussian_step_is_refused(options, num_steps, eta, message):
     with pytest.raises(ValueError, match=message):
-        DDIMSchedule.from_scheduler(make(**options), num_steps, eta)
+        ddim(make(**options), num_steps, eta)

@@ -294,7 +294,11 @@ def test_T21_rank_targets_scheduler_and_resolution_are_options(pipeline, seven):
     from diffusers import EulerDiscreteScheduler
 
     own = EulerDiscreteScheduler.from_config(
-        pipeline.scheduler.config, beta_schedule="linear", beta_end=0.02, timestep_spacing="trailing"
+        pipeline.scheduler.config,
+        beta_schedule="linear",
+        beta_end=0.02,
+        timestep_spacing="trailing",
+        final_sigmas_type="sigma_min",  # with "zero" the last step adds no noise, and DDPO needs some in every step
     )
     pipeline.scheduler = own
     config = RLRConfig.from_ddpo(
@@ -313,9 +317,9 @@ def test_T21_rank_targets_scheduler_and_resolution_are_options(pipeline, seven):
     assert trainer.policy.denoiser.peft_config["default"].lora_alpha == 8
     assert set(shapes) == {(3, 48, 24)}
     # The steps are DDIM's, on the noise levels and timesteps of the pipeline's own scheduler, which stays in the pipeline.
-    assert trainer.schedule.timesteps == (999, 666, 332)
+    assert trainer.schedule.times == (999, 666, 332)
     levels = torch.linspace(own.config.beta_start, 0.02, 1000, dtype=torch.float64).neg().add(1).cumprod(0)
-    assert trainer.schedule.alphas == pytest.approx([float(levels[t]) for t in (999, 666, 332)], rel=1e-5)
+    assert trainer.schedule.signal == pytest.approx([float(levels[t]) ** 0.5 for t in (999, 666, 332)], rel=1e-5)
     assert trainer.adapter.pipeline.scheduler is own
 
 
