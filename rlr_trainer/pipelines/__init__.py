@@ -15,6 +15,8 @@ from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.peft_format import PEFT_FILE
 from rlr_trainer.pipelines.pixart_sigma import PixArtSigmaAdapter
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
+from rlr_trainer.pipelines.sana import SanaAdapter
+from rlr_trainer.pipelines.sana_sprint import SanaSprintAdapter
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
 
@@ -25,6 +27,8 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "FluxPipeline": FluxAdapter,
     "FluxKontextPipeline": FluxKontextAdapter,
     "PixArtSigmaPipeline": PixArtSigmaAdapter,
+    "SanaPipeline": SanaAdapter,
+    "SanaSprintPipeline": SanaSprintAdapter,
     "StableDiffusionPipeline": StableDiffusionAdapter,
     "StableDiffusion3Pipeline": StableDiffusion3Adapter,
 }
@@ -82,6 +86,6 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 __all__ = [
     "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "FluxAdapter", "FluxKontextAdapter", "Layout", "PipelineAdapter",
-    "PipelineChain", "PixArtSigmaAdapter", "Policy", "PromptCache", "ScaledConditioning", "StableDiffusion3Adapter",
-    "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
+    "PipelineChain", "PixArtSigmaAdapter", "Policy", "PromptCache", "SanaAdapter", "SanaSprintAdapter", "ScaledConditioning",
+    "StableDiffusion3Adapter", "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
+from families.chains import solve
 from families.conformance import CONFORMANCE
 from families.tiny.pixart_sigma import make_pipeline
 from peft import LoraConfig, PeftModel
@@ -74,9 +76,16 @@ def test_weights_of_another_rank_are_refused(trained, tmp_path):
         adapter.load_lora(tmp_path / "missing")
 
 
-def test_the_released_multistep_solver_becomes_ddim_on_its_grid(caplog):
-    from diffusers import DPMSolverMultistepScheduler
+def test_pictures_equal_those_of_the_released_solver_at_first_order():
+    pipeline = make_pipeline(DPMSolverMultistepScheduler(beta_schedule="linear", solver_order=1))
+    prompts, negatives, noise = ["A red  Fox", "a house"], ["ugly", ""], torch.randn(2, 4, 8, 8)
+    call = {"num_inference_steps": 5, "output_type": "pt", "use_resolution_binning": False}
+    theirs = pipeline(prompts, negative_prompt=negatives, guidance_scale=3.0, latents=noise, **call).images
+    ours = solve(adapt(pipeline), 5, prompts, negatives, 3.0, noise)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
+
+def test_the_released_multistep_solver_becomes_ddim_on_its_grid(caplog):
     scheduler = DPMSolverMultistepScheduler(beta_schedule="linear")
     adapter = adapt(make_pipeline(scheduler))
     schedule = adapter.schedule(adapter.layout(None, None), SamplerOptions(5))
