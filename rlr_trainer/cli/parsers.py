@@ -93,7 +93,8 @@ def _add_sample(commands: Any) -> None:
     ).add_argument
     add("--num_steps", dest="sample_num_steps", type=int, metavar="T", help="denoising steps")
     add("--guidance_scale", dest="sample_guidance_scale", type=float, metavar="W", help="guidance weight; 1 or less: none")
-    add("--eta", dest="sample_eta", type=float, metavar="ETA", help="noise of DDIM, 0 to 1")
+    add("--sampler", help="as the option of train")
+    add("--eta", dest="sample_eta", type=float, metavar="ETA", help="noise level of the sampler; 0: none")
     add("--negative_prompt", help="negative prompt")
     add("--height", type=int, help="in pixels")
     add("--width", type=int, help="in pixels")

@@ -16,7 +16,17 @@ from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.trainer import RLRTrainer
 
 # Options of the chain; the fine-tuned weights' own rlr_config.json gives the defaults.
-SAMPLING = ("sample_num_steps", "sample_guidance_scale", "sample_eta", "negative_prompt", "height", "width")
+SAMPLING = (
+    "sample_num_steps",
+    "sample_guidance_scale",
+    "sample_guidance_rescale",
+    "sampler",
+    "sample_eta",
+    "noise_steps",
+    "negative_prompt",
+    "height",
+    "width",
+)
 
 
 def sample(options: argparse.Namespace) -> None:

@@ -54,7 +54,7 @@ def default_candidates(
         of_plan = {key: value for key, value in options.items() if key not in ("estimator", "advantage")}
         try:
             plan = own.plan if name == YOURS else EstimatorPlan.from_preset(options["estimator"], num_steps, **of_plan)
-            plan.check_noise(stds)
+            plan = plan.on_noise(stds)
         except PlanError as error:
             notes.append(f"{name} was left out: {error}")
             continue

@@ -21,7 +21,7 @@ from rlr_trainer.diagnosis.gradients import GradientReader
 from rlr_trainer.diagnosis.memory import storages
 from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.chain import DenoisingChain, Rollout, mix_seed, seeded_generator
-from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.plan import PLAN_OPTIONS, EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, ControlVariateScale
 from rlr_trainer.estimators.sweep import Feedback, Sweep
@@ -32,7 +32,6 @@ from rlr_trainer.rollouts.collector import Collector, RolloutOptions
 from rlr_trainer.rollouts.prompts import PromptRow
 
 DIAGNOSIS = 1_000  # names the diagnosis's stream of randomness: its batches are none that the training will see
-PLAN_OPTIONS = tuple(field.name for field in dataclasses.fields(EstimatorPlan) if field.name != "num_steps")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ The divergence of two chains of Gaussian steps from the same noise is E[sum_t k_
 Gaussians at the latent where it stands. Its gradient has two parts: the gradient of each k_t at its latent, and the change of the
 latents that later steps see. The sweep takes the first directly, on every step, and the second as it takes the reward's:
 along the adjoint on pathwise steps, and in the advantage on scored ones, where `divergence_to_go` stands for what comes later.
+A step without noise has no divergence: the penalty is that of the other steps.
 (Penalties that take the first part alone, as Flow-GRPO's, arXiv:2505.05470, are not the gradient of any objective.)
 """
 
@@ -53,9 +54,12 @@ def gaussian_divergence(mean: Tensor, std: Tensor, reference_mean: Tensor, refer
 
 @torch.no_grad()
 def step_divergences(rollout: Rollout, reference: ReferenceStep) -> Tensor:
-    """k_t at every stored latent, by the policy that sampled: [N, T], not below 0 but for rounding."""
+    """k_t at every stored latent, by the policy that sampled: [N, T], not below 0 but for rounding; 0 at steps without noise."""
     steps = enumerate(zip(rollout.means, rollout.stds, rollout.latents[:-1], strict=True))
-    return torch.stack([gaussian_divergence(mean, std, *reference(step, x)) for step, (mean, std, x) in steps], dim=1)
+    zeros = rollout.latents[0].new_zeros(len(rollout.latents[0]))
+    return torch.stack(
+        [gaussian_divergence(mean, std, *reference(step, x)) if (std > 0).all() else zeros for step, (mean, std, x) in steps], dim=1
+    )
 
 
 def leave_one_out_to_go(divergences: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from rlr_trainer.estimators.advantages import ADVANTAGES
 from rlr_trainer.estimators.chain import DenoisingChain, Parameters, PerSampleChain, Rollout, StepFunction, as_rows, sample_chain
 from rlr_trainer.estimators.divergence import Penalty, check_noise, leave_one_out_to_go, step_divergences
 from rlr_trainer.estimators.first_order import reward_and_gradient
-from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
 from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import ControlVariateScale
 from rlr_trainer.estimators.sweep import Feedback, Sweep
@@ -85,7 +85,10 @@ def estimate_gradient(
         perturb = _own_directions if per_sample else _shared_directions
         blocks, step_function, zeroth_gradient = perturb(chain, base, plan, draw, num_samples, generator)
     rollout = sample_chain(chain, num_samples, generator, step_function=step_function, paired=pairs is not None)
-    plan.check_noise([float(std.min()) for std in rollout.stds])
+    if plan.on_noise([float(std.min()) for std in rollout.stds]) != plan:
+        raise PlanError(
+            "silent_estimator='none': the choices depend on the steps without noise; pass plan.on_noise(stds), T deviations"
+        )
     if plan.needs_differentiable_reward:
         rewards, reward_gradient = reward_and_gradient(reward, rollout.sample)
     else:
@@ -99,7 +102,7 @@ def estimate_gradient(
     copies = {name: p.expand(num_samples, *p.shape) if per_sample else p for name, p in base.items()}
     leaves = {name: p.clone().requires_grad_(True) for name, p in copies.items()}
     weight = torch.full_like(rewards, kl_coef * share * valid)  # of all samples, rewarded or not
-    penalty = None if reference is None else _penalty(chain, dict(reference), rollout, weight)
+    penalty = None if reference is None else _penalty(chain, plan, dict(reference), rollout, weight)
     advantages = ADVANTAGES[advantage](rewards, None, pairs)
     feedback = Feedback.of(plan, advantages, share, reward_gradient=reward_gradient, blocks=pairs, penalty=penalty)
     sweep = Sweep.of_plan(plan, runner, leaves, _plain_backward, reward, control_scale=control_scale, recompute=recompute)
@@ -122,8 +125,9 @@ def _check_arguments(chain: DenoisingChain, plan: EstimatorPlan, advantage: str,
         raise ValueError("reference with a zeroth-order plan: its steps have no divergence of their own; use rest_estimator='lr'")
 
 
-def _penalty(chain: DenoisingChain, reference: Parameters, rollout: Rollout, weight: Tensor) -> Penalty:
-    check_noise([float(std.min()) for std in rollout.stds], "reference", "give every step noise, or leave reference unset")
+def _penalty(chain: DenoisingChain, plan: EstimatorPlan, reference: Parameters, rollout: Rollout, weight: Tensor) -> Penalty:
+    stds = [1.0 if step in plan.silent_steps else float(std.min()) for step, std in enumerate(rollout.stds)]
+    check_noise(stds, "reference", "give every step noise, leave reference unset, or set silent_estimator='none'")
 
     def step_of_reference(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
         return chain.transition(step, x, reference)

@@ -49,6 +49,8 @@ class EstimatorPlan:
         zo_scale: s, standard deviation of the parameter perturbations.
         zo_num_perturbations: distinct perturbations per batch; each is shared by an equal share of the samples.
         zo_antithetic: use every perturbation with both signs.
+        silent_estimator: of likelihood-ratio terms on steps without noise: None refuses them, "none" leaves their share out (biased).
+        silent_steps: the steps without noise, which `on_noise` fills in.
     """
 
     num_steps: int
@@ -66,6 +68,8 @@ class EstimatorPlan:
     zo_scale: float = 0.01
     zo_num_perturbations: int = 4
     zo_antithetic: bool = True
+    silent_estimator: str | None = None
+    silent_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("fo_steps", "ho_start", "ho_start_weights", "rest_step_weights"):
@@ -85,10 +89,9 @@ class EstimatorPlan:
         """
         if name not in PRESETS:
             raise PlanError(f"estimator={name!r}: unknown; choose one of {', '.join(PRESETS)}")
-        known = {field.name for field in dataclasses.fields(cls)} - {"num_steps"}
-        unknown = sorted(set(options) - known)
+        unknown = sorted(set(options) - set(PLAN_OPTIONS))
         if unknown:
-            raise PlanError(f"unknown plan option {', '.join(unknown)}; the options are {', '.join(sorted(known))}")
+            raise PlanError(f"unknown plan option {', '.join(unknown)}; the options are {', '.join(sorted(PLAN_OPTIONS))}")
         given = {key: value for key, value in options.items() if value is not None}
         chosen = PRESETS[name](num_steps) | given
         if "ho_length" not in given:
@@ -133,26 +136,34 @@ class EstimatorPlan:
         return self.rest_estimator == "zo" and self.num_rest_steps > 0
 
     def scored_steps(self) -> list[int]:
-        """Steps that may get a likelihood-ratio term, and so need a standard deviation above 0."""
+        """Steps that may get a likelihood-ratio term, and so need a standard deviation above 0; not those known to have none."""
         starts = [start for start, probability in enumerate(self.start_probabilities()) if probability > 0]
         scored = {start + self.ho_length - 1 for start in starts}
         if self.rest_estimator == "lr":
             inside = range(starts[-1], starts[0] + self.ho_length) if starts else ()  # every sub-chain: never of the rest
             scored |= {step for step in range(self.num_steps - self.fo_range[0]) if step not in inside}
-        return sorted(scored)
+        return sorted(scored - set(self.silent_steps))
 
-    def check_noise(self, stds: Sequence[float]) -> None:
-        """Refuses a plan that would divide by one of the T `stds`, in latent units, that is 0.
+    def on_noise(self, stds: Sequence[float]) -> EstimatorPlan:
+        """The plan on a chain whose T transitions have these `stds`, in latent units.
 
         Raises:
-            PlanError: names the step and the way out.
+            PlanError: it would divide by one that is 0; names the step and the way out.
         """
-        for step in self.scored_steps():
+        silent = tuple(step for step in range(self.num_steps) if stds[step] == 0) if self.silent_estimator == "none" else ()
+        plan = dataclasses.replace(self, silent_steps=silent)
+        scored = plan.scored_steps()
+        for step in scored:
             if not stds[step] > 0:
                 raise PlanError(
                     f"step {step} of {self.num_steps} adds no noise (std = {stds[step]}), so it has no likelihood ratio. Set sample_eta "
-                    f"above 0, or cover the step by first order: fo_steps >= {self.num_steps - step}"
+                    f"above 0 if it is 0, cover the step by first order (fo_steps >= {self.num_steps - step}), or leave its share out "
+                    "(silent_estimator='none')"
                 )
+        estimates_other = self.fo_range[1] or self.uses_zeroth_order or self.rest_estimator == "prediction"
+        if self.scored_steps() and not scored and not estimates_other:
+            raise PlanError("no step of the chain adds noise, so the plan estimates none of them; set sample_eta above 0")
+        return plan
 
     def __str__(self) -> str:
         """In words, for reports and logs."""
@@ -169,6 +180,8 @@ class EstimatorPlan:
             parts.append(f"{REST_ESTIMATORS[self.rest_estimator]}{perturbed} on {count}the rest")
         if self.uses_control_variate:
             parts.append("with a control variate")
+        if self._left_out:
+            parts.append(f"steps {_listed(self._left_out)} without noise left out")
         return ", ".join(parts)
 
     def biases(self) -> list[str]:
@@ -181,7 +194,15 @@ class EstimatorPlan:
         }
         found = [reason for name, reason in reasons.items() if name == rest]
         used = {"fo_weight": self.fo_range[1], "ho_weight": self.ho_length, "rest_weight": rest not in (None, "none")}
+        if self._left_out:
+            found.append(f"silent_estimator='none' leaves the share of steps {_listed(self._left_out)}, which add no noise, out")
         return found + [f"{name}={getattr(self, name):g} is not 1" for name in used if used[name] and getattr(self, name) != 1]
+
+    @property
+    def _left_out(self) -> list[int]:
+        """Steps whose likelihood-ratio term is left out, because they add no noise."""
+        every = dataclasses.replace(self, silent_steps=()).scored_steps()
+        return [step for step in every if step in self.silent_steps]
 
     def start_probabilities(self) -> list[float]:
         """Probability of every admissible start, before "grad_norm" has seen any norm (then uniform). Length `num_starts`."""
@@ -221,11 +242,15 @@ class EstimatorPlan:
         end = start + self.ho_length - 1
         sub_chain = (steps >= start) & (steps <= end) & (start >= 0)
         rest = ~first_order & ~sub_chain
+        is_silent = torch.isin(steps, torch.tensor(self.silent_steps, dtype=torch.long))
+        sub_chain &= ~is_silent[end.clamp_min(0)]  # nothing is scored at its end, so nothing flows back through it
         zeros = torch.zeros(rows, self.num_steps)
         score = torch.where(sub_chain & (steps == end), self.ho_weight, zeros)
         prediction = zeros
         if self.rest_estimator in ("lr", "prediction"):
-            weights = self.rest_weight * inverse_inclusion_weights(rest, self.rest_num_steps, self.rest_step_weights, generator)
+            weights = self.rest_weight * inverse_inclusion_weights(
+                rest & ~is_silent if self.rest_estimator == "lr" else rest, self.rest_num_steps, self.rest_step_weights, generator
+            )
             if self.rest_estimator == "lr":
                 score = score + weights
             else:
@@ -240,6 +265,9 @@ class EstimatorPlan:
         )
 
 
+# What a user may set; the chain says the rest.
+PLAN_OPTIONS = tuple(f.name for f in dataclasses.fields(EstimatorPlan) if f.name not in ("num_steps", "silent_steps"))
+
 # What each preset sets, as a function of the number of steps. In "rlr" first order takes 30 % of them: the low-noise end, where the
 # likelihood ratio is noisiest (docs/estimators.md has the measurement).
 PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -252,6 +280,10 @@ PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
     "sqdf": lambda t: {"rest_estimator": "prediction"},
     "es": lambda t: {"rest_estimator": "zo"},
 }
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps))
 
 
 def _is_whole(value: Any) -> bool:
@@ -286,6 +318,8 @@ def _rules(plan: EstimatorPlan) -> Iterator[tuple[str, bool, str]]:
     for name in ("fo_weight", "ho_weight", "rest_weight"):
         yield name, math.isfinite(getattr(plan, name)), "must be a finite number (1 is the gradient)"
     yield "zo_scale", 0 < plan.zo_scale < math.inf, "the perturbation scale must be a positive number, for instance 0.01"
+    silent = plan.silent_estimator
+    yield "silent_estimator", silent in (None, "none"), "must be 'none' (leave steps without noise out), or unset (refuse them)"
     number = plan.zo_num_perturbations
     yield "zo_num_perturbations", _is_whole(number) and number >= 1, "must be a whole number, at least 1 per batch"
 

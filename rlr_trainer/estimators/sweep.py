@@ -52,7 +52,7 @@ class Feedback:
         scale: [N], the factor between a raw reward and `advantage`; weighs the one-step prediction's terms.
         blocks: int [N]; samples of one number share their noise (antithetic pairs), and the control variate's centre leaves them out
             together. None: every sample has its own.
-        penalty: on the divergence from a reference policy; every step is then visited.
+        penalty: on the divergence from a reference policy; every step with noise is then visited.
     """
 
     advantage: Tensor
@@ -190,7 +190,9 @@ class _Run:
 
     def _blocks(self) -> list[list[int]]:
         """Runs of consecutive steps differentiated in one graph, last first: single steps when recursive."""
-        steps = range(self.draw.num_steps) if self.feedback.penalty else self.draw.active_steps()
+        steps = self.draw.active_steps()
+        if self.feedback.penalty is not None:
+            steps = sorted({*steps, *(step for step in range(self.draw.num_steps) if self._has_noise(step))})
         blocks: list[list[int]] = []
         for step in reversed(steps):
             is_linked = bool(blocks) and blocks[-1][0] == step + 1 and bool(self.draw.pathwise[:, step].any())
@@ -212,7 +214,7 @@ class _Run:
         for step in block:
             mean, std = self.sweep.chain.transition(step, x, self.sweep.params)
             total = total + self._local_surrogate(step, mean, std, predictions[step])
-            if self.feedback.penalty is not None:
+            if self.feedback.penalty is not None and self._has_noise(step):
                 total = total - self._penalty(self.feedback.penalty, step, x, mean, std)
             rows = as_rows(pathwise_rows[:, step], x)
             if step < last:
@@ -229,6 +231,9 @@ class _Run:
                     f"step {first}: the adjoint, shape {tuple(adjoint.shape)}, has non-finite values; shorten fo_steps or ho_length, or "
                     "use a wider precision"
                 )
+
+    def _has_noise(self, step: int) -> bool:
+        return bool((self.rollout.stds[step] > 0).all())
 
     def _penalty(self, penalty: Penalty, step: int, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Weighted divergence from the reference policy at x, summed over the batch."""
@@ -278,7 +283,7 @@ class _Run:
             total = prediction_pathwise(weighted, mean, std, rollout.noises[step]).sum()
         if not is_scored:
             return total
-        if not bool((rollout.stds[step] > 0).all()):
+        if not self._has_noise(step):
             raise PlanError(
                 f"step {step} adds no noise (std = 0), so it has no likelihood ratio; cover it by first order (fo_steps)"
             )

@@ -11,12 +11,12 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 _USE = """```python
-from diffusers import DDIMScheduler, {pipeline}
+from diffusers import {imports}{pipeline}
 
-pipe = {pipeline}.from_pretrained("{source}")
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # what it was trained with{load}
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale={guidance}, eta={eta}).images[0]
+pipe = {pipeline}.from_pretrained("{source}"){scheduler}{load}
+image = pipe("a prompt", num_inference_steps={steps}, {guidance_argument}={guidance}{eta}).images[0]
 ```"""
+_DDIM = "\npipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # what it was trained with"
 
 _BODY = """
 # {title}
@@ -53,13 +53,19 @@ def write_model_card(
     base = trainer.policy.config.name_or_path
     title = model_name or folder.resolve().name
     repository = trainer.hub_model_id or title
+    samplers = {"DDIMScheduler": "ddim", "PNDMScheduler": "ddim"}  # by the pipeline's scheduler, under sampler="auto"
+    own = samplers.get(type(trainer.adapter.pipeline.scheduler).__name__)
+    is_ddim = (own if args.sampler == "auto" else args.sampler) == "ddim"
     use = _USE.format(
         pipeline=type(trainer.adapter.pipeline).__name__,
         source=(base or "the base pipeline") if trainer.use_lora else repository,
         load="\n" + trainer.adapter.lora_snippet(repository) if trainer.use_lora else "",
         steps=args.sample_num_steps,
+        imports="DDIMScheduler, " if is_ddim else "",
+        scheduler=_DDIM if is_ddim else "",
+        guidance_argument=trainer.adapter.guidance_argument,
         guidance=args.sample_guidance_scale,
-        eta=args.sample_eta,
+        eta=f", eta={1.0 if args.sample_eta is None else args.sample_eta}" if is_ddim else "",
     )
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
     options = args.rlr_options() | {"learning_rate": args.learning_rate, "max_grad_norm": args.max_grad_norm, "seed": args.seed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -23,7 +24,7 @@ class SamplerOptions:
     num_steps: int
     eta: float | None = None
     sampler: str = "auto"
-    noise_steps: int | tuple[int, int] | None = None
+    noise_steps: int | Sequence[int] | None = None
 
 
 @runtime_checkable

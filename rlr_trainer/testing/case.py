@@ -131,9 +131,13 @@ def call_pipeline(
     layout: Layout,
     rows: Sequence[PromptRow],
     scale: float,
+    without: Sequence[str] = (),
     **arguments: Any,
 ) -> Tensor:
-    """Pictures [N, 3, H, W] of the pipeline's own call. Schedulers that add noise get that of `run_chain`, whether they take a generator or not."""
+    """Pictures [N, 3, H, W] of the pipeline's own call, which is given `arguments` too and no argument of `without`.
+
+    Schedulers that add noise get that of `run_chain`, whether they take a generator or draw from torch's own.
+    """
     negatives = [row.negative_prompt for row in rows]
     conditions = [row.metadata for row in rows]
     given = {
@@ -153,7 +157,8 @@ def call_pipeline(
         given |= {name: [row[name] for row in conditions] for name in adapter.conditions}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(SEED)
-        return adapter.pipeline(**given | dict(case.call_arguments) | arguments).images
+        given |= dict(case.call_arguments) | arguments
+        return adapter.pipeline(**{name: value for name, value in given.items() if name not in without}).images
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:

@@ -7,9 +7,14 @@ from typing import Any
 
 from rlr_trainer.pipelines import PipelineAdapter, adapt
 from rlr_trainer.testing.case import Case, Findings
+from rlr_trainer.testing.estimates import checkpointing, gradients, ratio
 from rlr_trainer.testing.generation import generation
+from rlr_trainer.testing.inputs import layout, prompts
+from rlr_trainer.testing.weights import lora, whole_network
 
-_CHECKS: dict[str, Callable[[Case, Findings], None]] = {"generation": generation}
+_CHECKS: dict[str, Callable[[Case, Findings], None]] = {
+    check.__name__: check for check in (generation, prompts, layout, ratio, gradients, lora, checkpointing, whole_network)
+}
 CHECKS: tuple[str, ...] = tuple(_CHECKS)  # names, in order
 SLOW_CHECKS: frozenset[str] = frozenset()  # those that train; test suites may run them apart
 PROMPTS = ("a nine", "the number seven, written in black on white")

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from rlr_trainer.estimators.plan import NAMED_STARTS, EstimatorPlan, PlanError
+from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
+from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
 
@@ -42,13 +43,11 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "reward_timeout": (lambda value: value > 0, "be a positive number of seconds, or None for no limit"),
     "ema_decay": (lambda value: 0 < value < 1, "lie between 0 and 1, for instance 0.99, or be None for no averaging"),
     "kl_coef": (lambda value: value >= 0, "be 0 (log only), a positive number, or None for no reference policy"),
-    "sample_eta": (lambda value: 0 <= value <= 1, "lie between 0 (no noise) and 1 (the noise of DDPM)"),
+    "sample_eta": (lambda value: value >= 0, "be 0 (no noise) or more, or None for the sampler's own level"),
+    "sample_guidance_rescale": (lambda value: 0 <= value <= 1, "lie between 0 (none) and 1 (the conditional output's deviation)"),
     "sample_guidance_scale": (lambda value: True, "be finite; 1 or less is no guidance"),
     "max_steps": (lambda value: value != 0, "be a number of updates, or -1 to train for num_train_epochs"),
 }
-
-# Options of RLRConfig that go to EstimatorPlan under the same name.
-PLAN_OPTIONS = tuple(f.name for f in dataclasses.fields(EstimatorPlan) if f.name != "num_steps")
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -108,6 +107,10 @@ class RLRConfig(TrainingArguments):
     )
     zo_num_perturbations: int | None = _option(None, "Distinct zeroth-order perturbations per sampling batch. Default: 4.")
     zo_scale: float | None = _option(None, "Standard deviation of the parameter perturbations. Default: 0.01.")
+    silent_estimator: str | None = _option(
+        None,
+        "Of steps without noise that the plan would give a likelihood ratio: none leaves their share out (biased). Default: they are refused.",
+    )
     zo_antithetic: bool | None = _option(None, "Use every perturbation with both signs, on common noise. Default: true.")
     fo_weight: float | None = _option(None, "Factor on the first-order part; the sum is the gradient only at 1. Default: 1.")
     ho_weight: float | None = _option(None, "Factor on the half-order part. Default: 1.")
@@ -156,8 +159,24 @@ class RLRConfig(TrainingArguments):
 
     # ---- sampling ----
     sample_num_steps: int = _option(50, "T: denoising steps.")
-    sample_eta: float = _option(1.0, "Noise of DDIM, from 0 (none) to 1 (that of DDPM).")
-    sample_guidance_scale: float = _option(5.0, "Classifier-free guidance weight; 1 or less switches it off.")
+    sampler: str = _option(
+        "auto",
+        "How the chain is sampled: ddim, ddpm, euler_ancestral, dpm_sde, lcm, tcd, scm, flow_cps, flow_sde, dance_sde or ode, on the time "
+        "steps of the pipeline's scheduler; auto: that of the scheduler, flow_cps for flow models (docs/samplers.md).",
+    )
+    sample_eta: float | None = _option(
+        None,
+        "Noise level of the sampler, in its own unit; 0 is none. Default: 1 for ddim, 0.8 flow_cps, 0.7 flow_sde, 0.3 dance_sde and tcd.",
+    )
+    noise_steps: list[int] | str | int | tuple[int, int] | None = _option(
+        None, "Steps that add noise: n for the first n, or [first, last]; the others are deterministic. Default: all."
+    )
+    sample_guidance_scale: float = _option(
+        5.0, "Guidance weight: of classifier-free guidance, off at 1 or less, or the one that the network takes as an input."
+    )
+    sample_guidance_rescale: float = _option(
+        0.0, "Share of the rescaled output in the guided one, as the pipeline's guidance_rescale (Stable Diffusion, SDXL)."
+    )
     sample_batch_size: int = _option(None, "Samples per process and sampling batch. Default: per_device_train_batch_size.")
     sample_num_batches_per_epoch: int = _option(
         None, "Sampling batches per process and rollout. Default: as many as one update takes."
@@ -172,6 +191,9 @@ class RLRConfig(TrainingArguments):
     width: int | None = _option(None, "Picture width in pixels. Default: the model's.")
     shuffle_prompts: bool = _option(True, "Shuffle the prompts of train_dataset anew in every pass.")
 
+    offload_text_encoders: bool = _option(
+        False, "Keep text encoders in CPU memory but for the moment in which they encode prompts; encoded prompts are kept (1 GiB)."
+    )
     offload_rollouts: bool = _option(False, "Keep sampled chains in CPU memory until their update.")
 
     # ---- trained weights ----
@@ -268,6 +290,11 @@ class RLRConfig(TrainingArguments):
         return self.rollout_size // per_update * self.num_inner_epochs
 
     @property
+    def sampler_options(self) -> SamplerOptions:
+        """How the chain is sampled."""
+        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, self.noise_steps)
+
+    @property
     def plan(self) -> EstimatorPlan:
         """The plan that the options describe, see `make_plan`."""
         return self.make_plan()
@@ -321,6 +348,7 @@ class RLRConfig(TrainingArguments):
         if self.ho_start not in NAMED_STARTS:
             self.ho_start = _numbers("ho_start", self.ho_start, int)
         self.ho_start_weights = _numbers("ho_start_weights", self.ho_start_weights, float)
+        self.noise_steps = _numbers("noise_steps", self.noise_steps, int)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (name == "advantage" and value is None):
@@ -377,10 +405,11 @@ class RLRConfig(TrainingArguments):
                 f"control_variate={plan.uses_control_variate}: predictions are scored with the plain weighted sum, another objective than the "
                 "normalized one; set reward_aggregation='sum_then_normalize', or choose a plan without predictions"
             )
-        if self.sample_eta == 0 and plan.scored_steps():
+        if (self.sample_eta == 0 or self.sampler == "ode") and plan.scored_steps():
+            option = "sample_eta=0" if self.sample_eta == 0 else "sampler='ode'"
             raise PlanError(
-                f"sample_eta=0 with estimator={self.estimator!r}: the chain adds no noise, so its steps {plan.scored_steps()[0]} to "
-                f"{plan.scored_steps()[-1]} have no likelihood ratio. Set sample_eta above 0 (1 is usual), or cover every step by "
+                f"{option} with estimator={self.estimator!r}: the chain adds no noise, so its steps {plan.scored_steps()[0]} to "
+                f"{plan.scored_steps()[-1]} have no likelihood ratio. Set sample_eta above 0 (unset: the sampler's own), or cover every step by "
                 "first order (estimator='full_bp')"
             )
         if plan.uses_zeroth_order and self.updates_per_rollout > 1:
@@ -411,4 +440,4 @@ def _numbers(name: str, value: Any, kind: type) -> Any:
         number = "whole number" if kind is int else "number"
         other = f"; or one of {', '.join(NAMED_STARTS)} (weights go into ho_start_weights)" if name == "ho_start" else ""
         raise ValueError(f"{name}={value!r}: must be a {number}, or {number}s separated by commas{other}") from None
-    return numbers[0] if len(numbers) == 1 and name in ("fo_steps", "ho_length") else numbers
+    return numbers[0] if len(numbers) == 1 and name in ("fo_steps", "ho_length", "noise_steps") else numbers

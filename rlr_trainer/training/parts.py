@@ -34,7 +34,6 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
-from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.training.checks import check_batches, check_best_metric, check_launch, check_optimizer, check_rewards
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
@@ -78,16 +77,20 @@ class Parts:
         self.prompts = _prompts(config, prompt_function, train_dataset)
         self.eval_prompts = eval_source(eval_dataset)
         self.chosen: dict[str, int] = {}  # in place of "auto"
-        self.plan_state = PlanState(config.plan)
         check_rewards(self.rewards, config, config.plan, config.world_size, same and self.eval_prompts is not None)
         pipeline = load_pipeline(sd_pipeline) if isinstance(sd_pipeline, str | Path) else sd_pipeline
         names.check_pipeline(pipeline)
         self.sd_pipeline, self.prompt_fn, self.reward_fn = pipeline, prompt_function, reward_function  # DDPOTrainer's names
         self.adapter = adapt(pipeline)
         self.layout = self.adapter.layout(config.height, config.width)
-        self.schedule = self.adapter.schedule(self.layout, SamplerOptions(config.sample_num_steps, config.sample_eta))
-        config.plan.check_noise(self.schedule.stds)
+        self.schedule = self.adapter.schedule(self.layout, config.sampler_options)
+        self.plan_state = PlanState(config.plan.on_noise(self.schedule.stds))
         self.config = configs.use_summed_density(config, math.prod(self.layout.shape))
+        if config.sample_guidance_rescale and not self.adapter.rescales_guidance:
+            raise ValueError(
+                f"sample_guidance_rescale={config.sample_guidance_rescale}: {type(self.adapter.pipeline).__name__} has no such argument; leave "
+                "it at 0"
+            )
         self.use_lora = config.use_lora and getattr(sd_pipeline, "use_lora", True)
         self.policy = self._make_policy(peft_config)
         self.statistics = None
@@ -125,6 +128,7 @@ class Parts:
             accelerator.device,
             config.negative_prompt,
             tuple(config.prompt_scales or ()),
+            config.sample_guidance_rescale,
         )
         self.scorer = Scorer(self.adapter, self.layout, self.rewards)
         options = RolloutOptions(
@@ -161,9 +165,7 @@ class Parts:
     def choose(self, **chosen: int) -> None:
         """Takes up the configured plan, with values that were chosen for "auto"."""
         self.chosen |= chosen
-        plan = self.config.make_plan(**self.chosen)
-        plan.check_noise(self.schedule.stds)
-        self.plan_state.take(plan)
+        self.plan_state.take(self.config.make_plan(**self.chosen).on_noise(self.schedule.stds))
 
     def unchosen(self) -> list[str]:
         """The options that are "auto" and for which nothing is chosen yet."""
@@ -245,9 +247,11 @@ class Parts:
     def _place_frozen_modules(self, device: torch.device) -> None:
         """Frozen networks go to the device in the run's precision; the decoder stays in float32 under fp16, where it overflows."""
         dtype = self._frozen_dtype
+        waits = self.config.offload_text_encoders
+        self.adapter.encoder_device = device if waits else None
         for module in self.adapter.frozen_modules:
             module.requires_grad_(False)
-            cast_frozen(module, device, dtype)
+            cast_frozen(module, torch.device("cpu") if waits else device, dtype)
         self.adapter.decoder.requires_grad_(False)
         cast_frozen(self.adapter.decoder, device, torch.float32 if dtype == torch.float16 else dtype)
         if self.use_lora:
@@ -273,7 +277,9 @@ class Parts:
                 f"kl_coef={config.kl_coef} with a zeroth-order plan (estimator={config.estimator!r}): perturbed steps have no divergence of "
                 "their own; leave kl_coef unset, or set rest_estimator='lr'"
             )
-        check_noise(self.schedule.stds, f"kl_coef={config.kl_coef}", "set sample_eta above 0, or leave kl_coef unset")
+        if self.plan.silent_estimator is None:
+            way_out = "set sample_eta above 0, leave kl_coef unset, or leave such steps out (silent_estimator='none')"
+            check_noise(self.schedule.stds, f"kl_coef={config.kl_coef}", way_out)
         device, checkpointing = accelerator.device, bool(config.gradient_checkpointing)
         return ReferencePolicy(self.policy, self.use_lora, device, self._frozen_dtype, accelerator.autocast, checkpointing)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -25,6 +26,8 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
 from rlr_trainer.training.meters import GradientMeter
+
+logger = logging.getLogger(__name__)
 
 # (surrogate of one backward pass, whether it ends the update) -> what the gradients were multiplied by
 Backward = Callable[[Tensor, bool], float]
@@ -73,6 +76,7 @@ class Updater:
         self._meter = GradientMeter(self._params)
         self._zeroth: dict[str, Tensor] = {}
         self._valid_fraction = 1.0
+        self._is_first = True
 
     @property
     def plan(self) -> EstimatorPlan:
@@ -139,7 +143,7 @@ class Updater:
             self.plan,
             chain,
             chain.parameters(),
-            lambda surrogate: backward(surrogate, ends),
+            lambda surrogate: backward(_with_graph(surrogate), ends),
             self.scorer.differentiable(batch.prompts, batch.metadata),
             control_scale=self.plan_state.control_scale,
             reward_loss_scale=FP16_LOSS_SCALE if self.options.half_precision else 1.0,
@@ -159,7 +163,12 @@ class Updater:
 
         Raises:
             FloatingPointError: the norm of the whole gradient is not finite.
+            ValueError: in the first update no gradient reached the LoRA weights, though the samples differ in their rewards.
         """
+        if self._is_first and self._has_signal(batch):
+            # LoRA's B starts at 0, so that its A has no gradient in the first update: B alone tells
+            check_lora({name: p for name, p in self._params.items() if ".lora_B." in name}, strict=not self.options.half_precision)
+            self._is_first = False
         norms = self._meter.part_norms()
         if self._zeroth:
             for name, term in self._zeroth.items():
@@ -187,6 +196,12 @@ class Updater:
         """Forgets an update that was begun."""
         self._zeroth = {}
         self._meter.reset()
+
+    def _has_signal(self, batch: ScoredBatch) -> bool:
+        """Whether the rewards of a micro-batch ask for any change by backward passes."""
+        gradient = batch.reward_gradient
+        scored = bool(self.plan.scored_steps()) and bool(batch.advantage.any())
+        return scored or (self.plan.fo_range[0] > 0 and gradient is not None and bool(gradient.any()))
 
     def _feedback(self, chain: PipelineChain, batch: ScoredBatch) -> Feedback:
         penalty = None
@@ -225,6 +240,36 @@ class Updater:
             metrics["ratio/max_abs_dev"] = float(deviation.max())
             metrics["clip_ratio"] = float((deviation > clip_range).float().mean()) if clip_range else 0.0
         return metrics
+
+
+def _with_graph(surrogate: Tensor) -> Tensor:
+    if not surrogate.requires_grad:
+        raise ValueError(
+            "no trained weight takes part in the network's output, so nothing can be learnt; choose lora_target_modules that the denoising "
+            "network uses in its forward pass"
+        )
+    return surrogate
+
+
+def check_lora(weights: Mapping[str, nn.Parameter], strict: bool) -> None:
+    """Looks for LoRA weights that no gradient reaches.
+
+    Args:
+        weights: the B of every LoRA layer, after a backward pass from a signal that is not 0.
+        strict: whether gradients that are all 0 are an error; not in fp16, where they may be too small.
+
+    Raises:
+        ValueError: all of them are dead. Where only some are, that is logged.
+    """
+    whole = {name: p for name, p in weights.items() if not isinstance(p, DTensor)}  # of a shard nothing can be told
+    dead = [name.split(".lora_B.")[0] for name, p in whole.items() if p.grad is None or not bool(p.grad.any())]
+    if dead and len(dead) == len(whole) and strict:
+        raise ValueError(
+            f"no gradient reached any of the {len(dead)} LoRA layers ({dead[0]}, ...), so they would stay 0; choose lora_target_modules that "
+            "the network uses in its forward pass, and look whether the reward's gradient is 0"
+        )
+    if dead:
+        logger.warning("%d of %d LoRA layers got no gradient, and stay 0: %s", len(dead), len(whole), ", ".join(dead[:4]))
 
 
 def check_norm(params: Mapping[str, nn.Parameter], where: str) -> None:

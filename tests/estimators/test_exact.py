@@ -393,6 +393,27 @@ def test_a_predicted_reward_without_a_finite_gradient_names_its_step():
         swept(chain, reward, rollout, EstimatorPlan.from_preset("sqdf", 4).draw(2), Feedback(ones, scale=ones))
 
 
+@pytest.mark.parametrize("recompute", ["recursive", "graph"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_step_without_noise_that_is_left_out_counts_for_nothing(recompute, reference):
+    problem = LinearProblem.make(shared=False, stds=[0.5, 0.4, 0.3, 0.0])
+    stds, options = [0.5, 0.4, 0.3, 0.0], {"per_sample": True, "recompute": recompute}
+    if reference:
+        options |= {"reference": {name: 0.9 * p for name, p in problem.chain.parameters().items()}, "kl_coef": 0.3}
+    plan = EstimatorPlan.from_preset("ddpo", 4, silent_estimator="none")
+    found = estimate_gradient(problem.chain, problem.reward, plan.on_noise(stds), 16, seeded(0), **options)
+    silent = [name for name in found.gradient if name.endswith("3")]
+    assert silent and not any(found.gradient[name].any() for name in silent)
+    assert all(found.gradient[name].any() for name in found.gradient if name not in silent)
+    if not reference:  # a part of weight 0 is another way to leave the share of the last step out
+        weightless = EstimatorPlan(4, fo_steps=1, rest_estimator="lr", fo_weight=0.0)
+        expected = estimate_gradient(problem.chain, problem.reward, weightless, 16, seeded(0), **options)
+        for name, gradient in expected.per_sample.items():
+            torch.testing.assert_close(found.per_sample[name], gradient, **EXACT)
+    with pytest.raises(ValueError, match="pass plan.on_noise"):
+        estimate_gradient(problem.chain, problem.reward, plan, 16)
+
+
 def test_estimate_gradient_refuses_what_cannot_be():
     chain = NonlinearChain()
     with pytest.raises(ValueError, match=r"plan.num_steps=3 but the chain has 4 steps"):

@@ -302,16 +302,34 @@ def test_scored_steps_are_those_that_a_draw_can_score(plan, seed):
 
 def test_noise_is_asked_for_where_it_is_scored_and_nowhere_else():
     stds = [1.0, 0.5, 0.2, 0.0]
-    EstimatorPlan(4, fo_steps=1, ho_length=2, rest_estimator="lr").check_noise(stds)
+    EstimatorPlan(4, fo_steps=1, ho_length=2, rest_estimator="lr").on_noise(stds)
     for silent in ({"fo_steps": 4}, {"rest_estimator": "zo"}, {"rest_estimator": "prediction"}):
-        EstimatorPlan(4, **silent).check_noise([0.0] * 4)
-    EstimatorPlan(5, fo_steps=1, ho_length=2, ho_start_weights=(1.0, 0.0, 0.0)).check_noise([0.0, 1.0, 0.0, 0.0, 0.0])
+        EstimatorPlan(4, **silent).on_noise([0.0] * 4)
+    EstimatorPlan(5, fo_steps=1, ho_length=2, ho_start_weights=(1.0, 0.0, 0.0)).on_noise([0.0, 1.0, 0.0, 0.0, 0.0])
     with pytest.raises(PlanError, match=r"step 3 of 4 adds no noise \(std = 0.0\).*sample_eta above 0.*fo_steps >= 1"):
-        EstimatorPlan(4, rest_estimator="lr").check_noise(stds)
+        EstimatorPlan(4, rest_estimator="lr").on_noise(stds)
     with pytest.raises(PlanError, match="step 1 of 4 .*fo_steps >= 3"):
-        EstimatorPlan(4, ho_length=2).check_noise([1.0, 0.0, 0.0, 0.0])
+        EstimatorPlan(4, ho_length=2).on_noise([1.0, 0.0, 0.0, 0.0])
     with pytest.raises(PlanError, match="step 0"):
-        EstimatorPlan(4, rest_estimator="lr").check_noise([float("nan")] * 4)
+        EstimatorPlan(4, rest_estimator="lr").on_noise([float("nan")] * 4)
+
+
+def test_steps_without_noise_are_left_out_where_that_is_asked_for():
+    plan = EstimatorPlan.from_preset("ddpo", 5, silent_estimator="none", rest_num_steps=2).on_noise([1.0, 0.0, 0.5, 0.2, 0.0])
+    assert (plan.scored_steps(), plan.silent_steps) == ([0, 2, 3], (1, 4))
+    assert "steps 1, 4 without noise left out" in str(plan) and "silent_estimator='none'" in plan.biases()[0]
+    score = plan.draw(3000, seeded(0)).score
+    assert not score[:, [1, 4]].any() and ((score > 0).sum(1) == 2).all()
+    torch.testing.assert_close(score.mean(0)[[0, 2, 3]], torch.ones(3), rtol=0, atol=0.1)  # 6 standard errors
+    chain = EstimatorPlan(4, ho_length=2, rest_estimator="lr", silent_estimator="none").on_noise([1.0, 1.0, 0.0, 1.0])
+    draw = chain.draw(300, seeded(1))
+    silent = draw.start == 1  # the sub-chain 1, 2 would end at the silent step: nothing flows back through it
+    assert silent.any() and not draw.pathwise[silent].any() and not draw.score[silent][:, 1:3].any()
+    assert draw.pathwise[draw.start == 0][:, 0].all()
+    with pytest.raises(PlanError, match="no step of the chain adds noise"):
+        EstimatorPlan.from_preset("ddpo", 3, silent_estimator="none").on_noise([0.0] * 3)
+    with pytest.raises(PlanError, match="silent_estimator='ho'"):
+        EstimatorPlan.from_preset("ddpo", 3, silent_estimator="ho")
 
 
 @pytest.mark.parametrize(

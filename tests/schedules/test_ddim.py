@@ -123,10 +123,10 @@ def test_only_the_last_step_may_be_without_noise(to_one, offset, quiet_end, eta)
     plan = EstimatorPlan.from_preset("ddpo", 10)
     if quiet_end:
         with pytest.raises(PlanError, match="step 9 of 10 adds no noise"):
-            plan.check_noise(schedule.stds)
-        EstimatorPlan.from_preset("rlr", 10).check_noise(schedule.stds)
+            plan.on_noise(schedule.stds)
+        EstimatorPlan.from_preset("rlr", 10).on_noise(schedule.stds)
     else:
-        plan.check_noise(schedule.stds)
+        plan.on_noise(schedule.stds)
 
 
 def test_noise_is_proportional_to_eta_and_that_of_ddpm_at_one():

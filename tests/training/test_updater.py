@@ -11,6 +11,7 @@ from rlr_trainer.estimators.chain import gaussian_log_density, next_latent
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
+from rlr_trainer.training.updater import check_lora
 
 
 def plan(preset="rlr", **options):
@@ -163,3 +164,31 @@ def test_a_gradient_that_overflows_stops_the_run(size):
     with pytest.raises(FloatingPointError, match="update 3: the norm of the gradient is (inf|nan), .* bring the reward"):
         run.updater.finish(batch, -1.0, "update 3")
     run.updater.finish(batch, -1024.0, "update 3")  # fp16: the scaler skips it
+
+
+class _Branches(torch.nn.Module):
+    """Two layers with LoRA, of which the output may use either, or none."""
+
+    def __init__(self, used=("first",)):
+        super().__init__()
+        self.first, self.second, self.used = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), used
+
+    def forward(self, x):
+        return sum((getattr(self, name)(x) for name in self.used), start=torch.zeros(()))
+
+
+@pytest.mark.parametrize(("used", "strict"), [(("first", "second"), True), (("first",), True), ((), True), ((), False)])
+def test_lora_weights_that_no_gradient_reaches_are_said(used, strict, caplog):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network = inject_adapter_in_model(LoraConfig(r=1, target_modules=["first", "second"]), _Branches(used))
+    if used:
+        network(torch.ones(1, 2)).sum().backward()
+    weights = {name: p for name, p in network.named_parameters() if ".lora_B." in name}
+    if not used and strict:
+        with pytest.raises(ValueError, match="no gradient reached any of the 2 LoRA layers .*lora_target_modules"):
+            check_lora(weights, strict)
+        return
+    check_lora(weights, strict)
+    dead = 2 - len(used)
+    assert (f"{dead} of 2 LoRA layers got no gradient" in caplog.text) == (dead > 0)

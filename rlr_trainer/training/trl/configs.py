@@ -140,6 +140,7 @@ def options_of_trl_config(config: Any) -> dict[str, Any]:
         raise ValueError(f"{type(config).__name__} has fields that are not known here ({', '.join(unknown)}): write an RLRConfig")
     options: dict[str, Any] = {SAME_MEANING[name]: value for name, value in fields.items() if name in SAME_MEANING}
     options |= {"estimator": kind, "lora_r": 4, "lora_alpha": 4, "lr_scheduler_type": "constant"}  # what TRL hard-codes
+    options["sampler"] = "ddim"  # which TRL puts in place of the pipeline's scheduler
     options["num_log_images"] = 0  # TRL samples and scores nothing beside what it trains on
     options |= _files(fields) | _trackers(fields) | _machine(fields)
     options |= _ddpo_algorithm(fields) if kind == "ddpo" else _alignprop_algorithm(fields)

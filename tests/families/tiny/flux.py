@@ -32,11 +32,15 @@ def make_pipeline(schnell: bool = False, pipeline_class: str = "FluxPipeline") -
             in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8), guidance_embeds=not schnell,
         )  # fmt: skip
+        for name, layer in transformer.named_modules():
+            if name.endswith(("to_v", "add_v_proj")):
+                layer.weight.data *= 4  # what a token tells the others is seen among 512 tokens of the prompt
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
             norm_num_groups=4, layers_per_block=1, latent_channels=4, sample_size=16, scaling_factor=0.4, shift_factor=0.1,
             use_quant_conv=False, use_post_quant_conv=False,
         )  # fmt: skip
+        vae.encoder.conv_out.weight.data *= 8  # latents of pictures in the scale of noise
         text_encoder, text_encoder_2 = CLIPTextModel(clip).eval(), T5EncoderModel(t5).eval()
     shift = {"shift": 1.0} if schnell else {"shift": 3.0, "use_dynamic_shifting": True}
     pipeline = getattr(diffusers, pipeline_class)(
