@@ -21,10 +21,18 @@ class SanaSprintAdapter(SanaAdapter):
     network, so that negative prompts have no effect.
 
     Raises:
-        ValueError: as of `SanaAdapter`, and a network that does not take the guidance scale.
+        ValueError: as of `SanaAdapter`, a network that does not take the guidance scale, or another scheduler.
     """
 
     takes_guidance = True
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        name = type(pipeline.scheduler).__name__
+        if name != "SCMScheduler":
+            raise ValueError(
+                f"the scheduler is a {name}, but SanaSprintPipeline translates for TrigFlow alone; give it an SCMScheduler"
+            )
 
     @property
     def _sigma_data(self) -> float:
