@@ -25,7 +25,9 @@ def comparable_options(pipeline: Any, num_steps: int) -> tuple[SamplerOptions, s
     if name in DETERMINISTIC:
         return SamplerOptions(num_steps, sampler="ode"), f"with its {name}, without noise"
     pipeline.scheduler = _same_noise_schedule(pipeline.scheduler)
-    return SamplerOptions(num_steps, sampler="ode"), f"with {type(pipeline.scheduler).__name__} in place of its {name}, which is not comparable"
+    return SamplerOptions(
+        num_steps, sampler="ode"
+    ), f"with {type(pipeline.scheduler).__name__} in place of its {name}, which is not comparable"
 
 
 def _same_noise_schedule(scheduler: Any) -> Any:

@@ -6,17 +6,32 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlr_trainer.pipelines import PipelineAdapter, adapt
+from rlr_trainer.testing import inputs
 from rlr_trainer.testing.case import Case, Findings
 from rlr_trainer.testing.estimates import checkpointing, gradients, ratio
 from rlr_trainer.testing.generation import generation
-from rlr_trainer.testing.inputs import layout, prompts
+from rlr_trainer.testing.learning import bf16, raises_reward, resume
 from rlr_trainer.testing.weights import lora, whole_network
 
 _CHECKS: dict[str, Callable[[Case, Findings], None]] = {
-    check.__name__: check for check in (generation, prompts, layout, ratio, gradients, lora, checkpointing, whole_network)
+    "generation": generation,
+    "prompts": inputs.prompts,
+    "layout": inputs.layout,
+    "ratio": ratio,
+    "gradients": gradients,
+    "lora": lora,
+    "checkpointing": checkpointing,
+    "bf16": bf16,
+    "whole_network": whole_network,
+    "resume": resume,
+    "rlr": raises_reward("rlr"),
+    "ddpo": raises_reward("ddpo"),
+    "draft": raises_reward("draft"),
 }
 CHECKS: tuple[str, ...] = tuple(_CHECKS)  # names, in order
-SLOW_CHECKS: frozenset[str] = frozenset()  # those that train; test suites may run them apart
+SLOW_CHECKS = frozenset(
+    {"bf16", "whole_network", "resume", "rlr", "ddpo", "draft"}
+)  # those that train; test suites may run them apart
 PROMPTS = ("a nine", "the number seven, written in black on white")
 
 
@@ -37,7 +52,7 @@ def check_adapter(
     call_arguments: Mapping[str, Any] | None = None,
     metadata: Sequence[Mapping[str, Any]] | None = None,
     call_conditions: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] | None = None,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1e-2,
     checks: Sequence[str] | None = None,
 ) -> list[str]:
     """Runs the checks on tiny pipelines of real classes and returns what was measured, one line per check.
