@@ -13,8 +13,12 @@ from rlr_trainer.pipelines.flux import FluxAdapter
 from rlr_trainer.pipelines.flux2 import Flux2Adapter, Flux2KleinAdapter
 from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
+from rlr_trainer.pipelines.peft_format import PEFT_FILE
+from rlr_trainer.pipelines.pixart_sigma import PixArtSigmaAdapter
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
 from rlr_trainer.pipelines.qwen_image import QwenImageAdapter
+from rlr_trainer.pipelines.sana import SanaAdapter
+from rlr_trainer.pipelines.sana_sprint import SanaSprintAdapter
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
 from rlr_trainer.pipelines.sdxl import StableDiffusionXLAdapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
@@ -34,6 +38,9 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "Flux2KleinPipeline": Flux2KleinAdapter,
     "QwenImagePipeline": QwenImageAdapter,
     "ZImagePipeline": ZImageAdapter,
+    "PixArtSigmaPipeline": PixArtSigmaAdapter,
+    "SanaPipeline": SanaAdapter,
+    "SanaSprintPipeline": SanaSprintAdapter,
 }
 
 
@@ -68,7 +75,7 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(
             f"sd_pipeline={str(source)!r}: the folder has no model_index.json, so it is not a diffusers pipeline. Load LoRA weights alone "
-            "on their base, pipe.load_lora_weights(folder), then pass pipe"
+            "on their base, pipe.load_lora_weights(folder) or what their model card says, then pass pipe"
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(source), **options)
@@ -79,7 +86,11 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
         ) from error
     if (folder / LORA_FILE).is_file():
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
-        logger.info("continuing the LoRA weights found in %s", folder)
+    elif (folder / PEFT_FILE).is_file():
+        adapt(pipeline).add_lora(folder)
+    else:
+        return pipeline
+    logger.info("continuing the LoRA weights found in %s", folder)
     return pipeline
 
 
