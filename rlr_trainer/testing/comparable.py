@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from rlr_trainer.schedules import SamplerOptions
@@ -24,15 +23,11 @@ def comparable_options(pipeline: Any, num_steps: int) -> tuple[SamplerOptions, s
     if name == "TCDScheduler":  # pipelines hand it eta = 0 unless told otherwise
         return SamplerOptions(num_steps, 0.0), f"with its {name} at eta=0"
     if name in DETERMINISTIC:
-        return _without_noise(num_steps), f"with its {name}, without noise"
+        return SamplerOptions(num_steps, sampler="ode"), f"with its {name}, without noise"
     pipeline.scheduler = _same_noise_schedule(pipeline.scheduler)
-    return _without_noise(num_steps), f"with {type(pipeline.scheduler).__name__} in place of its {name}, which is not comparable"
-
-
-def _without_noise(num_steps: int) -> SamplerOptions:
-    if any(field.name == "sampler" for field in dataclasses.fields(SamplerOptions)):
-        return SamplerOptions(num_steps, sampler="ode")
-    return SamplerOptions(num_steps, 0.0)
+    return SamplerOptions(
+        num_steps, sampler="ode"
+    ), f"with {type(pipeline.scheduler).__name__} in place of its {name}, which is not comparable"
 
 
 def _same_noise_schedule(scheduler: Any) -> Any:

@@ -6,17 +6,32 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlr_trainer.pipelines import PipelineAdapter, adapt
+from rlr_trainer.testing import inputs
 from rlr_trainer.testing.case import Case, Findings
 from rlr_trainer.testing.estimates import checkpointing, gradients, ratio
 from rlr_trainer.testing.generation import generation
-from rlr_trainer.testing.inputs import layout, prompts
+from rlr_trainer.testing.learning import bf16, raises_reward, resume
 from rlr_trainer.testing.weights import lora, whole_network
 
 _CHECKS: dict[str, Callable[[Case, Findings], None]] = {
-    check.__name__: check for check in (generation, prompts, layout, ratio, gradients, lora, checkpointing, whole_network)
+    "generation": generation,
+    "prompts": inputs.prompts,
+    "layout": inputs.layout,
+    "ratio": ratio,
+    "gradients": gradients,
+    "lora": lora,
+    "checkpointing": checkpointing,
+    "bf16": bf16,
+    "whole_network": whole_network,
+    "resume": resume,
+    "rlr": raises_reward("rlr"),
+    "ddpo": raises_reward("ddpo"),
+    "draft": raises_reward("draft"),
 }
 CHECKS: tuple[str, ...] = tuple(_CHECKS)  # names, in order
-SLOW_CHECKS: frozenset[str] = frozenset()  # those that train; test suites may run them apart
+SLOW_CHECKS = frozenset(
+    {"bf16", "whole_network", "resume", "rlr", "ddpo", "draft"}
+)  # those that train; test suites may run them apart
 PROMPTS = ("a nine", "the number seven, written in black on white")
 
 
@@ -37,7 +52,8 @@ def check_adapter(
     call_arguments: Mapping[str, Any] | None = None,
     metadata: Sequence[Mapping[str, Any]] | None = None,
     call_conditions: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] | None = None,
-    learning_rate: float = 1e-3,
+    call_negatives: Callable[[Any, Sequence[str]], Mapping[str, Any]] | None = None,
+    learning_rate: float = 1e-2,
     checks: Sequence[str] | None = None,
 ) -> list[str]:
     """Runs the checks on tiny pipelines of real classes and returns what was measured, one line per check.
@@ -53,6 +69,7 @@ def check_adapter(
         call_arguments: further arguments of the pipeline's call, which the adapter stands for (`{"max_sequence_length": 16}`).
         metadata: one mapping per prompt, for adapters with `conditions`.
         call_conditions: makes arguments of the pipeline's call of them; by default each condition's list goes under its own name.
+        call_negatives: (pipeline, negative prompts) -> arguments of the pipeline's call; by default `negative_prompt`.
         learning_rate: of the checks that train.
         checks: some of `CHECKS`; None runs them all.
 
@@ -71,7 +88,7 @@ def check_adapter(
         raise ValueError(f"metadata has {len(rows)} rows for {len(prompts)} prompts: must have one per prompt")
     case = Case(
         make_pipeline, make_adapter, tuple(prompts), negative_prompt, height, width, num_steps, guidance_scale,
-        dict(call_arguments or {}), tuple(rows), call_conditions, learning_rate,
+        dict(call_arguments or {}), tuple(rows), call_conditions, call_negatives, learning_rate,
     )  # fmt: skip
     lines, problems, cause = [], [], None
     for name in names:

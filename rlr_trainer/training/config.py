@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
+from rlr_trainer.estimators.plan import NAMED_STARTS, NOISE_WINDOWS, PLAN_OPTIONS, EstimatorPlan, PlanError
 from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
@@ -76,7 +76,7 @@ class RLRConfig(TrainingArguments):
 
     # ---- estimator ----
     estimator: str = _option(
-        "rlr", "Preset plan: rlr, rlr_paper, ddpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md)."
+        "rlr", "Preset plan: rlr, rlr_black_box, rlr_paper, ddpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md)."
     )
     fo_steps: int | str | list[int] | tuple[int, int] | None = _option(
         None,
@@ -109,7 +109,8 @@ class RLRConfig(TrainingArguments):
     zo_scale: float | None = _option(None, "Standard deviation of the parameter perturbations. Default: 0.01.")
     silent_estimator: str | None = _option(
         None,
-        "Of steps without noise that the plan would give a likelihood ratio: none leaves their share out (biased). Default: they are refused.",
+        "Of steps without noise that the plan would give a likelihood ratio: none leaves their share out (biased), ho covers them by half-order "
+        "segments that end at the next step with noise (unbiased, noisier). Default: they are refused.",
     )
     zo_antithetic: bool | None = _option(None, "Use every perturbation with both signs, on common noise. Default: true.")
     fo_weight: float | None = _option(None, "Factor on the first-order part; the sum is the gradient only at 1. Default: 1.")
@@ -169,7 +170,9 @@ class RLRConfig(TrainingArguments):
         "Noise level of the sampler, in its own unit; 0 is none. Default: 1 for ddim, 0.8 flow_cps, 0.7 flow_sde, 0.3 dance_sde and tcd.",
     )
     noise_steps: list[int] | str | int | tuple[int, int] | None = _option(
-        None, "Steps that add noise: n for the first n, or [first, last]; the others are deterministic. Default: all."
+        None,
+        "Steps that add noise: n for the first n, or [first, last]; the others are deterministic. Default: all; rlr_black_box: the first "
+        "three of ten.",
     )
     sample_guidance_scale: float = _option(
         5.0, "Guidance weight: of classifier-free guidance, off at 1 or less, or the one that the network takes as an input."
@@ -295,7 +298,9 @@ class RLRConfig(TrainingArguments):
     @property
     def sampler_options(self) -> SamplerOptions:
         """How the chain is sampled."""
-        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, self.noise_steps)
+        window = NOISE_WINDOWS.get(self.estimator)
+        steps = window(self.sample_num_steps) if self.noise_steps is None and window is not None else self.noise_steps
+        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, steps)
 
     @property
     def plan(self) -> EstimatorPlan:
