@@ -317,14 +317,12 @@ class Mode:
 
 MODES = (
     Mode(),
-    Mode(noise=0.8),
-    Mode(noise=1.0),
     Mode(rows=0),
     Mode(rows=0, noise=0.8),
+    Mode(rows=0, noise=1.0),
     Mode(rows=0, guidance=3.0),
     Mode(rows=0, guidance=3.0, noise=0.8),
     Mode(rows=0, guidance=7.0),
-    Mode(rows=0, steps=28, guidance=7.0),
     Mode(rows=0, steps=50),
 )
 

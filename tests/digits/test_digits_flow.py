@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from rlr_trainer import digits
+from rlr_trainer.pipelines import adapt
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "digits"
@@ -87,6 +88,11 @@ def test_vae_latents_are_standardized(pipeline, program):
     assert latents.mean().abs() < 0.1
     assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.1
     assert (decoded - data.test_images).square().mean().sqrt() < 0.06
+
+
+def test_training_adds_no_zero_rows_to_the_prompt(pipeline):
+    rows = adapt(pipeline).encode_prompts([digits.PROMPT])
+    assert rows["encoder_hidden_states"].shape == (1, pipeline.tokenizer.model_max_length, 64)
 
 
 @pytest.mark.parametrize("model", ["digits-flaw", "no/such/folder"])
