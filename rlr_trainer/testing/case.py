@@ -52,6 +52,7 @@ class Case:
     metadata: tuple[Mapping[str, Any], ...]
     call_conditions: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] | None
     learning_rate: float
+    options: Mapping[str, Any]
 
     def pipeline(self) -> Any:
         """A fresh pipeline, quiet and without dropout."""
