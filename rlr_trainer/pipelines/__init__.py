@@ -10,20 +10,37 @@ from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.chain import PipelineChain
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
 from rlr_trainer.pipelines.flux import FluxAdapter
+from rlr_trainer.pipelines.flux2 import Flux2Adapter, Flux2KleinAdapter
 from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
+from rlr_trainer.pipelines.peft_format import PEFT_FILE
+from rlr_trainer.pipelines.pixart_sigma import PixArtSigmaAdapter
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
+from rlr_trainer.pipelines.qwen_image import QwenImageAdapter
+from rlr_trainer.pipelines.sana import SanaAdapter
+from rlr_trainer.pipelines.sana_sprint import SanaSprintAdapter
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
+from rlr_trainer.pipelines.sdxl import StableDiffusionXLAdapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
+from rlr_trainer.pipelines.z_image import ZImageAdapter
 
 logger = logging.getLogger(__name__)
 
 # Pipeline class name -> adapter. Names, so that no pipeline class has to be imported to look one up.
 ADAPTERS: dict[str, type[PipelineAdapter]] = {
+    "StableDiffusionPipeline": StableDiffusionAdapter,
+    "LatentConsistencyModelPipeline": StableDiffusionAdapter,
+    "StableDiffusionXLPipeline": StableDiffusionXLAdapter,
+    "StableDiffusion3Pipeline": StableDiffusion3Adapter,
     "FluxPipeline": FluxAdapter,
     "FluxKontextPipeline": FluxKontextAdapter,
-    "StableDiffusionPipeline": StableDiffusionAdapter,
-    "StableDiffusion3Pipeline": StableDiffusion3Adapter,
+    "Flux2Pipeline": Flux2Adapter,
+    "Flux2KleinPipeline": Flux2KleinAdapter,
+    "QwenImagePipeline": QwenImageAdapter,
+    "ZImagePipeline": ZImageAdapter,
+    "PixArtSigmaPipeline": PixArtSigmaAdapter,
+    "SanaPipeline": SanaAdapter,
+    "SanaSprintPipeline": SanaSprintAdapter,
 }
 
 
@@ -58,7 +75,7 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(
             f"sd_pipeline={str(source)!r}: the folder has no model_index.json, so it is not a diffusers pipeline. Load LoRA weights alone "
-            "on their base, pipe.load_lora_weights(folder), then pass pipe"
+            "on their base, pipe.load_lora_weights(folder) or what their model card says, then pass pipe"
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(source), **options)
@@ -69,7 +86,11 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
         ) from error
     if (folder / LORA_FILE).is_file():
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
-        logger.info("continuing the LoRA weights found in %s", folder)
+    elif (folder / PEFT_FILE).is_file():
+        adapt(pipeline).add_lora(folder)
+    else:
+        return pipeline
+    logger.info("continuing the LoRA weights found in %s", folder)
     return pipeline
 
 

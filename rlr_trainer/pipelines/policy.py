@@ -25,7 +25,10 @@ class Policy(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The denoiser's output, in float32 so that means and log-densities are formed in full precision."""
-        return self.denoiser(*args, **kwargs, return_dict=False)[0].float()
+        output = self.denoiser(*args, **kwargs, return_dict=False)[0]
+        if isinstance(output, list):  # Z-Image's transformer takes and returns a list of samples
+            output = torch.stack(output)
+        return output.float()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **_: Any) -> None:
         """Called by Trainer: activation checkpointing inside one network call, on top of the recursion over steps."""

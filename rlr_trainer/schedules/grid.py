@@ -23,10 +23,13 @@ from typing import Any
 import torch
 
 VARIANCE_PRESERVING = ("vp", "lcm", "tcd")
-# Prediction types by kind of grid; flow schedulers have no such setting and always predict the flow x1 - x0.
-_PREDICTIONS = {"flow": ("epsilon", "sample", "flow"), "scm": ("v_prediction",)}
-_VP_PREDICTIONS = ("epsilon", "sample", "v_prediction")
-# Other schedulers' names of the same: TrigFlow's output is v in the coordinates cos t, sin t.
+# What schedulers of each kind may predict, in their own words; those of a flow without the setting always predict x1 - x0.
+_PREDICTIONS = {
+    **dict.fromkeys(VARIANCE_PRESERVING, ("epsilon", "sample", "v_prediction")),
+    "flow": ("epsilon", "sample", "flow_prediction"),
+    "scm": ("trigflow",),
+}
+# Ours. TrigFlow's output is v in the coordinates cos t, sin t.
 _SAME_PREDICTION = {"flow_prediction": "flow", "trigflow": "v_prediction"}
 
 
@@ -143,7 +146,7 @@ def _shown(arguments: dict[str, Any]) -> str:
 
 def _read_table(own: Any, num_steps: int) -> Grid:
     """Whole timesteps that index the table `alphas_cumprod`."""
-    name, config, table = type(own).__name__, own.config, own.alphas_cumprod.double()
+    name, config, table = type(own).__name__, own.config, own.alphas_cumprod.cpu().double()
     times = [int(t) for t in own.timesteps]
     if max(times) >= len(table):
         raise ValueError(
@@ -169,7 +172,7 @@ def _read_sigmas(own: Any, num_steps: int) -> Grid:
     """Levels `sigmas`: B / A, or B itself for flow models."""
     times, sigmas = _numbers(own.timesteps), own.sigmas.double().tolist()[: len(own.timesteps) + 1]
     if own.config.get("use_flow_sigmas", False):
-        return _flow(own, times, sigmas, _prediction(own.config.prediction_type))
+        return _flow(own, times, sigmas, _prediction(own, "flow"))
     alphas = [1 / (sigma * sigma + 1) for sigma in sigmas]
     init_std = float(own.init_noise_sigma)
     if type(own).__name__ in _VARIANCE_EXPLODING:  # their latents are x / A
@@ -184,20 +187,35 @@ def _read_flow(own: Any, num_steps: int) -> Grid:
 def _read_angles(own: Any, num_steps: int) -> Grid:
     """The timesteps are angles, one more than there are steps."""
     angles = _numbers(own.timesteps)
-    cosines, sines = [math.cos(t) for t in angles], [math.sin(t) for t in angles]
-    std, prediction = own.config.sigma_data, _prediction(own.config.prediction_type)
-    levels = cosines[:-1], sines[:-1], cosines[1:], sines[1:]
-    return Grid("scm", tuple(angles[:-1]), *map(tuple, levels), prediction, own, init_std=std, noise_std=std)
+    cosines, sines = tuple(math.cos(t) for t in angles), tuple(math.sin(t) for t in angles)
+    std, prediction = own.config.sigma_data, _prediction(own, "scm")
+    times, levels = tuple(angles[:-1]), (cosines[:-1], sines[:-1], cosines[1:], sines[1:])
+    return Grid("scm", times, *levels, prediction_type=prediction, scheduler=own, init_std=std, noise_std=std)
 
 
 def _variance_preserving(
-    own: Any, kind: str, times: Sequence[float], alphas: Sequence[float], alphas_next: Sequence[float], **options: Any
+    own: Any,
+    kind: str,
+    times: Sequence[float],
+    alphas: Sequence[float],
+    alphas_next: Sequence[float],
+    init_std: float,
+    clip_range: float | None = None,
 ) -> Grid:
-    signal, noise = tuple(a**0.5 for a in alphas), tuple((1 - a) ** 0.5 for a in alphas)
-    next_signal, next_noise = tuple(a**0.5 for a in alphas_next), tuple((1 - a) ** 0.5 for a in alphas_next)
-    tables = {"alphas": tuple(alphas), "alphas_next": tuple(alphas_next)}
-    prediction = _prediction(own.config.prediction_type)
-    return Grid(kind, tuple(times), signal, noise, next_signal, next_noise, prediction, own, **tables, **options)
+    return Grid(
+        kind,
+        tuple(times),
+        tuple(a**0.5 for a in alphas),
+        tuple((1 - a) ** 0.5 for a in alphas),
+        tuple(a**0.5 for a in alphas_next),
+        tuple((1 - a) ** 0.5 for a in alphas_next),
+        _prediction(own, kind),
+        own,
+        tuple(alphas),
+        tuple(alphas_next),
+        init_std,
+        clip_range=clip_range,
+    )
 
 
 def _flow(own: Any, times: Sequence[float], sigmas: Sequence[float], prediction_type: str) -> Grid:
@@ -214,8 +232,11 @@ def _numbers(timesteps: torch.Tensor) -> list[float]:
     return timesteps.tolist()  # integers of integer tensors
 
 
-def _prediction(name: str) -> str:
-    return _SAME_PREDICTION.get(name, name)
+def _prediction(own: Any, kind: str) -> str:
+    given, allowed = own.config.prediction_type, _PREDICTIONS[kind]
+    if given not in allowed:
+        raise ValueError(f"the scheduler's prediction_type={given!r} must be one of {allowed}")
+    return _SAME_PREDICTION.get(given, given)
 
 
 def _check_grid(grid: Grid, num_steps: int) -> None:
@@ -224,11 +245,12 @@ def _check_grid(grid: Grid, num_steps: int) -> None:
             f"sample_num_steps={num_steps}: {grid.scheduler_name} makes {grid.num_steps} steps of it; choose another number, or another "
             "timestep_spacing of the scheduler"
         )
-    allowed = _PREDICTIONS.get(grid.kind, _VP_PREDICTIONS)
-    if grid.prediction_type not in allowed:
-        given = grid.scheduler.config.prediction_type
-        raise ValueError(f"the scheduler's prediction_type={given!r} must be one of {allowed}")
     for step in range(num_steps):
+        if grid.noise[step] <= 0:
+            raise ValueError(
+                f"sample_num_steps={num_steps}: step {step} of {grid.scheduler_name} starts without noise; give sigmas above 0, without the "
+                "last one"
+            )
         if grid.next_noise[step] * grid.signal[step] > grid.noise[step] * grid.next_signal[step] + 1e-9:
             raise ValueError(
                 f"sample_num_steps={num_steps}: step {step} of {grid.scheduler_name} leads to more noise than it starts from; use fewer "

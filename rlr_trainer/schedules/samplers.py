@@ -216,7 +216,7 @@ def _fresh_noise_stds(grid: Grid, level: float) -> list[float]:
 
 def _tcd_stds(grid: Grid, eta: float) -> list[float]:
     """Down to timestep r = floor((1 - eta) t'), then up again to t' with fresh noise."""
-    table = grid.scheduler.alphas_cumprod.double()
+    table = grid.scheduler.alphas_cumprod.cpu().double()
     stds = []
     for following, alpha_next in zip((*grid.times[1:], 0), grid.alphas_next, strict=True):
         reached = int(torch.floor((1 - eta) * torch.tensor(following)))  # in float32, as the scheduler rounds

@@ -51,6 +51,7 @@ class Case:
     call_arguments: Mapping[str, Any]
     metadata: tuple[Mapping[str, Any], ...]
     call_conditions: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] | None
+    call_negatives: Callable[[Any, Sequence[str]], Mapping[str, Any]] | None
     learning_rate: float
     options: Mapping[str, Any]
 
@@ -151,7 +152,7 @@ def call_pipeline(
         "generator": torch.Generator().manual_seed(SEED),
     }
     if adapter.is_guided(scale) and any(negatives):
-        given["negative_prompt"] = negatives
+        given |= {"negative_prompt": negatives} if case.call_negatives is None else case.call_negatives(adapter.pipeline, negatives)
     if case.call_conditions is not None:
         given |= case.call_conditions(conditions)
     else:

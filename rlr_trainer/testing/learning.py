@@ -120,7 +120,8 @@ def resume(case: Case, findings: Findings) -> None:
     differences = {name: largest_difference(found[name], p) for name, p in expected.items() if not torch.equal(found[name], p)}
     findings.require(
         not differences,
-        f"{len(differences)} of {len(expected)} weights differ after resuming, by up to {max(differences.values(), default=0.0):.2g} (rule: not a bit)",
+        f"{len(differences)} of {len(expected)} weights differ after resuming, by up to {max(differences.values(), default=0.0):.2g} (rule: not "
+        "a bit)",
         "save_lora and load_lora do not give back every weight; an adapter or network that keeps something between calls",
     )
     findings.note(f"{len(expected)} tensors are the same, bit for bit")
