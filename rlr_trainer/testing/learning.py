@@ -63,8 +63,9 @@ def _signs(like: Tensor, *numbers: int) -> Tensor:
 
 
 def _rewards(trainer: RLRTrainer, case: Case) -> Tensor:
-    prompts = [case.prompts[i % len(case.prompts)] for i in range(PICTURES)]
-    return redness(trainer.generate(prompts, seed=SEED), prompts, ())
+    rows = [i % len(case.prompts) for i in range(PICTURES)]
+    prompts, metadata = [case.prompts[i] for i in rows], [case.metadata[i] for i in rows]
+    return redness(trainer.generate(prompts, seed=SEED, metadata=metadata), prompts, ())
 
 
 def bf16(case: Case, findings: Findings) -> None:
@@ -75,9 +76,9 @@ def bf16(case: Case, findings: Findings) -> None:
             trainer = make_trainer(case, output, **noisy("rlr"), **options)
             params = trainer.parts.policy.trainable_parameters()
             warm_up(params)
-            pictures[name] = trainer.generate(list(case.prompts), seed=SEED)
+            pictures[name] = trainer.generate(case.prompts, seed=SEED, metadata=case.metadata)
             if name == "float32":
-                pictures["of another noise"] = trainer.generate(list(case.prompts), seed=SEED + 1)
+                pictures["of another noise"] = trainer.generate(case.prompts, seed=SEED + 1, metadata=case.metadata)
                 continue
             before = {key: p.detach().clone() for key, p in params.items()}
             trainer.train()
