@@ -8,15 +8,19 @@ import torch
 from families.tokenizers import T5_VOCAB_SIZE, t5_tokenizer
 
 WIDTH = 16  # of the text encoder
+NOISE = {
+    "beta_schedule": "linear",
+    "beta_end": 0.008,
+}  # less than released, whose first steps enlarge what an untrained network says
 
 
 def make_pipeline(scheduler: Any = None) -> Any:
     """A `PixArtSigmaPipeline` with the same random weights at every call.
 
     Args:
-        scheduler: DDIM by default. The released pipelines bring a multistep solver, which has no transition of one step.
+        scheduler: by default the multistep solver of the released pipelines, which the sampler "auto" replaces.
     """
-    from diffusers import AutoencoderKL, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
     from transformers import T5Config, T5EncoderModel
 
     t5_config = T5Config(d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=T5_VOCAB_SIZE)
@@ -37,14 +41,7 @@ def make_pipeline(scheduler: Any = None) -> Any:
             layer.weight.data *= 3
     pipeline = PixArtSigmaPipeline(
         transformer=transformer.eval(), vae=vae.eval(), text_encoder=text_encoder.eval(), tokenizer=t5_tokenizer(),
-        scheduler=scheduler or _ddim(),
+        scheduler=scheduler or DPMSolverMultistepScheduler(**NOISE),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _ddim() -> Any:
-    """All of its steps but the last add much noise; the likelihood of one that adds little is too steep for a few updates of ddpo."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(beta_schedule="linear", beta_end=0.008, clip_sample=False, timestep_spacing="trailing")
