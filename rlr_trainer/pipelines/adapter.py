@@ -78,7 +78,7 @@ class PipelineAdapter(abc.ABC):
         return [module for module in found if module is not None]
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The network that makes pictures of latents."""
         return self.pipeline.vae
 
@@ -229,7 +229,7 @@ class PipelineAdapter(abc.ABC):
 
         In the decoder's own precision, within autocast too.
         """
-        vae: Any = self.decoder
+        vae = self.decoder
         with torch.autocast(latents.device.type, enabled=False):
             images = vae.decode(self.unpack(latents, layout).to(vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
