@@ -157,7 +157,7 @@ class RolloutScoring:
 
     def add(self, latents: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], where: str) -> None:
         """Decodes final latents [B, ...] and begins to score them."""
-        with self._at_work():
+        with self.at_work():
             if self.failure is not None:
                 return
             if self.with_gradient:
@@ -172,13 +172,14 @@ class RolloutScoring:
 
     def finish(self) -> list[Scored]:
         """Waits for the rewards; one entry per batch, in their order. Nothing after a deferred failure."""
-        with self._at_work():
+        with self.at_work():
             if self.failure is None and self._images:
                 return [Scored(*pair) for pair in zip(self._images, self._calls.finish(), strict=True)]
         return [] if self.failure is not None else self._differentiated
 
     @contextlib.contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def at_work(self) -> Iterator[None]:
+        """Counts the seconds, and keeps a failure with `defer`."""
         started = time.perf_counter()
         try:
             yield

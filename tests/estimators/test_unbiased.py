@@ -134,8 +134,9 @@ def test_a_control_variate_scaled_by_earlier_batches():
     generator = torch.Generator().manual_seed(0)
     for step in range(T - 1):
         for _ in range(2):
-            c = torch.randn(64, generator=generator)
-            scale.update(step, (0.3 - step) * c, c)
+            values = torch.full((64, T), torch.nan)
+            values[:, step] = torch.randn(64, generator=generator)
+            scale.update((0.3 - step) * values[:, step], values)
     assert scale.scale(0) != 1 and scale.scale(2) < 0
     target = problem.target(chosen)
     assert_unbiased(estimate(problem.chain, problem.reward, chosen, 8, target, control_scale=scale), target)
