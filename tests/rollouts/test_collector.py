@@ -1,5 +1,7 @@
 """One rollout: who gets which prompt and noise, and what comes out."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_adapter import brightness, tiny_run
@@ -27,6 +29,21 @@ def test_the_size_of_the_batches_does_not_change_the_samples():
     assert of_halves.metrics["reward"] == pytest.approx(summary.metrics["reward"])
     other, _ = tiny_run(batch_size=4).collect(1)
     assert not torch.allclose(other[0].rollout.sample, whole.rollout.sample)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 2, "num_batches": 2}, {"prediction_size": 3}, {"offload": True}], ids=str)
+def test_the_control_variate_is_that_of_the_whole_rollout(options):
+    """However many samples are drawn, or predicted, at a time."""
+    plan = EstimatorPlan.from_preset("ddpo", 4, control_variate=True)
+    (whole,), _ = tiny_run(plan).collect()
+    size = options.pop("prediction_size", None)
+    run = tiny_run(plan, **options)
+    run.collector = dataclasses.replace(run.collector, options=dataclasses.replace(run.collector.options, prediction_size=size))
+    joined = ScoredBatch.concatenate(run.collect()[0])
+    assert whole.control.baseline.abs().min() > 0
+    torch.testing.assert_close(joined.control.baseline, whole.control.baseline, rtol=1e-4, atol=1e-8)
+    for step in range(4):
+        torch.testing.assert_close(joined.control.gradients[step], whole.control.gradients[step], rtol=1e-4, atol=1e-8)
 
 
 def test_groups_share_their_prompt_and_pairs_their_noise():
