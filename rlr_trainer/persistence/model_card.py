@@ -122,4 +122,4 @@ def _plain_text(value: Any) -> str:
 
 def _quoted(value: Any) -> str:
     """Any value as a string in Python's code."""
-    return json.dumps(str(value), ensure_ascii=False)
+    return json.dumps(str(value), ensure_ascii=not str(value).isprintable())
