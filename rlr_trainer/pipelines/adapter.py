@@ -247,8 +247,8 @@ class PipelineAdapter(abc.ABC):
         self.pipeline.load_lora_weights(str(source), weight_name=self.lora_file)
 
     def lora_snippet(self, source: str) -> str:
-        """Code that adds saved LoRA weights to `pipe`, for model cards."""
-        return f'pipe.load_lora_weights("{source}")'
+        """Code that adds saved LoRA weights to `pipe`, for model cards; `source` is the code of a string."""
+        return f"pipe.load_lora_weights({source})"
 
     def save_denoiser(self, directory: str | Path) -> None:
         """Writes the whole network, in float32, to its folder of the pipeline's layout."""
