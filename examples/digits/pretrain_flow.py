@@ -1,6 +1,6 @@
 """Train the bundled flow-matching digits model from nothing: VAE, two text encoders and an MMDiT, then measure them.
 
-    python examples/digits/pretrain_flow.py --output_dir runs/digits-flow      # about 40 minutes on one CPU core
+    python examples/digits/pretrain_flow.py --output_dir runs/digits-flow      # about half an hour on one CPU core
     python examples/digits/pretrain_flow.py --output_dir runs/quick --quick    # seconds: shows that it runs, learns nothing
 
 Needs, data and layout of the output are those of `pretrain.py`, from which this program imports what they share. The
@@ -125,7 +125,7 @@ def make_text_encoder(tokenizer) -> nn.Module:
 
 
 def make_transformer() -> nn.Module:
-    """Stable Diffusion 3's MMDiT on 4 x 4 patches, every block and the whole network zero at first (as DiT begins)."""
+    """Stable Diffusion 3's MMDiT on a grid of 4 x 4 patches, every block and the whole network zero at first (as DiT begins)."""
     from diffusers import SD3Transformer2DModel
 
     transformer = SD3Transformer2DModel(
