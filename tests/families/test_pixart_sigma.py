@@ -46,7 +46,7 @@ def test_peft_loads_the_lora_weights(trained, tmp_path):
 
 def test_the_code_of_the_model_card_loads_them(trained, tmp_path):
     pipeline = make_pipeline()
-    exec(trained.lora_snippet(str(tmp_path)), {"pipe": pipeline})
+    exec(trained.lora_snippet(repr(str(tmp_path))), {"pipe": pipeline})
     assert torch.equal(pictures(pipeline), pictures(trained.pipeline))
 
 
