@@ -1,10 +1,11 @@
-"""Fine-tune the bundled digits model with many plans, and judge each on more than its reward.
+"""Fine-tune a bundled digits model with many plans, and judge each on more than its reward.
 
     python benchmarks/digits_plans.py --output runs/plans.json --seeds 0 1 2            # all plans, more than an hour on one core
     python benchmarks/digits_plans.py --output runs/default.json --plans rlr --seeds 0 1 2 3 4
+    python benchmarks/digits_plans.py --output runs/flow.json --model digits-flow --seeds 0 1 2 3 4 --plans rlr "ddpo, noise in 3 steps"
 
-Every run is 40 updates of 32 samples, 10 DDIM steps, eta 1, no guidance, AdamW at 5e-3 unless the plan says otherwise; the prompt
-is "a handwritten digit", the reward a classifier's probability of a seven. Columns of the table, mean over the seeds:
+Every run is 40 updates of 32 samples, 10 steps (DDIM with eta 1; digits-flow: Flow-CPS 0.8), no guidance, AdamW at 5e-3 unless the plan
+says otherwise; the prompt is "a handwritten digit", the reward a classifier's probability of a seven. Columns of the table, mean over the seeds:
 
 - updates to 0.9: first of the evaluations after 5, 10, 15, ... updates whose mean reward is at least 0.9;
 - reward, judge, Frechet: on 256 samples with fixed seeds after the last update; judge is a classifier of another architecture that the
@@ -29,6 +30,8 @@ from rlr_trainer import RLRConfig, RLRTrainer, digits
 from rlr_trainer.cli.demo import EVALUATION_SAMPLES, EVALUATION_SEED, demo_config
 from rlr_trainer.digits.rewards import digit_reward
 
+# noise in the first 3 of 10 steps, an ODE after, whose share of the gradient is left out
+EARLY_NOISE = {"noise_steps": 3, "silent_estimator": "none"}
 PLANS: dict[str, dict[str, Any]] = {
     "rlr": {"estimator": "rlr"},
     "rlr, K=1": {"estimator": "rlr", "fo_steps": 1},
@@ -47,6 +50,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "full_bp": {"estimator": "full_bp"},
     "sqdf": {"estimator": "sqdf"},
     "ddpo": {"estimator": "ddpo"},
+    "ddpo, noise in 3 steps": {"estimator": "ddpo", **EARLY_NOISE},
+    "ddpo, noise in 3 steps, lr 1e-2": {"estimator": "ddpo", **EARLY_NOISE, "learning_rate": 1e-2},
     "es": {"estimator": "es"},
 }
 TARGET = 7
@@ -80,7 +85,7 @@ def evaluate(trainer: RLRTrainer) -> dict[str, float]:
         }
 
 
-def run(options: dict[str, Any], seed: int, updates: int) -> dict[str, Any]:
+def run(model: str, options: dict[str, Any], seed: int, updates: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         base = demo_config(estimator="rlr", max_steps=updates, output_dir=folder, seed=seed)
         own = base.rlr_options() | {"learning_rate": base.learning_rate, "lr_scheduler_type": base.lr_scheduler_type}
@@ -88,7 +93,8 @@ def run(options: dict[str, Any], seed: int, updates: int) -> dict[str, Any]:
         own |= {"output_dir": folder, "max_steps": updates, "seed": seed, "disable_tqdm": True, "logging_strategy": "no"}
         config = RLRConfig(**(own | options))
         curve = Curve(5)
-        trainer = RLRTrainer(config, digit_reward(TARGET), lambda: (digits.PROMPT, {}), digits.load_pipeline(), callbacks=[curve])
+        pipeline = digits.load_pipeline(model)
+        trainer = RLRTrainer(config, digit_reward(TARGET), lambda: (digits.PROMPT, {}), pipeline, callbacks=[curve])
         curve.trainer = trainer
         started = time.perf_counter()
         trainer.train()
@@ -115,6 +121,7 @@ def main() -> None:
     parser.add_argument(
         "--plans", nargs="*", default=list(PLANS), choices=list(PLANS), metavar="PLAN", help=f"of {', '.join(PLANS)}"
     )
+    parser.add_argument("--model", default="digits", choices=list(digits.MODELS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=40)
     options = parser.parse_args()
@@ -123,7 +130,7 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     work = [(name, seed) for name in options.plans for seed in options.seeds]
     for name, seed in tqdm(work):
-        results.setdefault(name, []).append(run(PLANS[name], seed, options.updates))
+        results.setdefault(name, []).append(run(options.model, PLANS[name], seed, options.updates))
         options.output.write_text(json.dumps(results, indent=1))
     print("| plan | updates to 0.9 | reward | judge (worst seed) | Frechet | diversity | s/update |\n|---|---|---|---|---|---|---|")
     for name, runs in results.items():

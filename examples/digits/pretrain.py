@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -234,8 +234,8 @@ def merge_word(word: str, merges: list[tuple[str, str]]) -> None:
         symbols = merged
 
 
-def write_tokenizer(directory: Path) -> None:
-    """A CLIP tokenizer written by hand, in files that transformers 4 (slow) and 5 (fast) read alike."""
+def write_tokenizer(directory: Path, length: int = TOKENS) -> None:
+    """A CLIP tokenizer for prompts of that many tokens, in files that transformers 4 (slow) and 5 (fast) read alike."""
     letters = bytes_to_letters()
     merges: list[tuple[str, str]] = []
     for word in VOCABULARY:
@@ -247,7 +247,7 @@ def write_tokenizer(directory: Path) -> None:
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (directory / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
-    settings = {**special, "model_max_length": TOKENS, "tokenizer_class": "CLIPTokenizer"}
+    settings = {**special, "model_max_length": length, "tokenizer_class": "CLIPTokenizer"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (directory / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
 
@@ -322,12 +322,20 @@ def make_scheduler():
 def train_vae(data: Data, settings: Settings) -> nn.Module:
     """The autoencoder, with latents of zero mean per channel and `scaling_factor` that gives them unit variance."""
     torch.manual_seed(settings.seed + 3)
-    generator = torch.Generator().manual_seed(settings.seed + 3)
     vae = make_vae()
+    fit_vae(vae, data, settings.vae_steps, settings.batch_size, settings.seed + 3)
+    vae.eval().requires_grad_(False)
+    standardize_latents(vae, 2 * data.train_images - 1)
+    return vae
+
+
+def fit_vae(vae: nn.Module, data: Data, steps: int, batch_size: int, seed: int) -> None:
+    """Train an autoencoder on lightly warped digits: absolute and squared error, and a little KL divergence."""
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = cosine_schedule(optimizer, settings.vae_steps)
-    for _ in tqdm(range(settings.vae_steps), desc="autoencoder"):
-        index = torch.randint(len(data.train_images), (settings.batch_size,), generator=generator)
+    schedule = cosine_schedule(optimizer, steps)
+    for _ in tqdm(range(steps), desc="autoencoder"):
+        index = torch.randint(len(data.train_images), (batch_size,), generator=generator)
         images = 2 * warp(data.train_images[index], degrees=5, shift=1, zoom=0.05, generator=generator) - 1
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
@@ -338,9 +346,6 @@ def train_vae(data: Data, settings: Settings) -> nn.Module:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    vae.eval().requires_grad_(False)
-    standardize_latents(vae, 2 * data.train_images - 1)
-    return vae
 
 
 @torch.no_grad()
@@ -449,14 +454,24 @@ def save_pipeline(directory: Path, vae: nn.Module, text_encoder: nn.Module, unet
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(directory)
-    # transformers 5 drops the prefix that transformers 4 needs, and reads both
-    prefix, state = "text_model.", text_encoder.state_dict()
-    state = {prefix + key.removeprefix(prefix): tensor for key, tensor in state.items() if "position_ids" not in key}
-    save_file(state, directory / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-    # the tokenizer's own save writes other files, which transformers 4 does not read
-    for path in (directory / "tokenizer").iterdir():
+    write_text_encoder(text_encoder, directory / "text_encoder")
+    rewrite_tokenizer(directory / "tokenizer")
+
+
+def write_text_encoder(text_encoder: nn.Module, directory: Path) -> None:
+    """Its weights under names that transformers 4 needs; transformers 5 drops their prefix, and reads both."""
+    prefix, state = "text_model.", {}
+    for key, tensor in text_encoder.state_dict().items():
+        if "position_ids" not in key:
+            state[key if key.startswith("text_projection") else prefix + key.removeprefix(prefix)] = tensor
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def rewrite_tokenizer(directory: Path, length: int = TOKENS) -> None:
+    """Our files in place of those of the tokenizer's own save, which transformers 4 does not read."""
+    for path in directory.iterdir():
         path.unlink()
-    write_tokenizer(directory / "tokenizer")
+    write_tokenizer(directory, length)
 
 
 # ------------------------------------------------------------------------------------------------------------- quality
@@ -518,27 +533,37 @@ def measure_classifiers(data: Data, directory: Path) -> dict:
     return quality
 
 
-@torch.no_grad()
 def measure_class_prompts(directory: Path, steps: int, guidance: float, count: int, seed: int) -> dict:
-    """Share of pictures from "a handwritten digit <name>" that a classifier reads as asked, and Frechet distances."""
+    """How well DDIM with eta = 1 draws "a handwritten digit <name>"."""
     labels = torch.arange(count) % 10
     images = sample(digits.load_pipeline(directory), [digits.class_prompt(int(d)) for d in labels], steps, guidance, seed)
-    quality: dict = {"steps": steps, "guidance": guidance, "eta": 1.0, "samples": count}
+    return {"steps": steps, "guidance": guidance, "eta": 1.0, "samples": count, **judge_named(images, labels, directory)}
+
+
+def measure_plain_prompt(directory: Path, count: int, seed: int) -> dict:
+    """What the plain prompt of the demo draws before any fine-tuning: 10 steps, eta 1, no guidance."""
+    images = sample(digits.load_pipeline(directory), [digits.PROMPT] * count, steps=10, guidance=1.0, seed=seed)
+    return {"steps": 10, "guidance": 1.0, "eta": 1.0, "samples": count, **judge_plain(images, directory)}
+
+
+@torch.no_grad()
+def judge_named(images: Tensor, labels: Tensor, directory: Path) -> dict:
+    """Share of pictures [N, 3, H, W] that a classifier reads as the class [N] asked for, and Frechet distances."""
+    quality: dict = {}
     for name in CLASSIFIERS:
         hits = (digits.load_classifier(name, directory)(images).argmax(-1) == labels).float()
         quality[name] = round(float(hits.mean()), 4)
         quality[f"{name}_per_class"] = [round(float(hits[labels == d].mean()), 3) for d in range(10)]
-    if count >= 200:
+    if len(images) >= 200:
         distances = [digits.frechet_distance(images[labels == d], d, directory) for d in range(10)]
         quality["frechet_per_class"] = [round(x, 2) for x in distances]
     return quality
 
 
 @torch.no_grad()
-def measure_plain_prompt(directory: Path, count: int, seed: int) -> dict:
-    """What the plain prompt of the demo draws before any fine-tuning: 10 steps, eta 1, no guidance."""
-    images = sample(digits.load_pipeline(directory), [digits.PROMPT] * count, steps=10, guidance=1.0, seed=seed)
-    quality: dict = {"steps": 10, "guidance": 1.0, "eta": 1.0, "samples": count}
+def judge_plain(images: Tensor, directory: Path) -> dict:
+    """Which classes the classifiers read in pictures [N, 3, H, W] of the plain prompt, and how far they are from sevens."""
+    quality: dict = {}
     for name in CLASSIFIERS:
         probabilities = digits.load_classifier(name, directory)(images).softmax(-1)
         counts = probabilities.argmax(-1).bincount(minlength=10)
@@ -547,7 +572,7 @@ def measure_plain_prompt(directory: Path, count: int, seed: int) -> dict:
             "mean_probability_of_seven": round(float(probabilities[:, TARGET_DIGIT].mean()), 4),
             "mean_confidence": round(float(probabilities.amax(-1).mean()), 4),
         }
-    if count >= 20:
+    if len(images) >= 20:
         quality["frechet_to_seven"] = round(digits.frechet_distance(images, TARGET_DIGIT, directory), 2)
     return quality
 
@@ -559,15 +584,15 @@ def measure_frechet_of_real(data: Data, directory: Path) -> list[float]:
 
 
 @torch.no_grad()
-def measure_vae(data: Data, directory: Path) -> dict:
+def measure_vae(data: Data, vae: nn.Module) -> dict:
     """Reconstruction error of the held-out digits, in pixel values 0..1, and the spread of their scaled latents."""
-    vae = digits.load_pipeline(directory).vae
     latents = vae.encode(2 * data.test_images - 1).latent_dist.mean
     decoded = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    scaled = (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
     return {
         "held_out_rmse": round(float((decoded - data.test_images).square().mean().sqrt()), 4),
-        "latent_mean": round(float((latents * vae.config.scaling_factor).mean()), 3),
-        "latent_std": round(float((latents * vae.config.scaling_factor).std()), 3),
+        "latent_mean": round(float(scaled.mean()), 3),
+        "latent_std": round(float(scaled.std()), 3),
     }
 
 
@@ -578,7 +603,7 @@ def measure(data: Data, directory: Path, settings: Settings) -> dict:
     progress = tqdm(modes, desc="quality")
     return {
         "classifiers": measure_classifiers(data, directory),
-        "vae": measure_vae(data, directory),
+        "vae": measure_vae(data, digits.load_pipeline(directory).vae),
         "frechet_of_held_out_digits": measure_frechet_of_real(data, directory),
         "class_prompts": [measure_class_prompts(directory, steps, scale, count, seed) for steps, scale in progress],
         "plain_prompt": measure_plain_prompt(directory, count, seed),
@@ -745,27 +770,27 @@ def train(data: Data, directory: Path, settings: Settings) -> dict[str, int]:
     return counts
 
 
-def parse_arguments() -> tuple[Path, Settings, str]:
-    """The output folder, the settings and the command that gives them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments(program: str, description: str, defaults, quick) -> tuple:
+    """The output folder, the settings (a dataclass like `defaults`) and the command that gives them."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder that receives the weights")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
-    for name, default in asdict(Settings()).items():
+    names = asdict(defaults)
+    for name, default in names.items():
         parser.add_argument(f"--{name}", type=int, default=None, help=f"default {default}")
     arguments = parser.parse_args()
-    names = asdict(Settings())
     chosen = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     for name, value in chosen.items():
         if value < (0 if name == "seed" else 1):
             parser.error(f"--{name} is {value}, but it must be positive; leave it out for its default.")
-    settings = Settings(**{**asdict(QUICK if arguments.quick else Settings()), **chosen})
+    settings = replace(quick if arguments.quick else defaults, **chosen)
     options = ["--quick"] * arguments.quick + [f"--{name} {value}" for name, value in chosen.items()]
-    command = " ".join(["python examples/digits/pretrain.py --output_dir OUTPUT_DIR", *options])
+    command = " ".join([f"python examples/digits/{program} --output_dir OUTPUT_DIR", *options])
     return arguments.output_dir, settings, command
 
 
 def main() -> None:
-    directory, settings, command = parse_arguments()
+    directory, settings, command = parse_arguments("pretrain.py", __doc__.splitlines()[0], Settings(), QUICK)
     start = time.perf_counter()
     torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)  # saturated classifiers give denormal gradients, which a CPU handles very slowly

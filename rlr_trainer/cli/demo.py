@@ -1,4 +1,4 @@
-"""`rlr-trainer demo`: fine-tunes the bundled model on a reward and judges the result."""
+"""`rlr-trainer demo`: fine-tunes a bundled model on a reward and judges the result."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def demo(options: argparse.Namespace) -> None:
     estimator = options.estimator or ("ddpo" if options.reward == "compressibility" else "rlr")
     common = {name: getattr(options, name) for name in ("output_dir", "overwrite", "max_steps", "seed")}
     config = demo_config(estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common)
-    trainer = RLRTrainer(config, reward, lambda: (digits.PROMPT, {}), digits.load_pipeline())
+    trainer = RLRTrainer(config, reward, lambda: (digits.PROMPT, {}), digits.load_pipeline(options.model))
     folder = free_folder(Path(options.output_dir), options.overwrite, trained_before=False, may_number=False)
     trainer.parts.collector.probe(trainer.parts.policy)  # in place of check_reward: a refusal should cost no pictures
     trainer.remove_callback(PrinterCallback if options.quiet else ProgressCallback)  # metrics.jsonl has what they print
@@ -66,6 +66,7 @@ def demo(options: argparse.Namespace) -> None:
     after = trainer.generate([digits.PROMPT] * EVALUATION_SAMPLES, seed=EVALUATION_SEED)
     trainer.save_pretrained(folder)
     summary: dict[str, Any] = {
+        "model": options.model,
         "reward": options.reward,
         "target": target,
         "estimator": estimator,

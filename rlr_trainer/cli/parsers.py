@@ -51,9 +51,10 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    short = "fine-tune the bundled digits model"
-    description = "Fine-tunes the bundled digits model on a reward, in about a minute, and judges the result."
+    short = "fine-tune a bundled digits model"
+    description = "Fine-tunes a bundled digits model on a reward, in about a minute, and judges the result."
     add = commands.add_parser("demo", help=short, description=description).add_argument
+    add("--model", default="digits", choices=("digits", "digits-flow"), help="Stable Diffusion 1 or, for flow, Stable Diffusion 3")
     add("--target", type=int, default=7, choices=range(10), help="digit that the digit reward asks for")
     add(
         "--reward",
@@ -77,7 +78,7 @@ def _add_sample(commands: Any) -> None:
     )
     sample = commands.add_parser("sample", help=short, description=description)
     add = sample.add_argument
-    add("--model", required=True, help="digits, a pipeline's folder, or a hub id")
+    add("--model", required=True, help="digits, digits-flow, a pipeline's folder, or a hub id")
     add("--lora", help="LoRA weights: a run's folder, one of its checkpoints, or a hub id")
     add("--prompts", required=True, nargs="+", help="prompts, or a file of them (.txt, .json, .jsonl, .csv, .parquet)")
     add("--num_images", type=int, default=1, help="pictures of each prompt")

@@ -53,7 +53,7 @@ class RunArguments:
         SettingsError: a key that a run needs is missing.
     """
 
-    model: str | None = _key("Folder or hub id of a diffusers pipeline; digits is the bundled one.")
+    model: str | None = _key("Folder or hub id of a diffusers pipeline; digits and digits-flow are the bundled ones.")
     reward: list[str] | None = _key("Name, URL of a reward server, or package.module:function; or several.")
     # of such a union TRL's parser takes the second type: a list and a mapping come from the file alone
     prompts: dict[str, str] | str | list[str] | None = _key(
@@ -178,8 +178,8 @@ def build_trainer(run: RunArguments, config: RLRConfig) -> RLRTrainer:
 
 
 def load_model(name: str | None) -> Any:
-    """The pipeline: "digits", or what the trainer loads itself (a path or a hub id)."""
-    return digits.load_pipeline() if name == "digits" else name
+    """The pipeline: a bundled one ("digits", "digits-flow"), or what the trainer loads itself (a path or a hub id)."""
+    return digits.load_pipeline(name) if name in digits.MODELS else name
 
 
 def load_reward(name: str) -> Callable[..., Any]:

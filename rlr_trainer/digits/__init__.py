@@ -1,12 +1,13 @@
-"""The bundled model: a small Stable Diffusion pipeline that writes digits, and two classifiers that read them.
+"""The bundled models: two small pipelines that write digits, and two classifiers that read them.
 
-Everything here was trained from nothing by `examples/digits/pretrain.py` on the 1,797 digit pictures that scikit-learn
-ships; `weights/README.md` is the model card with the measured quality. Nothing is downloaded.
+"digits" is a Stable Diffusion 1 pipeline, "digits-flow" its flow-matching twin, a Stable Diffusion 3 pipeline.
+Everything here was trained from nothing by the programs in `examples/digits` on the 1,797 digit pictures that
+scikit-learn ships; each folder of weights has a model card `README.md` with the measured quality. Nothing is downloaded.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,14 @@ from torch import Tensor
 from rlr_trainer.digits.classifiers import CLASSIFIERS, DigitClassifier
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-__all__ = ["DIGIT_NAMES", "PROMPT", "WEIGHTS", "class_prompt", "frechet_distance", "load_classifier", "load_pipeline"]
+__all__ = ["DIGIT_NAMES", "MODELS", "PROMPT", "WEIGHTS", "class_prompt", "frechet_distance", "load_classifier", "load_pipeline"]
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPT = "a handwritten digit"
 WEIGHTS = Path(__file__).parent / "weights"
+MODELS = {"digits": WEIGHTS, "digits-flow": Path(__file__).parent / "weights_flow"}
 
 
 def class_prompt(digit: int) -> str:
@@ -33,22 +35,32 @@ def class_prompt(digit: int) -> str:
     return f"{PROMPT} {DIGIT_NAMES[digit]}"
 
 
-def load_pipeline(directory: str | Path = WEIGHTS) -> "StableDiffusionPipeline":
-    """The bundled text-to-image pipeline: 32 x 32 pixels, float32, on the CPU, progress bar off, no safety checker.
+def load_pipeline(model: str | Path = "digits") -> "DiffusionPipeline":
+    """A bundled text-to-image pipeline: 32 x 32 pixels, float32, on the CPU, progress bar off, no safety checker.
 
     Args:
-        directory: Folder of weights as `pretrain.py` writes it.
+        model: A name of `MODELS`: "digits" is a `StableDiffusionPipeline`, "digits-flow" a `StableDiffusion3Pipeline`
+            without T5. Or a folder of weights as the programs in `examples/digits` write it.
 
     Raises:
+        ValueError: There is no such model and no such folder.
         RuntimeError: The weights are missing or damaged.
     """
+    directory = MODELS.get(str(model), Path(model))
+    if isinstance(model, str) and not directory.is_dir():
+        raise ValueError(f"model={model!r}: must be one of {', '.join(MODELS)}, or a folder of weights")
     with _weights_of(directory, "pipeline") as folder, _quiet():
-        from diffusers import StableDiffusionPipeline
+        from diffusers import DiffusionPipeline
 
+        # parts that the pipeline was saved without, such as a T5, are found only if they are named
+        absent = {name: None for name, part in DiffusionPipeline.load_config(folder).items() if part == [None, None]}
         # low_cpu_mem_usage=False fills float32 modules, whatever the precision of the files; the argument for the
         # precision is called torch_dtype in older versions and dtype in newer ones
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, **absent)
     pipeline.set_progress_bar_config(disable=True)
+    if absent.keys() >= {"text_encoder_3", "tokenizer_3"}:
+        # training and sampling encode prompts by this method; the zero rows that stand for T5 would be 8 of 9 of the tokens
+        pipeline.encode_prompt = partial(pipeline.encode_prompt, max_sequence_length=0)
     return pipeline
 
 
@@ -144,9 +156,10 @@ def _weights_of(directory: str | Path, name: str) -> Iterator[Path]:
     try:
         yield Path(directory) / name
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        program = "pretrain_flow.py" if Path(directory) == MODELS["digits-flow"] else "pretrain.py"
         raise RuntimeError(
             f"the digits weights {Path(directory) / name} are missing or damaged ({error}); reinstall rlr_trainer, or make them "
-            f"anew: `python examples/digits/pretrain.py --output_dir {directory}`"
+            f"anew: `python examples/digits/{program} --output_dir {directory}`"
         ) from error
 
 

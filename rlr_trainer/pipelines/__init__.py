@@ -78,7 +78,11 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
             "on their base, pipe.load_lora_weights(folder) or what their model card says, then pass pipe"
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(source), **options)
+        absent: dict[str, Any] = {}
+        if folder.is_dir():
+            # a part that the pipeline was saved without, such as Stable Diffusion 3's T5, must be named, or diffusers misses it
+            absent = {name: None for name, part in DiffusionPipeline.load_config(str(source)).items() if part == [None, None]}
+        pipeline = DiffusionPipeline.from_pretrained(str(source), **(absent | options))
     except Exception as error:  # diffusers, safetensors and the hub client raise kinds of their own
         raise ValueError(
             f"sd_pipeline={str(source)!r}: cannot be loaded ({type(error).__name__}: {error}). Pass a folder that "

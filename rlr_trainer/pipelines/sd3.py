@@ -15,7 +15,8 @@ class StableDiffusion3Adapter(PipelineAdapter):
     """Adapter of `diffusers.StableDiffusion3Pipeline`, with or without its T5 encoder.
 
     Attributes:
-        max_sequence_length: tokens of a prompt for T5 (zeros without one), as the argument of the pipeline's call.
+        max_sequence_length: tokens of a prompt for T5 (zeros without one), as the argument of the pipeline's call; None is what
+            the pipeline's `encode_prompt` takes by default, 256.
 
     Raises:
         ValueError: a transformer that takes more than noisy latents (inpainting), or a pipeline without its CLIP encoders.
@@ -26,7 +27,7 @@ class StableDiffusion3Adapter(PipelineAdapter):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    max_sequence_length = 256
+    max_sequence_length: int | None = None
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -74,15 +75,10 @@ class StableDiffusion3Adapter(PipelineAdapter):
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """States of all encoders [N, tokens, width] (T5's are zeros without one), and the pooled ones of both CLIP encoders [N, width]."""
-        device = self.pipeline.text_encoder.device
-        states, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts),
-            None,
-            None,
-            device=device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
+        options: dict[str, Any] = {"device": self.pipeline.text_encoder.device, "do_classifier_free_guidance": False}
+        if self.max_sequence_length is not None:
+            options["max_sequence_length"] = self.max_sequence_length
+        states, _, pooled, _ = self.pipeline.encode_prompt(list(prompts), None, None, **options)
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
     def call(self, network: Callable[..., Tensor], x: Tensor, time: Tensor, rows: Rows, batch: Mapping[str, Any]) -> Tensor:

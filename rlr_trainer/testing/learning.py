@@ -82,7 +82,10 @@ def raises_reward(estimator: str) -> Callable[[Case, Findings], None]:
     def check(case: Case, findings: Findings) -> None:
         case = dataclasses.replace(case, prompts=case.prompts[:1], metadata=case.metadata[:1])
         with folder() as output:
-            trainer = make_trainer(case, output, **noisy(estimator), **training.options)
+            options = dict(training.options)
+            if "sample_num_steps" in options:
+                options["sample_num_steps"] = min(options["sample_num_steps"], case.num_steps)
+            trainer = make_trainer(case, output, **noisy(estimator), **options)
             updates = _Updates(trainer.parts.policy.trainable_parameters())
             trainer.add_callback(updates)
             before = _rewards(trainer, case)
@@ -114,7 +117,7 @@ def _signs(shape: Sequence[int], *numbers: int) -> Tensor:
 
 def _rewards(trainer: RLRTrainer, case: Case) -> Tensor:
     prompts = list(case.prompts) * PICTURES
-    return greenness(trainer.generate(prompts, seed=SEED), prompts, ())
+    return greenness(trainer.generate(prompts, seed=SEED, metadata=list(case.metadata) * PICTURES), prompts, ())
 
 
 def bf16(case: Case, findings: Findings) -> None:
@@ -125,9 +128,9 @@ def bf16(case: Case, findings: Findings) -> None:
             trainer = make_trainer(case, output, **noisy("rlr"), **options)
             params = trainer.parts.policy.trainable_parameters()
             warm_up(params)
-            pictures[name] = trainer.generate(list(case.prompts), seed=SEED)
+            pictures[name] = trainer.generate(case.prompts, seed=SEED, metadata=case.metadata)
             if name == "float32":
-                pictures["of another noise"] = trainer.generate(list(case.prompts), seed=SEED + 1)
+                pictures["of another noise"] = trainer.generate(case.prompts, seed=SEED + 1, metadata=case.metadata)
                 continue
             before = {key: p.detach().clone() for key, p in params.items()}
             trainer.train()

@@ -62,7 +62,12 @@ def make_trainer(case: Case, output: Path, reward: Callable[..., Tensor] = green
         "num_log_images": 0,
     }
     rows = list(zip(case.prompts, case.metadata, strict=True))
-    trainer = RLRTrainer(RLRConfig(**(settings | options)), reward, lambda: random.choice(rows), case.make_adapter(case.pipeline()))
+    trainer = RLRTrainer(
+        RLRConfig(**(settings | dict(case.options) | options)),
+        reward,
+        lambda: random.choice(rows),
+        case.make_adapter(case.pipeline()),
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

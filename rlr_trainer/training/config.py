@@ -171,7 +171,8 @@ class RLRConfig(TrainingArguments):
     )
     noise_steps: list[int] | str | int | tuple[int, int] | None = _option(
         None,
-        "Steps that add noise: n for the first n, or [first, last]; the others are deterministic. Default: all; rlr_black_box: the first three of ten.",
+        "Steps that add noise: n for the first n, or [first, last]; the others are deterministic. Default: all; rlr_black_box: the first "
+        "three of ten.",
     )
     sample_guidance_scale: float = _option(
         5.0, "Guidance weight: of classifier-free guidance, off at 1 or less, or the one that the network takes as an input."

@@ -12,7 +12,7 @@ import pytest
 from programs import environment
 
 import rlr_trainer
-from rlr_trainer import RLRConfig
+from rlr_trainer import RLRConfig, digits
 from rlr_trainer.cli import demo, main
 
 RUN = """
@@ -226,9 +226,11 @@ def test_sample_says_what_cannot_be(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_demo_writes_its_files(capsys):
-    assert main(["demo", "--reward", "ink", "--max_steps", "1", "--output_dir", "out", "--quiet"]) == 0
+@pytest.mark.parametrize("model", digits.MODELS)
+def test_demo_writes_its_files(capsys, model):
+    assert main(["demo", "--model", model, "--reward", "ink", "--max_steps", "1", "--output_dir", "out", "--quiet"]) == 0
     summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["model"] == model
     keys = {"reward_before", "reward_after", "judge_before", "judge_after", "frechet_before", "frechet_after", "seconds",
             "reward_queries", "peak_memory_mb"}  # fmt: skip
     assert keys <= summary.keys()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlr_trainer.cli.settings import RunArguments, SettingsError, load_prompts, load_reward, parse_run
+from rlr_trainer.cli.settings import RunArguments, SettingsError, load_model, load_prompts, load_reward, parse_run
 from rlr_trainer.rewards import RemoteReward
 
 RUN = "model: digits\nreward: ink\nprompts: a handwritten digit\nuse_cpu: true\nsample_num_steps: 3\n"
@@ -156,3 +156,9 @@ def test_a_url_is_a_reward():
     reward = load_reward("http://127.0.0.1:8123")
     assert isinstance(reward, RemoteReward)
     assert "http://127.0.0.1:8123" in repr(reward)
+
+
+def test_bundled_models_go_by_name():
+    assert type(load_model("digits")).__name__ == "StableDiffusionPipeline"
+    assert type(load_model("digits-flow")).__name__ == "StableDiffusion3Pipeline"
+    assert load_model("some/folder") == "some/folder"  # the trainer loads it

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlr_trainer import digits
 from rlr_trainer.pipelines import adapt, load_pipeline
 
 
@@ -19,6 +20,12 @@ def test_a_pipeline_without_an_adapter():
 
     with pytest.raises(TypeError, match=r"OtherPipeline, which has no adapter; supported are .*StableDiffusionPipeline"):
         adapt(OtherPipeline())
+
+
+def test_a_part_that_the_pipeline_was_saved_without_is_not_missed():
+    loaded = load_pipeline(digits.MODELS["digits-flow"] / "pipeline")
+    assert loaded.text_encoder_3 is None
+    assert loaded.transformer is not None
 
 
 def test_a_folder_that_is_missing_or_damaged(pipeline, tmp_path):

@@ -6,7 +6,7 @@ from tiny_adapter import SHAPE, TinyAdapter
 from torch import nn
 
 from rlr_trainer.digits.rewards import ink
-from rlr_trainer.pipelines import Conditioning, PromptCache
+from rlr_trainer.pipelines import Conditioning, PromptCache, adapt
 from rlr_trainer.pipelines.lora import attach_lora
 from rlr_trainer.rollouts.prompts import PromptRow
 from rlr_trainer.rollouts.sampler import Sampler
@@ -112,12 +112,11 @@ def test_what_a_pipeline_is_conditioned_on_comes_from_the_metadata():
             sampler.condition([PromptRow("p", metadata)])
 
 
-def test_guidance_cannot_be_rescaled_where_the_pipeline_does_not(make_trainer, monkeypatch):
-    from rlr_trainer.pipelines import StableDiffusionAdapter
-
-    monkeypatch.setattr(StableDiffusionAdapter, "rescales_guidance", False)
+def test_guidance_cannot_be_rescaled_where_the_pipeline_does_not(make_trainer, pipeline):
+    adapter = adapt(pipeline)
+    adapter.rescales_guidance = False
     with pytest.raises(ValueError, match=r"sample_guidance_rescale=0.5: StableDiffusionPipeline has no such argument"):
-        make_trainer(reward_function=ink, sample_guidance_rescale=0.5)
+        make_trainer(reward_function=ink, sd_pipeline=adapter, sample_guidance_rescale=0.5)
 
 
 @pytest.mark.parametrize("targets", [["to_q", "to_typo"], ["q"], ["to_out"]])
