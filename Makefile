@@ -13,7 +13,8 @@ STAMP := $(VENV)/.installed
 STAMP_OLD := $(VENV_OLD)/.installed
 
 # What does not depend on versions runs at the newest end alone, and so do the slow tests.
-OLD_TESTS := tests/parity tests/training tests/persistence tests/pipelines tests/observing tests/cli
+OLD_TESTS := tests/parity tests/training tests/persistence tests/pipelines tests/observing tests/cli \
+    tests/families/test_sdxl.py tests/families/test_stable_diffusion.py
 
 .PHONY: install demo test test-all test-old lint clean
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import state as accelerate_state
 from accelerate.utils import DistributedType
+from families.tiny import sd3, sdxl
 from transformers import TrainerCallback
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits
@@ -141,13 +142,13 @@ def train(folder, job, pipeline):
 def main():
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    pipeline = digits.load_pipeline()
+    pipelines = {None: digits.load_pipeline(), "sdxl": sdxl.make_pipeline(), "sd3": sd3.make_pipeline()}
     for job in json.loads((folder / "jobs.json").read_text()):
         place = folder / job["name"]
         place.mkdir(exist_ok=True)
         try:
             with as_if_sharded(job.get("fsdp")):
-                result = train(place, job, copy.deepcopy(pipeline))
+                result = train(place, job, copy.deepcopy(pipelines[job.get("pipeline")]))
         except ValueError as error:  # refused, by every process alike
             result = {"refused": f"{type(error).__name__}: {error}"}
         except Exception:

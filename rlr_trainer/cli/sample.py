@@ -10,7 +10,7 @@ from typing import Any
 from rlr_trainer.cli.settings import load_model, load_prompts, load_reward
 from rlr_trainer.digits.rewards import ink
 from rlr_trainer.observing.pictures import captions, picture_grid, write_pictures
-from rlr_trainer.pipelines import LORA_FILE, load_pipeline
+from rlr_trainer.pipelines import adapt, load_pipeline
 from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.trainer import RLRTrainer
@@ -45,10 +45,11 @@ def sample(options: argparse.Namespace) -> None:
     trainer = _trainer(options)
     prompts = [row.prompt for row in rows]
     negatives: Any = [row.negative_prompt for row in rows]
-    images = trainer.generate([row.scale_prompts or row.prompt for row in rows], negatives, seed=options.seed)
+    metadata = tuple(row.metadata for row in rows)
+    texts = [row.scale_prompts or row.prompt for row in rows]
+    images = trainer.generate(texts, negatives, seed=options.seed, metadata=metadata)
     result = None
     if options.reward is not None:
-        metadata = tuple(row.metadata for row in rows)
         result = trainer.parts.evaluator.scorer.rate(images, tuple(prompts), metadata, "rlr-trainer sample")
     for path in old:
         path.unlink()
@@ -94,10 +95,11 @@ def _load_model(model: str, lora: str | None) -> Any:
     pipeline = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
     if lora is None:
         return pipeline
+    adapter = adapt(pipeline)
     try:
-        pipeline.load_lora_weights(lora, weight_name=LORA_FILE)
+        adapter.add_lora(lora)
     except Exception as error:  # diffusers, safetensors, peft and the hub client raise kinds of their own
-        rule = f"must be a folder with {LORA_FILE}, as a run or a checkpoint writes it, or a hub id; a whole pipeline is a --model"
+        rule = f"must be a folder with {adapter.lora_file}, as a run or a checkpoint writes it, or a hub id; a whole pipeline is a --model"
         cause = f"{type(error).__name__}: {error}"
         raise ValueError(f"--lora {lora}: cannot be loaded on --model {model}; {rule} ({cause})") from error
     return pipeline

@@ -57,6 +57,6 @@ class NonDifferentiableRewardError(TypeError):
 NON_DIFFERENTIABLE = (
     "the plan has first-order steps (or predictions, or a control variate) but the reward returned values without a graph: "
     "it is a black box, or it detaches its input (.detach(), .item(), numpy, PIL, torch.no_grad). Make the reward "
-    "differentiable in its images, or choose a plan that needs no reward gradient: estimator='ddpo', or fo_steps=0 with "
+    "differentiable in its images, or choose a plan that needs no reward gradient: estimator='rlr_black_box', or fo_steps=0 with "
     "rest_estimator='lr'"
 )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlr_trainer.estimators.plan_draw import PlanDraw, inverse_inclusion_weights
+from rlr_trainer.estimators.plan_draw import PlanDraw, inverse_inclusion_weights, with_segments
 
 REST_ESTIMATORS = {"lr": "likelihood ratio", "zo": "zeroth order", "prediction": "one-step prediction", "none": "no estimate"}
 NAMED_STARTS = ("uniform", "grad_norm")
@@ -49,7 +49,8 @@ class EstimatorPlan:
         zo_scale: s, standard deviation of the parameter perturbations.
         zo_num_perturbations: distinct perturbations per batch; each is shared by an equal share of the samples.
         zo_antithetic: use every perturbation with both signs.
-        silent_estimator: of likelihood-ratio terms on steps without noise: None refuses them, "none" leaves their share out (biased).
+        silent_estimator: of likelihood-ratio terms on steps without noise: None refuses them, "none" leaves their share out (biased), "ho"
+            covers them by half-order segments: pathwise back from the next step with noise, or from the first-order tail (unbiased).
         silent_steps: the steps without noise, which `on_noise` fills in.
     """
 
@@ -141,6 +142,7 @@ class EstimatorPlan:
         scored = {start + self.ho_length - 1 for start in starts}
         if self.rest_estimator == "lr":
             inside = range(starts[-1], starts[0] + self.ho_length) if starts else ()  # every sub-chain: never of the rest
+            inside = () if scored & set(self.silent_steps) else inside  # but where it ends in silence its other steps are
             scored |= {step for step in range(self.num_steps - self.fo_range[0]) if step not in inside}
         return sorted(scored - set(self.silent_steps))
 
@@ -150,15 +152,20 @@ class EstimatorPlan:
         Raises:
             PlanError: it would divide by one that is 0; names the step and the way out.
         """
-        silent = tuple(step for step in range(self.num_steps) if stds[step] == 0) if self.silent_estimator == "none" else ()
+        silent = tuple(step for step in range(self.num_steps) if stds[step] == 0) if self.silent_estimator else ()
         plan = dataclasses.replace(self, silent_steps=silent)
+        if self.silent_estimator == "ho" and self.fo_range[0] == 0 and self.num_steps - 1 in silent:
+            raise PlanError(
+                f"silent_estimator='ho': the last step, {self.num_steps - 1}, adds no noise, so no likelihood ratio after it covers it. Set "
+                "fo_steps to 1 or more, choose a sampler or noise_steps with noise there, or silent_estimator='none'"
+            )
         scored = plan.scored_steps()
         for step in scored:
             if not stds[step] > 0:
                 raise PlanError(
                     f"step {step} of {self.num_steps} adds no noise (std = {stds[step]}), so it has no likelihood ratio. Set sample_eta "
-                    f"above 0 if it is 0, cover the step by first order (fo_steps >= {self.num_steps - step}), or leave its share out "
-                    "(silent_estimator='none')"
+                    f"above 0 if it is 0, cover the step by first order (fo_steps >= {self.num_steps - step}) or by half-order segments "
+                    "(silent_estimator='ho'), or leave its share out (silent_estimator='none')"
                 )
         estimates_other = self.fo_range[1] or self.uses_zeroth_order or self.rest_estimator == "prediction"
         if self.scored_steps() and not scored and not estimates_other:
@@ -181,7 +188,8 @@ class EstimatorPlan:
         if self.uses_control_variate:
             parts.append("with a control variate")
         if self._left_out:
-            parts.append(f"steps {_listed(self._left_out)} without noise left out")
+            done = "left out" if self.silent_estimator == "none" else "covered by half-order segments"
+            parts.append(f"steps {_listed(self._left_out)} without noise {done}")
         return ", ".join(parts)
 
     def biases(self) -> list[str]:
@@ -194,13 +202,13 @@ class EstimatorPlan:
         }
         found = [reason for name, reason in reasons.items() if name == rest]
         used = {"fo_weight": self.fo_range[1], "ho_weight": self.ho_length, "rest_weight": rest not in (None, "none")}
-        if self._left_out:
+        if self.silent_estimator == "none" and self._left_out:
             found.append(f"silent_estimator='none' leaves the share of steps {_listed(self._left_out)}, which add no noise, out")
         return found + [f"{name}={getattr(self, name):g} is not 1" for name in used if used[name] and getattr(self, name) != 1]
 
     @property
     def _left_out(self) -> list[int]:
-        """Steps whose likelihood-ratio term is left out, because they add no noise."""
+        """Steps that get no likelihood-ratio term, because they add no noise."""
         every = dataclasses.replace(self, silent_steps=()).scored_steps()
         return [step for step in every if step in self.silent_steps]
 
@@ -241,9 +249,9 @@ class EstimatorPlan:
             start = torch.multinomial(probabilities, rows, replacement=True, generator=generator)[:, None]
         end = start + self.ho_length - 1
         sub_chain = (steps >= start) & (steps <= end) & (start >= 0)
-        rest = ~first_order & ~sub_chain
         is_silent = torch.isin(steps, torch.tensor(self.silent_steps, dtype=torch.long))
-        sub_chain &= ~is_silent[end.clamp_min(0)]  # nothing is scored at its end, so nothing flows back through it
+        sub_chain &= ~is_silent[end.clamp_min(0)]  # nothing can be scored at its end: its steps are of the rest
+        rest = ~first_order & ~sub_chain
         zeros = torch.zeros(rows, self.num_steps)
         score = torch.where(sub_chain & (steps == end), self.ho_weight, zeros)
         prediction = zeros
@@ -255,8 +263,11 @@ class EstimatorPlan:
                 score = score + weights
             else:
                 prediction = weights
+        pathwise = first_order | (sub_chain & (steps < end) & (self.ho_weight != 0))
+        if self.silent_estimator == "ho":
+            pathwise = with_segments(pathwise, score, self.silent_steps)
         return PlanDraw(
-            pathwise=first_order | (sub_chain & (steps < end) & (self.ho_weight != 0)),
+            pathwise=pathwise,
             score=score,
             prediction=prediction,
             zeroth=rest if self.rest_estimator == "zo" else torch.zeros_like(rest),
@@ -272,6 +283,7 @@ PLAN_OPTIONS = tuple(f.name for f in dataclasses.fields(EstimatorPlan) if f.name
 # likelihood ratio is noisiest (docs/estimators.md has the measurement).
 PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
     "rlr": lambda t: {"fo_steps": max(1, math.ceil(0.3 * t)), "ho_length": 1, "rest_estimator": "lr"},
+    "rlr_black_box": lambda t: {"rest_estimator": "lr", "silent_estimator": "none"},
     "rlr_paper": lambda t: {"fo_steps": 1, "ho_length": 2, "rest_estimator": "zo"},
     "ddpo": lambda t: {"rest_estimator": "lr"},
     "draft": lambda t: {"fo_steps": 1},
@@ -280,6 +292,10 @@ PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
     "sqdf": lambda t: {"rest_estimator": "prediction"},
     "es": lambda t: {"rest_estimator": "zo"},
 }
+
+# Presets that put the noise of a pipeline's sampler in the first steps alone, and how many these are. The last, low-noise steps make the
+# likelihood ratio slow (docs/estimators.md).
+NOISE_WINDOWS: dict[str, Callable[[int], int]] = {"rlr_black_box": lambda t: max(1, math.ceil(0.3 * t))}
 
 
 def _listed(steps: Sequence[int]) -> str:
@@ -319,7 +335,14 @@ def _rules(plan: EstimatorPlan) -> Iterator[tuple[str, bool, str]]:
         yield name, math.isfinite(getattr(plan, name)), "must be a finite number (1 is the gradient)"
     yield "zo_scale", 0 < plan.zo_scale < math.inf, "the perturbation scale must be a positive number, for instance 0.01"
     silent = plan.silent_estimator
-    yield "silent_estimator", silent in (None, "none"), "must be 'none' (leave steps without noise out), or unset (refuse them)"
+    rule = "must be 'none' (leave steps without noise out), 'ho' (half-order segments), or unset (refuse them)"
+    yield "silent_estimator", silent in (None, "none", "ho"), rule
+    covers = silent != "ho" or plan.rest_estimator == "lr"
+    yield (
+        "silent_estimator",
+        covers,
+        f"segments end at likelihood-ratio steps, but rest_estimator={plan.rest_estimator!r}; use 'lr'",
+    )
     number = plan.zo_num_perturbations
     yield "zo_num_perturbations", _is_whole(number) and number >= 1, "must be a whole number, at least 1 per batch"
 

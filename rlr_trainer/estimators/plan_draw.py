@@ -55,6 +55,19 @@ class PlanDraw:
         return PlanDraw(*(torch.cat([getattr(draw, name) for draw in draws]) for name in names))
 
 
+def with_segments(pathwise: Tensor, score: Tensor, silent_steps: Sequence[int]) -> Tensor:
+    """Half-order segments: a step without noise passes on the adjoint of the step after it, if that has one. Bool [R, T].
+
+    So every sub-chain ends at a step with noise, which is scored, and reaches back over the steps without noise before it; those before
+    the first-order tail lengthen the tail. Each step is covered once, as in eq. 6 of arXiv:2502.00639 with the segments laid by the
+    sampler's noise.
+    """
+    pathwise = pathwise.clone()
+    for step in sorted(set(silent_steps) - {pathwise.shape[1] - 1}, reverse=True):
+        pathwise[:, step] |= pathwise[:, step + 1] | (score[:, step + 1] != 0)
+    return pathwise
+
+
 def inverse_inclusion_weights(
     eligible: Tensor, count: int | None, step_weights: Sequence[float] | None, generator: torch.Generator | None
 ) -> Tensor:

@@ -59,7 +59,7 @@ def write_model_card(
     use = _USE.format(
         pipeline=type(trainer.adapter.pipeline).__name__,
         source=(base or "the base pipeline") if trainer.use_lora else repository,
-        load=f'\npipe.load_lora_weights("{repository}")' if trainer.use_lora else "",
+        load="\n" + trainer.adapter.lora_snippet(repository) if trainer.use_lora else "",
         steps=args.sample_num_steps,
         imports="DDIMScheduler, " if is_ddim else "",
         scheduler=_DDIM if is_ddim else "",

@@ -28,7 +28,7 @@ class Weights:
         return whole_weights(self.adapter.denoiser)
 
     def save_result(self, folder: Path) -> None:
-        """Writes what to use: LoRA weights for `load_lora_weights`, or the whole pipeline; averaged if there is an average."""
+        """Writes what to use: LoRA weights for the pipeline's own loader, or the whole pipeline; averaged if there is an average."""
         with self.averaged():
             if self.use_lora:
                 self.adapter.save_lora(folder)

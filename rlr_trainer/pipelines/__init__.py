@@ -13,9 +13,14 @@ from rlr_trainer.pipelines.flux import FluxAdapter
 from rlr_trainer.pipelines.flux2 import Flux2Adapter, Flux2KleinAdapter
 from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
+from rlr_trainer.pipelines.peft_format import PEFT_FILE
+from rlr_trainer.pipelines.pixart_sigma import PixArtSigmaAdapter
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
 from rlr_trainer.pipelines.qwen_image import QwenImageAdapter
+from rlr_trainer.pipelines.sana import SanaAdapter
+from rlr_trainer.pipelines.sana_sprint import SanaSprintAdapter
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
+from rlr_trainer.pipelines.sdxl import StableDiffusionXLAdapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
 from rlr_trainer.pipelines.z_image import ZImageAdapter
 
@@ -23,14 +28,19 @@ logger = logging.getLogger(__name__)
 
 # Pipeline class name -> adapter. Names, so that no pipeline class has to be imported to look one up.
 ADAPTERS: dict[str, type[PipelineAdapter]] = {
-    "Flux2KleinPipeline": Flux2KleinAdapter,
-    "Flux2Pipeline": Flux2Adapter,
+    "StableDiffusionPipeline": StableDiffusionAdapter,
+    "LatentConsistencyModelPipeline": StableDiffusionAdapter,
+    "StableDiffusionXLPipeline": StableDiffusionXLAdapter,
+    "StableDiffusion3Pipeline": StableDiffusion3Adapter,
     "FluxPipeline": FluxAdapter,
     "FluxKontextPipeline": FluxKontextAdapter,
+    "Flux2Pipeline": Flux2Adapter,
+    "Flux2KleinPipeline": Flux2KleinAdapter,
     "QwenImagePipeline": QwenImageAdapter,
-    "StableDiffusionPipeline": StableDiffusionAdapter,
-    "StableDiffusion3Pipeline": StableDiffusion3Adapter,
     "ZImagePipeline": ZImageAdapter,
+    "PixArtSigmaPipeline": PixArtSigmaAdapter,
+    "SanaPipeline": SanaAdapter,
+    "SanaSprintPipeline": SanaSprintAdapter,
 }
 
 
@@ -45,7 +55,7 @@ def adapt(pipeline: Any) -> PipelineAdapter:
             return ADAPTERS[cls.__name__](inner)
     raise TypeError(
         f"sd_pipeline is a {type(inner).__name__}, which has no adapter; supported are {', '.join(ADAPTERS)}. Write a "
-        "PipelineAdapter (CONTRIBUTING.md, 'Add a pipeline') and pass it in its place"
+        "PipelineAdapter (docs/add-a-family.md), check it with rlr_trainer.testing.check_adapter, and pass it in place of the pipeline"
     )
 
 
@@ -65,7 +75,7 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ValueError(
             f"sd_pipeline={str(source)!r}: the folder has no model_index.json, so it is not a diffusers pipeline. Load LoRA weights alone "
-            "on their base, pipe.load_lora_weights(folder), then pass pipe"
+            "on their base, pipe.load_lora_weights(folder) or what their model card says, then pass pipe"
         )
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(source), **options)
@@ -76,13 +86,15 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
         ) from error
     if (folder / LORA_FILE).is_file():
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
-        logger.info("continuing the LoRA weights found in %s", folder)
+    elif (folder / PEFT_FILE).is_file():
+        adapt(pipeline).add_lora(folder)
+    else:
+        return pipeline
+    logger.info("continuing the LoRA weights found in %s", folder)
     return pipeline
 
 
 __all__ = [
-    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "Flux2Adapter", "Flux2KleinAdapter", "FluxAdapter",
-    "FluxKontextAdapter", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache", "QwenImageAdapter",
-    "ScaledConditioning", "StableDiffusion3Adapter", "StableDiffusionAdapter", "ZImageAdapter", "adapt", "attach_lora",
-    "cast_frozen", "load_pipeline",
+    "ADAPTERS", "LORA_FILE", "AnyConditioning", "Conditioning", "Layout", "PipelineAdapter", "PipelineChain", "Policy", "PromptCache",
+    "ScaledConditioning", "StableDiffusionAdapter", "adapt", "attach_lora", "cast_frozen", "load_pipeline",
 ]  # fmt: skip

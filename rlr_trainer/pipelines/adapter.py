@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
-from rlr_trainer.pipelines.lora import load_lora_weights, save_lora_weights
+from rlr_trainer.pipelines.lora import LORA_FILE, load_lora_weights, save_lora_weights
 from rlr_trainer.schedules import SamplerOptions, Schedule, make_schedule
 
 
@@ -41,6 +41,7 @@ class PipelineAdapter(abc.ABC):
     Attributes:
         pipeline: the pipeline.
         lora_targets: names of the modules that get LoRA weights by default.
+        lora_file: name of the file that `save_lora` writes the weights to.
         denoiser_folder: the pipeline's name of the trained network, and its folder in the layout on disk.
         text_encoders: the pipeline's names of its text encoders; those that it lacks are left out.
         guidance_argument: argument of the pipeline's `__call__` that `sample_guidance_scale` stands for.
@@ -52,6 +53,7 @@ class PipelineAdapter(abc.ABC):
     """
 
     lora_targets: tuple[str, ...]
+    lora_file = LORA_FILE
     denoiser_folder = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     guidance_argument = "guidance_scale"
@@ -239,6 +241,14 @@ class PipelineAdapter(abc.ABC):
     def load_lora(self, directory: str | Path) -> None:
         """Reads them back into the adapter that is being trained."""
         load_lora_weights(self.denoiser, directory, prefix=self.denoiser_folder)
+
+    def add_lora(self, source: str | Path) -> None:
+        """Adds saved LoRA weights (a folder, or a hub id) to a pipeline that has none."""
+        self.pipeline.load_lora_weights(str(source), weight_name=self.lora_file)
+
+    def lora_snippet(self, source: str) -> str:
+        """Code that adds saved LoRA weights to `pipe`, for model cards."""
+        return f'pipe.load_lora_weights("{source}")'
 
     def save_denoiser(self, directory: str | Path) -> None:
         """Writes the whole network, in float32, to its folder of the pipeline's layout."""

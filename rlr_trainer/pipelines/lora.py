@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlr_trainer.estimators.chain import mix_seed
 
@@ -97,7 +98,6 @@ def save_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, l
 def load_lora_weights(module: Any, directory: str | Path, prefix: str) -> None:
     """Reads them back into the trained adapter; ValueError if the file is missing, damaged or of other targets or another rank."""
     from diffusers.utils import convert_unet_state_dict_to_peft
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -109,6 +109,13 @@ def load_lora_weights(module: Any, directory: str | Path, prefix: str) -> None:
     state = {key.removeprefix(f"{prefix}."): tensor for key, tensor in state.items()}
     if not any("lora_A" in key for key in state):
         state = convert_unet_state_dict_to_peft(state)
+    set_lora_state(module, state, path)
+
+
+def set_lora_state(module: Any, state: dict[str, Tensor], path: Path) -> None:
+    """Puts LoRA weights, by peft's names within `module`, into the trained adapter; ValueError names the file `path` if they do not fit."""
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
     name = trained_adapter(module)
     own = get_peft_model_state_dict(module, adapter_name=name)
     shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}

@@ -14,6 +14,9 @@ from rlr_trainer.pipelines.conditioning import Rows
 class StableDiffusion3Adapter(PipelineAdapter):
     """Adapter of `diffusers.StableDiffusion3Pipeline`, with or without its T5 encoder.
 
+    Attributes:
+        max_sequence_length: tokens of a prompt for T5 (zeros without one), as the argument of the pipeline's call.
+
     Raises:
         ValueError: a transformer that takes more than noisy latents (inpainting), or a pipeline without its CLIP encoders.
     """
@@ -23,6 +26,7 @@ class StableDiffusion3Adapter(PipelineAdapter):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    max_sequence_length = 256
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -72,7 +76,12 @@ class StableDiffusion3Adapter(PipelineAdapter):
         """States of all encoders [N, tokens, width] (T5's are zeros without one), and the pooled ones of both CLIP encoders [N, width]."""
         device = self.pipeline.text_encoder.device
         states, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), None, None, device=device, do_classifier_free_guidance=False
+            list(prompts),
+            None,
+            None,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 

@@ -196,7 +196,9 @@ class RewardCalls:
         rewards, first = self.rewards, sum(self._sizes)
         reason = rewards.without_graph() if differentiable else None
         if reason is not None:
-            raise NonDifferentiableRewardError(f"{reason}, or choose a plan that needs no reward gradient: estimator='ddpo'")
+            raise NonDifferentiableRewardError(
+                f"{reason}, or choose a plan that needs no reward gradient: estimator='rlr_black_box'"
+            )
         checks.check_finite(images, prompts, where)
         batch = images if differentiable else images.detach(), prompts, metadata
         rewards.queries += len(prompts)

@@ -57,7 +57,7 @@ class Sampler:
         negatives = [self.negative_prompt if row.negative_prompt is None else row.negative_prompt for row in rows]
         if any(negatives) and not self.adapter.is_guided(self.guidance_scale):
             _warn_of_unused_negative_prompts()
-        conditions = [_conditions(row, self.adapter.conditions) for row in rows]
+        conditions = [conditions_of(row, self.adapter.conditions) for row in rows]
         scales = len(self.first_steps) + 1
         for row in rows:
             if row.scale_prompts is not None and len(row.scale_prompts) != scales:
@@ -99,8 +99,8 @@ class Sampler:
         return sample_chain(self.chain(model, self.condition(rows)), len(rows), generators, on_step=on_step)
 
 
-def _conditions(row: PromptRow, names: Sequence[str]) -> dict[str, Any]:
-    """What a pipeline is conditioned on beside the prompt, of the row's metadata."""
+def conditions_of(row: PromptRow, names: Sequence[str]) -> dict[str, Any]:
+    """What a pipeline is conditioned on beside the prompt, of the row's metadata; ValueError if it brings not all of it."""
     if not names:
         return {}
     metadata = row.metadata if isinstance(row.metadata, Mapping) else {}

@@ -246,6 +246,11 @@ def _check_grid(grid: Grid, num_steps: int) -> None:
             "timestep_spacing of the scheduler"
         )
     for step in range(num_steps):
+        if grid.noise[step] <= 0:
+            raise ValueError(
+                f"sample_num_steps={num_steps}: step {step} of {grid.scheduler_name} starts without noise; give sigmas above 0, without the "
+                "last one"
+            )
         if grid.next_noise[step] * grid.signal[step] > grid.noise[step] * grid.next_signal[step] + 1e-9:
             raise ValueError(
                 f"sample_num_steps={num_steps}: step {step} of {grid.scheduler_name} leads to more noise than it starts from; use fewer "

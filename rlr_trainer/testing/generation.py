@@ -132,7 +132,8 @@ def _effects(case: Case, sampling: Sampling, findings: Findings) -> dict[str, fl
         findings.note("the network takes no guidance scale")
     effects = {name: largest_difference(own, other) for name, other in others.items()}
     chain = sampling.chain(rows, 1.0)
-    first, last = sampling.schedule.time(0), sampling.schedule.time(case.num_steps - 1)
+    first = sampling.schedule.time(0)
+    last = sampling.schedule.time(case.num_steps - 1) if case.num_steps > 1 else first / 2
     with torch.no_grad():
         at = [adapter.predict(chain.policy, noise, time, chain.conditioning.at(0)) for time in (first, last)]
     share = largest_difference(*at) / float(at[0].abs().max())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,8 @@ from torch import nn
 from rlr_trainer.estimators.first_order import NonDifferentiableRewardError
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.rewards.interface import Rewards
+from rlr_trainer.rollouts.prompts import DatasetPrompts
+from rlr_trainer.rollouts.sampler import conditions_of
 from rlr_trainer.training.config import RLRConfig, refuse
 from rlr_trainer.training.evaluator import EvalPrompts, Evaluator
 
@@ -70,8 +72,8 @@ def check_rewards(rewards: Rewards, config: RLRConfig, plan: EstimatorPlan, proc
     reason = rewards.without_graph()
     if plan.needs_differentiable_reward and reason is not None:
         raise NonDifferentiableRewardError(
-            f"estimator={config.estimator!r} needs the reward's gradient, but {reason}, or choose a plan that needs none: estimator='ddpo', or "
-            "fo_steps=0 with rest_estimator='lr'"
+            f"estimator={config.estimator!r} needs the reward's gradient, but {reason}, or choose a plan that needs none: "
+            "estimator='rlr_black_box', or fo_steps=0 with rest_estimator='lr'"
         )
     group, size = config.num_images_per_prompt, config.sample_batch_size
     grouped = rewards.needs_groups
@@ -128,6 +130,14 @@ def check_best_metric(config: RLRConfig, evaluator: Evaluator, prompts: EvalProm
             f"metric_for_best_model={metric!r} is none of the metrics of an evaluation: {', '.join(known)}; choose one of them, or override "
             "evaluate() to add it"
         )
+
+
+def check_conditions(names: Sequence[str], *sources: Any) -> None:
+    """Refuses datasets whose first row lacks what the pipeline is conditioned on beside the prompt; functions show it when they are called."""
+    for source in sources:
+        for one in source.values() if isinstance(source, Mapping) else [source]:
+            if isinstance(one, DatasetPrompts):
+                conditions_of(one.peek(1)[0], names)
 
 
 def check_optimizer(optimizer: Any, params: Mapping[str, nn.Parameter]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
+from rlr_trainer.estimators.plan import NAMED_STARTS, NOISE_WINDOWS, PLAN_OPTIONS, EstimatorPlan, PlanError
 from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
@@ -33,7 +33,7 @@ COUNTS = (
     *("num_images_per_prompt", "per_prompt_buffer_size", "per_prompt_min_count", "reward_workers", "eval_images_per_prompt"),
 )
 OPTIONAL_COUNTS = (
-    *("sample_batch_size", "sample_num_batches_per_epoch", "lora_alpha", "height", "width"),
+    *("sample_batch_size", "sample_num_batches_per_epoch", "lora_alpha", "height", "width", "num_frames"),
     *("reward_batch_size", "log_images_steps"),
 )
 # Option -> (which finite numbers it may be, in words); None where the option allows it.
@@ -76,7 +76,7 @@ class RLRConfig(TrainingArguments):
 
     # ---- estimator ----
     estimator: str = _option(
-        "rlr", "Preset plan: rlr, rlr_paper, ddpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md)."
+        "rlr", "Preset plan: rlr, rlr_black_box, rlr_paper, ddpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md)."
     )
     fo_steps: int | str | list[int] | tuple[int, int] | None = _option(
         None,
@@ -109,7 +109,8 @@ class RLRConfig(TrainingArguments):
     zo_scale: float | None = _option(None, "Standard deviation of the parameter perturbations. Default: 0.01.")
     silent_estimator: str | None = _option(
         None,
-        "Of steps without noise that the plan would give a likelihood ratio: none leaves their share out (biased). Default: they are refused.",
+        "Of steps without noise that the plan would give a likelihood ratio: none leaves their share out (biased), ho covers them by half-order "
+        "segments that end at the next step with noise (unbiased, noisier). Default: they are refused.",
     )
     zo_antithetic: bool | None = _option(None, "Use every perturbation with both signs, on common noise. Default: true.")
     fo_weight: float | None = _option(None, "Factor on the first-order part; the sum is the gradient only at 1. Default: 1.")
@@ -169,7 +170,8 @@ class RLRConfig(TrainingArguments):
         "Noise level of the sampler, in its own unit; 0 is none. Default: 1 for ddim, 0.8 flow_cps, 0.7 flow_sde, 0.3 dance_sde and tcd.",
     )
     noise_steps: list[int] | str | int | tuple[int, int] | None = _option(
-        None, "Steps that add noise: n for the first n, or [first, last]; the others are deterministic. Default: all."
+        None,
+        "Steps that add noise: n for the first n, or [first, last]; the others are deterministic. Default: all; rlr_black_box: the first three of ten.",
     )
     sample_guidance_scale: float = _option(
         5.0, "Guidance weight: of classifier-free guidance, off at 1 or less, or the one that the network takes as an input."
@@ -189,6 +191,7 @@ class RLRConfig(TrainingArguments):
     )
     height: int | None = _option(None, "Picture height in pixels. Default: the model's.")
     width: int | None = _option(None, "Picture width in pixels. Default: the model's.")
+    num_frames: int | None = _option(None, "Frames of a video; for pipelines that make pictures it stays unset.")
     shuffle_prompts: bool = _option(True, "Shuffle the prompts of train_dataset anew in every pass.")
 
     offload_text_encoders: bool = _option(
@@ -200,7 +203,9 @@ class RLRConfig(TrainingArguments):
     use_lora: bool = _option(True, "Train LoRA weights; false trains the whole network.")
     lora_r: int = _option(16, "Rank of the LoRA weights.")
     lora_alpha: int | None = _option(None, "LoRA scaling numerator. Default: lora_r.")
-    lora_target_modules: list[str] | None = _option(None, "Module names that get LoRA weights. Default: the attention projections.")
+    lora_target_modules: list[str] | None = _option(
+        None, "Module names that get LoRA weights. Default: the family's, as in diffusers' own examples."
+    )
 
     # ---- logging and output ----
     log_estimator_norms: bool = _option(
@@ -292,7 +297,9 @@ class RLRConfig(TrainingArguments):
     @property
     def sampler_options(self) -> SamplerOptions:
         """How the chain is sampled."""
-        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, self.noise_steps)
+        window = NOISE_WINDOWS.get(self.estimator)
+        steps = window(self.sample_num_steps) if self.noise_steps is None and window is not None else self.noise_steps
+        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, steps)
 
     @property
     def plan(self) -> EstimatorPlan:

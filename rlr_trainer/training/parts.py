@@ -34,7 +34,14 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
-from rlr_trainer.training.checks import check_batches, check_best_metric, check_launch, check_optimizer, check_rewards
+from rlr_trainer.training.checks import (
+    check_batches,
+    check_best_metric,
+    check_conditions,
+    check_launch,
+    check_optimizer,
+    check_rewards,
+)
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
 from rlr_trainer.training.interruption import StopOnTermination
@@ -82,7 +89,8 @@ class Parts:
         names.check_pipeline(pipeline)
         self.sd_pipeline, self.prompt_fn, self.reward_fn = pipeline, prompt_function, reward_function  # DDPOTrainer's names
         self.adapter = adapt(pipeline)
-        self.layout = self.adapter.layout(config.height, config.width)
+        check_conditions(self.adapter.conditions, self.prompts, self.eval_prompts)
+        self.layout = self.adapter.layout(config.height, config.width, config.num_frames)
         self.schedule = self.adapter.schedule(self.layout, config.sampler_options)
         self.plan_state = PlanState(config.plan.on_noise(self.schedule.stds))
         self.config = configs.use_summed_density(config, math.prod(self.layout.shape))

@@ -7,7 +7,7 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,12 +221,17 @@ def present_model(trainer: Any) -> nn.Module:
     return trainer.model_wrapped if trainer.is_in_train else trainer.model
 
 
-def prompt_rows(prompts: Sequence[str | Sequence[str]], negative_prompts: Sequence[str] | None) -> list[PromptRow]:
-    """Texts, or one text per scale, as prompts without metadata."""
+def prompt_rows(
+    prompts: Sequence[str | Sequence[str]],
+    negative_prompts: Sequence[str] | None,
+    metadata: Sequence[Mapping[str, Any]] | None = None,
+) -> list[PromptRow]:
+    """Texts, or one text per scale, as prompts."""
     negatives: Sequence[str | None] = negative_prompts or [None] * len(prompts)
+    rows: Sequence[Mapping[str, Any]] = metadata or [{}] * len(prompts)
     return [
-        PromptRow(text, {}, negative) if isinstance(text, str) else PromptRow(text[-1], {}, negative, tuple(text))
-        for text, negative in zip(prompts, negatives, strict=True)
+        PromptRow(text, row, negative) if isinstance(text, str) else PromptRow(text[-1], row, negative, tuple(text))
+        for text, row, negative in zip(prompts, rows, negatives, strict=True)
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,12 @@ class RLRTrainer(TRLBaseTrainer):
     # ---- pictures and evaluation ----
 
     def generate(
-        self, prompts: Sequence[str | Sequence[str]], negative_prompts: Sequence[str] | None = None, *, seed: int = 0
+        self,
+        prompts: Sequence[str | Sequence[str]],
+        negative_prompts: Sequence[str] | None = None,
+        *,
+        seed: int = 0,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> Tensor:
         """Pictures of the present policy, [N, 3, H, W] in [0, 1] on the CPU, the same on every process. Collective.
 
@@ -181,8 +186,9 @@ class RLRTrainer(TRLBaseTrainer):
             prompts: N strings, or N sequences of strings, one per scale of `prompt_scales`.
             negative_prompts: N strings; None takes the run's.
             seed: with i, of the noise of picture i.
+            metadata: N mappings, for pipelines that are conditioned on more than the prompt: an "image" for Kontext.
         """
-        rows = running.prompt_rows(prompts, negative_prompts)
+        rows = running.prompt_rows(prompts, negative_prompts, metadata)
         return self.parts.evaluator.generate(running.present_model(self), rows, [(i,) for i in range(len(rows))], seed)
 
     def evaluate(

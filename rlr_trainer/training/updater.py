@@ -167,7 +167,8 @@ class Updater:
         """
         if self._is_first and self._has_signal(batch):
             # LoRA's B starts at 0, so that its A has no gradient in the first update: B alone tells
-            check_lora({name: p for name, p in self._params.items() if ".lora_B." in name}, strict=not self.options.half_precision)
+            present = self.sampler.policy.trainable_parameters()  # FSDP has exchanged them since the construction
+            check_lora({name: p for name, p in present.items() if ".lora_B." in name}, strict=not self.options.half_precision)
             self._is_first = False
         norms = self._meter.part_norms()
         if self._zeroth:
@@ -177,7 +178,7 @@ class Updater:
             norms["zo"] = sum(float(term.square().sum()) for term in self._zeroth.values()) ** 0.5
             self._zeroth = {}
         if abs(factor) == 1:  # with a loss scale an overflow is usual: the scaler skips the update and lowers the scale
-            check_norm(self.sampler.policy.trainable_parameters(), where)  # FSDP has exchanged them since the construction
+            check_norm(self.sampler.policy.trainable_parameters(), where)
         metrics = {f"estimator/{part}_grad_norm": norm for part, norm in norms.items()}
         if self.options.measure_steps:
             metrics |= {f"estimator/step_grad_norm/{step}": norm for step, norm in self._meter.step_norms().items()}

@@ -242,7 +242,7 @@ def test_demo_writes_its_files(capsys):
     [
         (["--max_steps", "0"], "max_steps=0: must be"),
         (["--estimator", "ppo"], "estimator='ppo': unknown"),
-        (["--estimator", "rlr", "--reward", "compressibility"], "estimator='ddpo'"),
+        (["--estimator", "rlr", "--reward", "compressibility"], "estimator='rlr_black_box'"),
         (["--output_dir", "taken"], "output_dir='taken' holds another run (metrics.jsonl)"),
     ],
 )

@@ -27,7 +27,7 @@ from rlr_trainer.estimators import (
 from rlr_trainer.estimators.advantages import ADVANTAGES, Advantages
 from rlr_trainer.estimators.chain import PerSampleChain, predict_clean, sample_chain
 from rlr_trainer.estimators.plan import EstimatorPlan
-from rlr_trainer.estimators.plan_draw import PlanDraw, inverse_inclusion_weights
+from rlr_trainer.estimators.plan_draw import PlanDraw, inverse_inclusion_weights, with_segments
 
 T = NUM_STEPS
 Mutant = AbstractContextManager[None]
@@ -160,6 +160,9 @@ ZEROTH = EstimatorPlan(T, fo_steps=1, ho_length=2, rest_estimator="zo", zo_scale
 SUBSET = EstimatorPlan(T, rest_estimator="lr", rest_num_steps=2, rest_step_weights=(1.0, 2.0, 1.0, 4.0))
 CONTROLLED = EstimatorPlan(T, fo_steps=1, rest_estimator="lr", control_variate=True)
 
+SILENT = [0.0, 0.6, 0.0, 0.5]
+SEGMENTS = EstimatorPlan(T, rest_estimator="lr", silent_estimator="ho").on_noise(SILENT)
+
 MUTANTS: dict[str, tuple[EstimatorPlan, str, Callable[[], Mutant]]] = {
     "the first step is dropped": (FO_LR, "none", lambda: draw_with(lambda d: {"score": without_column(d.score, 0)})),
     "the earliest first-order step is dropped": (
@@ -179,6 +182,12 @@ MUTANTS: dict[str, tuple[EstimatorPlan, str, Callable[[], Mutant]]] = {
     ),
     "the path through the sub-chain is cut": (EstimatorPlan(T, ho_length=2, rest_estimator="lr"), "none", cut_path),
     "the path through the whole chain is cut": (EstimatorPlan.from_preset("full_bp", T), "none", cut_path),
+    "half-order segments do not reach back": (SEGMENTS, "none", lambda: replaced(with_segments, lambda pathwise, *args: pathwise)),
+    "half-order segments reach over steps with noise": (
+        SEGMENTS,
+        "none",
+        lambda: replaced(with_segments, lambda pathwise, *args: with_segments(pathwise, args[0], [0, 1, 2])),
+    ),
     "score divided by std instead of its square": (
         SUB_CHAIN,
         "none",
@@ -232,8 +241,12 @@ HARMLESS: dict[str, tuple[EstimatorPlan, Callable[[], Mutant]]] = {
 }
 
 
+def problem_of(chosen: EstimatorPlan) -> LinearProblem:
+    return LinearProblem.make(shared=False, stds=SILENT if chosen.silent_steps else None)
+
+
 def measured(chosen: EstimatorPlan, advantage: str = "none", num_samples: int | None = None) -> Estimate:
-    problem = LinearProblem.make(shared=False)
+    problem = problem_of(chosen)
     if advantage != "normalize":
         target = problem.target(chosen)
         return estimate(problem.chain, problem.reward, chosen, 21, target, num_samples, advantage=advantage)
@@ -245,7 +258,7 @@ def measured(chosen: EstimatorPlan, advantage: str = "none", num_samples: int | 
 @functools.cache
 def accepted(chosen: EstimatorPlan, advantage: str = "none") -> tuple[Estimate, dict[str, torch.Tensor]]:
     """(estimate, exact gradient) of a right estimator, which the checker must accept."""
-    target = LinearProblem.make(shared=False).target(chosen)
+    target = problem_of(chosen).target(chosen)
     right = measured(chosen, advantage)
     assert_unbiased(right, target)
     return right, target

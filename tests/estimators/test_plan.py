@@ -234,6 +234,7 @@ def test_presets_are_the_points_of_the_design_space_that_the_table_names():
     plans = {name: EstimatorPlan.from_preset(name, 10) for name in PRESETS}
     assert {name: (plan.fo_steps, plan.ho_length, plan.rest_estimator) for name, plan in plans.items()} == {
         "rlr": (3, 1, "lr"),
+        "rlr_black_box": (0, 0, "lr"),
         "rlr_paper": (1, 2, "zo"),
         "ddpo": (0, 0, "lr"),
         "draft": (1, 0, "none"),
@@ -324,12 +325,36 @@ def test_steps_without_noise_are_left_out_where_that_is_asked_for():
     chain = EstimatorPlan(4, ho_length=2, rest_estimator="lr", silent_estimator="none").on_noise([1.0, 1.0, 0.0, 1.0])
     draw = chain.draw(300, seeded(1))
     silent = draw.start == 1  # the sub-chain 1, 2 would end at the silent step: nothing flows back through it
-    assert silent.any() and not draw.pathwise[silent].any() and not draw.score[silent][:, 1:3].any()
+    assert silent.any() and not draw.pathwise[silent].any() and not draw.score[silent][:, 2].any()
+    assert draw.score[silent][:, [0, 1, 3]].all()  # they are of the rest
     assert draw.pathwise[draw.start == 0][:, 0].all()
     with pytest.raises(PlanError, match="no step of the chain adds noise"):
         EstimatorPlan.from_preset("ddpo", 3, silent_estimator="none").on_noise([0.0] * 3)
-    with pytest.raises(PlanError, match="silent_estimator='ho'"):
-        EstimatorPlan.from_preset("ddpo", 3, silent_estimator="ho")
+    with pytest.raises(PlanError, match="silent_estimator='fo': must be 'none'"):
+        EstimatorPlan.from_preset("ddpo", 3, silent_estimator="fo")
+
+
+def test_segments_reach_back_from_a_step_with_noise():
+    def draw(stds, **options):
+        plan = EstimatorPlan(6, rest_estimator="lr", silent_estimator="ho", **options).on_noise(stds)
+        return plan, plan.draw(200, seeded(0))
+
+    plan, found = draw([0.0, 1.0, 0.0, 0.0, 1.0, 0.0], fo_steps=1)
+    assert (found.score != 0).int()[0].tolist() == [0, 1, 0, 0, 1, 0]
+    assert found.pathwise.int()[0].tolist() == [1, 0, 1, 1, 0, 1]
+    assert plan.biases() == [] and "steps 0, 2, 3 without noise covered by half-order segments" in str(plan)
+    _, found = draw([1.0, 0.0, 0.0, 1.0, 0.0, 0.0], fo_steps=1)  # what follows the last noise lengthens the first-order tail
+    assert found.pathwise.int()[0].tolist() == [0, 1, 1, 0, 1, 1]
+    _, found = draw([0.0, 1.0, 0.0, 1.0, 0.0, 1.0], rest_num_steps=1)  # a segment is visited with the step at its end
+    first = found.score[:, 1] != 0
+    assert first.any() and not first.all()
+    assert torch.equal(found.pathwise[:, 0], first) and torch.equal(found.pathwise[:, 2], found.score[:, 3] != 0)
+    _, found = draw([0.0, 1.0, 1.0, 0.0, 1.0, 1.0], ho_length=2, ho_start=(1, 1))
+    assert found.pathwise.int()[0].tolist() == [1, 1, 0, 1, 0, 0]  # 0 reaches into the sub-chain 1, 2
+    with pytest.raises(PlanError, match="the last step, 5, adds no noise.*fo_steps to 1 or more"):
+        draw([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    with pytest.raises(PlanError, match="silent_estimator='ho': segments end at likelihood-ratio steps, but rest_estimator='zo'"):
+        EstimatorPlan(4, fo_steps=1, rest_estimator="zo", silent_estimator="ho")
 
 
 @pytest.mark.parametrize(
@@ -415,7 +440,7 @@ def test_what_cannot_be_is_refused(options, name, values, rule):
 
 
 def test_presets_refuse_unknown_names_and_options():
-    with pytest.raises(PlanError, match=r"estimator='ppo': unknown; choose one of rlr, rlr_paper, ddpo"):
+    with pytest.raises(PlanError, match=r"estimator='ppo': unknown; choose one of rlr, rlr_black_box, rlr_paper"):
         EstimatorPlan.from_preset("ppo", 4)
     with pytest.raises(PlanError, match=r"unknown plan option fo_step; the options are .*fo_steps"):
         EstimatorPlan.from_preset("rlr", 4, fo_step=2)

@@ -66,6 +66,24 @@ def test_on_the_linear_chain(name):
     assert_unbiased(estimate(problem.chain, problem.reward, chosen, 1, target), target)
 
 
+SEGMENTS = {
+    "noise in the middle": ([0.0, 0.6, 0.0, 0.5], {}),
+    "first order on what follows the noise": ([0.0, 0.6, 0.0, 0.0], {"fo_steps": 1}),
+    "one step of two": ([0.0, 0.6, 0.0, 0.5], {"rest_num_steps": 1}),
+    "with sub-chains, some ending in silence": ([0.6, 0.0, 0.5, 0.0], {"fo_steps": 1, "ho_length": 2}),
+    "with a control variate": ([0.0, 0.6, 0.5, 0.0], {"fo_steps": 1, "control_variate": True}),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_half_order_segments_cover_steps_without_noise(name):
+    stds, options = SEGMENTS[name]
+    problem = LinearProblem.make(shared=False, stds=stds)
+    chosen = plan(rest_estimator="lr", silent_estimator="ho", **options).on_noise(stds)
+    target = problem.target(chosen)
+    assert_unbiased(estimate(problem.chain, problem.reward, chosen, 1, target), target)
+
+
 @pytest.mark.parametrize("name", [name for name, chosen in PLANS.items() if not chosen.uses_zeroth_order])
 def test_on_the_nonlinear_chain(name):
     """All steps share their parameters, as in a network."""

@@ -85,7 +85,7 @@ def test_what_hooks_and_logs_get():
     [
         (lambda i, p, m: torch.ones(3), RewardError, r"shape \(3,\) for a batch of 4"),
         (lambda i, p, m: [torch.nan] * 4, RewardError, "all 4 values for a batch of noise pictures"),
-        (lambda i, p, m: i.detach().mean((1, 2, 3)), NonDifferentiableRewardError, "estimator='ddpo'"),
+        (lambda i, p, m: i.detach().mean((1, 2, 3)), NonDifferentiableRewardError, "estimator='rlr_black_box'"),
     ],
 )
 def test_the_probe_finds_a_wrong_reward_and_takes_no_prompt(reward, error, message):

@@ -65,7 +65,7 @@ def test_wrong_gradients_are_errors():
         RewardError, match=r"reward infinite: its gradient .* not finite for 3 of 3 samples \(in here, prompts \['a'"
     ):
         tiny_run(reward=infinite).scorer.score_with_gradient(latents(), PROMPTS, METADATA, "here")
-    with pytest.raises(NonDifferentiableRewardError, match="estimator='ddpo'"):
+    with pytest.raises(NonDifferentiableRewardError, match="estimator='rlr_black_box'"):
         tiny_run(reward=lambda i, p, m: i.detach().mean((1, 2, 3))).scorer.score_with_gradient(latents(), PROMPTS, METADATA, "here")
 
 

@@ -129,6 +129,7 @@ def test_a_subclass_may_step_otherwise():
         ("LCMScheduler", {}, 60, {}, "sample_num_steps=60: LCMScheduler.set_timesteps.* failed"),
         ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, 5, {}, "`mu` must be passed"),
         ("FlowMatchEulerDiscreteScheduler", {}, 5, {"sigmas": [1.0, 0.5]}, "sample_num_steps=5: .* makes 2 steps"),
+        ("FlowMatchEulerDiscreteScheduler", {}, 3, {"sigmas": [1.0, 0.5, 0.0]}, "step 2 .* starts without noise; give sigmas above 0"),
         ("DPMSolverMultistepScheduler", {}, 5, {"mu": 1.0}, r"set_timesteps\(num_inference_steps=5, mu=1.0\) failed: an argument"),
         ("DPMSolverMultistepScheduler", {}, 5, {"sigmas": [1.0]}, "failed: .*sigmas"),
         ("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 5, {}, "zero terminal SNR"),

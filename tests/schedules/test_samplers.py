@@ -104,7 +104,16 @@ def test_noise_keeps_the_level(name):
             assert math.hypot(kept, std / grid.noise_std) == pytest.approx(level, abs=1e-12), kind
 
 
-# ---- Euler-Maruyama, by the papers' formula ----
+# ---- what diffusers lacks, by the papers' formulas ----
+
+
+@pytest.mark.parametrize("level", [0.25, 0.8])
+def test_coefficients_preserving_sampling(level):
+    """Of the next level sigma', sin(level pi / 2) is fresh noise and cos(level pi / 2) the predicted one's share."""
+    schedule = make_schedule(flow(), SamplerOptions(4, level, "flow_cps"))
+    after = [*schedule.noise[1:], 0.0]
+    assert schedule.stds == pytest.approx([sigma * math.sin(level * math.pi / 2) for sigma in after])
+    assert schedule.direction == pytest.approx([sigma * math.cos(level * math.pi / 2) for sigma in after])
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 # The batch of all processes is 4 unless a case says another. LoRA weights that do something, and a smooth reward.
 CASES = {
     "rlr": {"options": {"estimator": "rlr"}},
+    "rlr_black_box": {"options": {"estimator": "rlr_black_box", "noise_steps": [1, 2]}},
     "rlr_paper": {"options": {"estimator": "rlr_paper", "zo_num_perturbations": 2}},
     "ddpo": {"options": {"estimator": "ddpo"}},
     "draft": {"options": {"estimator": "draft"}},
@@ -58,6 +59,9 @@ CASES = {
     "offload": {"options": {"estimator": "rlr", "offload_rollouts": True, "num_inner_epochs": 2}},
     "accumulation": {"options": {"estimator": "rlr", "gradient_accumulation_steps": 2}},
     "whole_network": {"options": {"estimator": "rlr", "use_lora": False, "kl_coef": 0.1, "learning_rate": 1e-5}},
+    "sd3": {"options": {"estimator": "rlr", "sample_guidance_scale": 4.0}, "pipeline": "sd3"},  # a transformer, and a flow
+    # two text encoders, and inputs that belong to the batch
+    "sdxl": {"options": {"estimator": "rlr", "sample_guidance_scale": 3.0}, "pipeline": "sdxl"},
 }
 SPLIT = ("rlr", "ddpo", "full_bp", "sqdf", "kl", "whole_network")  # run once more by one process, in two micro-batches
 
@@ -270,6 +274,7 @@ def sharded(tmp_path_factory):
         {"name": "accumulation", "options": CASES["accumulation"]["options"]},
         {"name": "kl", "options": CASES["kl"]["options"]},
         {"name": "whole_network", "options": CASES["whole_network"]["options"]},
+        {"name": "sdxl"} | CASES["sdxl"],
     ]
     refused = [("es", {"estimator": "es", "zo_num_perturbations": 2}), ("sqdf", {"estimator": "sqdf"}), ("ema", {"ema_decay": 0.9}),
                ("start", {"ho_start": "grad_norm"}), ("norms", {"log_step_norms": True})]  # fmt: skip
@@ -288,6 +293,7 @@ def sharded(tmp_path_factory):
         ("accumulation", "accumulation"),
         ("kl", "kl"),
         ("whole_network", "whole_network"),
+        ("sdxl", "sdxl"),
     ],
 )
 def test_fsdp_gives_the_gradients_of_ddp(two, sharded, name, plain):

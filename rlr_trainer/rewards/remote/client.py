@@ -144,7 +144,7 @@ class RemoteReward:
     """A reward `(images, prompts, metadata)` that a server computes (docs/remote_rewards.md).
 
     Pictures travel as PNG files with 8 bits per channel: the server sees each value rounded to the nearest of k / 255, at most
-    1/510 = 0.002 away. No gradient comes back: use a plan for black-box rewards, such as estimator="ddpo" or fo_steps=0.
+    1/510 = 0.002 away. No gradient comes back: use a plan for black-box rewards, such as estimator="rlr_black_box" or fo_steps=0.
 
     Args:
         url: of the server, such as "http://127.0.0.1:8000".
