@@ -31,6 +31,7 @@ def raises_reward(estimator: str) -> Callable[[Case, Findings], None]:
     def check(case: Case, findings: Findings) -> None:
         with folder() as output:
             size = {"max_steps": UPDATES[estimator], "per_device_train_batch_size": SAMPLES[estimator]}
+            size |= {name: value for name, value in case.options.items() if name in size}
             trainer = make_trainer(case, output, redness, **noisy(estimator), **size)
             params = trainer.parts.policy.trainable_parameters()
             start, before = {name: p.detach().clone() for name, p in params.items()}, _rewards(trainer, case)
