@@ -84,6 +84,7 @@ def raises_reward(estimator: str) -> Callable[[Case, Findings], None]:
         case = dataclasses.replace(case, prompts=case.prompts[:1], metadata=case.metadata[:1])
         with folder() as output:
             options = dict(training.options)
+            options |= {name: case.options[name] for name in ("max_steps", "per_device_train_batch_size") if name in case.options}
             if "sample_num_steps" in options:
                 options["sample_num_steps"] = min(options["sample_num_steps"], case.num_steps)
                 options |= _noise_in_every_step(case, options["sample_num_steps"])
