@@ -22,13 +22,15 @@ from rlr_trainer.diagnosis.memory import storages
 from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.chain import DenoisingChain, Rollout, mix_seed, seeded_generator
 from rlr_trainer.estimators.plan import PLAN_OPTIONS, EstimatorPlan
+from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.plan_state import PlanState
-from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, ControlVariateScale
+from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE, ControlVariate, ControlVariateScale, control_terms
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
 from rlr_trainer.rollouts.batches import CHOICES, ScoredBatch
 from rlr_trainer.rollouts.collector import Collector, RolloutOptions
+from rlr_trainer.rollouts.predictions import predict
 from rlr_trainer.rollouts.prompts import PromptRow
 
 DIAGNOSIS = 1_000  # names the diagnosis's stream of randomness: its batches are none that the training will see
@@ -174,7 +176,10 @@ class Workbench:
         return Batch(number, plan, parts, share, summary.metrics["time/sample"], summary.metrics["time/reward"])
 
     def _state_of(self, plan: EstimatorPlan) -> PlanState:
-        return self.run.plan_state if plan == self.plan else PlanState(plan)
+        """Without a control variate: its terms belong to an update, whose plan need not be the one that samples."""
+        state = copy.copy(self.run.plan_state) if plan == self.plan else PlanState(plan)
+        state.control_scale = None
+        return state
 
     def update(self, plan: EstimatorPlan, batch: Batch, control_scale: ControlVariateScale | None = None) -> tuple[Tensor, float]:
         """The gradient [P] of the mean reward (ascending), on the CPU, and the seconds of the backward sweep.
@@ -183,8 +188,11 @@ class Workbench:
         """
         self.reader.clear()
         started = self.clock()
-        for index in range(self.num_batches):
-            self._sweep(plan, batch, index, self.recompute, control_scale)
+        draws = [self._draw(plan, batch, index) for index in range(self.num_batches)]
+        scale = control_scale or ControlVariateScale(self.num_steps)
+        controls = self._control(plan, batch, draws, scale) if plan.uses_control_variate else [None] * len(draws)
+        for part, draw, control in zip(batch.parts, draws, controls, strict=True):
+            self._sweep(plan, batch, part, draw, self.recompute, control)
         perturbed = self._zeroth_order(batch, plan.rest_weight) if plan.uses_zeroth_order else 0.0
         seconds = self.clock() - started
         return perturbed + self.reader.read() / self.factor, seconds
@@ -201,8 +209,8 @@ class Workbench:
 
         self.reader.clear()
         started = self.clock()
-        for index in range(self.num_batches):
-            self._sweep(plan, batch, index, "recursive", scope=scope)
+        for index, part in enumerate(batch.parts):
+            self._sweep(plan, batch, part, self._draw(plan, batch, index), "recursive", scope=scope)
         return shares, self.clock() - started
 
     def zeroth_order_shares(self, batch: Batch) -> Tensor:
@@ -221,35 +229,53 @@ class Workbench:
 
         return self.run.sampler.chain(self.model, part.conditioning), part.rollout, reward
 
+    def _draw(self, plan: EstimatorPlan, batch: Batch, index: int) -> PlanDraw:
+        """The choices of `plan` for sampling batch `index`, from the stream that the collector uses."""
+        part = batch.parts[index]
+        if plan is batch.plan:
+            return part.draw
+        generator = seeded_generator(self.options.seed, CHOICES, batch.number, index)
+        starts = self._state_of(plan).start_probabilities()
+        return plan.draw(self.batch_size, generator, shared=True, start_probabilities=starts).expand(len(part))
+
+    def _control(
+        self, plan: EstimatorPlan, batch: Batch, draws: list[PlanDraw], scale: ControlVariateScale
+    ) -> list[ControlVariate]:
+        """The control variate's terms of all sampling batches; `scale` takes them in afterwards."""
+        size = self.options.prediction_size or self.batch_size
+        shared = self.run.sampler, self.run.scorer, self.model
+        found = [predict(*shared, part, draw, size, self.factor) for part, draw in zip(batch.parts, draws, strict=True)]
+        numbers = torch.cat([part.index for part in batch.parts])
+        values, rewards = torch.cat([part.values for part in found]).cpu(), torch.cat([part.rewards for part in batch.parts])
+        blocks = numbers // 2 if plan.uses_zeroth_order and plan.zo_antithetic else None
+        positions = torch.arange(len(numbers)).split([len(part) for part in batch.parts])
+        terms = control_terms(found, positions, values, rewards, scale, blocks)
+        scale.update(rewards, values)
+        return terms
+
     def _sweep(
         self,
         plan: EstimatorPlan,
         batch: Batch,
-        index: int,
+        part: ScoredBatch,
+        draw: PlanDraw,
         recompute: str,
-        control_scale: ControlVariateScale | None = None,
+        control: ControlVariate | None = None,
         **options: Any,
     ) -> None:
-        """Goes back along sampling batch `index`, and fits the control variate to it."""
-        part = batch.parts[index]
+        """Goes back along a sampling batch."""
         chain = self.run.sampler.chain(self.model, part.conditioning)
 
         def backward(surrogate: Tensor) -> float:
             (surrogate * self.factor).backward()
             return self.factor
 
-        draw = part.draw
-        if plan is not batch.plan:  # from the stream that the collector uses
-            generator = seeded_generator(self.options.seed, CHOICES, batch.number, index)
-            starts = self._state_of(plan).start_probabilities()
-            draw = plan.draw(self.batch_size, generator, shared=True, start_probabilities=starts).expand(len(part))
         sweep = Sweep.of_plan(
             plan,
             chain,
             chain.parameters(),
             backward,
             self.run.scorer.differentiable(part.prompts, part.metadata),
-            control_scale=control_scale,
             reward_loss_scale=self.factor,
             recompute=recompute,
             mean_density=True,
@@ -260,12 +286,9 @@ class Workbench:
             Advantages(part.advantage, part.scale),
             batch.share,
             reward_gradient=part.reward_gradient,
-            blocks=part.index // 2 if plan.uses_zeroth_order and plan.zo_antithetic else None,
+            control=control,
         )
-        result = sweep.run(part.rollout, draw, feedback)
-        if control_scale is not None:
-            for step, values in result.critic_values.items():
-                control_scale.update(step, part.rewards, values)
+        sweep.run(part.rollout, draw, feedback)
 
     def _zeroth_order(self, batch: Batch, weight: float, steps: Tensor | None = None) -> Tensor:
         """Zeroth-order part of a batch, or the share of some steps (bool [T]) in it."""

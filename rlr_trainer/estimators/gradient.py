@@ -14,7 +14,7 @@ from rlr_trainer.estimators.divergence import Penalty, check_noise, leave_one_ou
 from rlr_trainer.estimators.first_order import reward_and_gradient
 from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
 from rlr_trainer.estimators.plan_draw import PlanDraw
-from rlr_trainer.estimators.prediction import ControlVariateScale
+from rlr_trainer.estimators.prediction import ControlVariate, ControlVariateScale, Predictions, control_terms, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps, zeroth_order
 
@@ -104,8 +104,11 @@ def estimate_gradient(
     weight = torch.full_like(rewards, kl_coef * share * valid)  # of all samples, rewarded or not
     penalty = None if reference is None else _penalty(chain, plan, dict(reference), rollout, weight)
     advantages = ADVANTAGES[advantage](rewards, None, pairs)
-    feedback = Feedback.of(plan, advantages, share, reward_gradient=reward_gradient, blocks=pairs, penalty=penalty)
-    sweep = Sweep.of_plan(plan, runner, leaves, _plain_backward, reward, control_scale=control_scale, recompute=recompute)
+    control = None
+    if plan.uses_control_variate:
+        control = _control(chain, base, reward, rollout, draw, rewards, control_scale or ControlVariateScale(plan.num_steps), pairs)
+    feedback = Feedback.of(plan, advantages, share, reward_gradient=reward_gradient, control=control, penalty=penalty)
+    sweep = Sweep.of_plan(plan, runner, leaves, _plain_backward, reward, recompute=recompute)
     sweep.run(rollout, draw, feedback)
     gradient = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in leaves.items()}
     if plan.uses_zeroth_order:
@@ -133,6 +136,23 @@ def _penalty(chain: DenoisingChain, plan: EstimatorPlan, reference: Parameters, 
         return chain.transition(step, x, reference)
 
     return Penalty(step_of_reference, weight, leave_one_out_to_go(step_divergences(rollout, step_of_reference)))
+
+
+def _control(
+    chain: DenoisingChain,
+    params: Parameters,
+    reward: Callable[[Tensor], Tensor],
+    rollout: Rollout,
+    draw: PlanDraw,
+    rewards: Tensor,
+    scale: ControlVariateScale,
+    pairs: Tensor | None,
+) -> ControlVariate:
+    outputs = {step: rollout.latents[step + 1] for step in draw.scored_steps()}
+    predictions = Predictions.at(prediction_critic(chain, params, reward), outputs, len(rewards), chain.num_steps)
+    everyone = torch.arange(len(rewards))
+    (control,) = control_terms([predictions], [everyone], predictions.values, rewards, scale, pairs)
+    return control
 
 
 def _plain_backward(surrogate: Tensor) -> float:

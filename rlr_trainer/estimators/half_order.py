@@ -46,3 +46,10 @@ def likelihood_ratio(
     if clip_range is not None:
         surrogate = torch.minimum(surrogate, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
     return entries * surrogate, log_ratio.detach()
+
+
+def is_clipped(advantage: Tensor, ratio: Tensor, clip_range: float | None) -> Tensor:
+    """Whether `likelihood_ratio` leaves a sample out, because its ratio [N] is already out of range in the direction of its advantage [N]."""
+    if clip_range is None:
+        return torch.zeros_like(ratio, dtype=torch.bool)
+    return torch.where(advantage > 0, ratio > 1 + clip_range, (advantage < 0) & (ratio < 1 - clip_range))

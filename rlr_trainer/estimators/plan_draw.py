@@ -40,6 +40,10 @@ class PlanDraw:
         """The steps that any row differentiates, in the order of generation."""
         return (self.pathwise | (self.score != 0) | (self.prediction != 0)).any(0).nonzero()[:, 0].tolist()
 
+    def scored_steps(self) -> list[int]:
+        """The steps that any row scores, in the order of generation."""
+        return (self.score != 0).any(0).nonzero()[:, 0].tolist()
+
     def expand(self, num_samples: int) -> PlanDraw:
         """One row per sample."""
         return map_tensors(self, lambda t: t.expand(num_samples, *t.shape[1:]))

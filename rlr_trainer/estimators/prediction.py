@@ -6,14 +6,15 @@ through the network's input only. Differentiating c through the parameters as we
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from rlr_trainer.estimators.advantages import leave_one_out
-from rlr_trainer.estimators.chain import DenoisingChain, Parameters, predict_clean
-from rlr_trainer.estimators.first_order import pathwise, reward_and_gradient
+from rlr_trainer.estimators.chain import DenoisingChain, Parameters, as_rows, map_tensors, predict_clean
+from rlr_trainer.estimators.first_order import NonDifferentiableRewardError, pathwise, reward_and_gradient
 from rlr_trainer.estimators.plan_draw import RunningMeans
 
 # (step, x = latents[step]) -> (c [N], g [N, ...])
@@ -42,14 +43,15 @@ def prediction_pathwise(critic_gradient: Tensor, mean: Tensor, std: Tensor, nois
     return pathwise(critic_gradient, mean, std, noise)
 
 
-def control_variate(advantage: Tensor, critic_value: Tensor, scale: Tensor | float, center: Tensor | float) -> Tensor:
-    """The advantage left after the part that the prediction explains: A - scale * (c - center). Shape [N].
+def control_variate(critic_value: Tensor, scale: Tensor | float, center: Tensor | float) -> Tensor:
+    """The part of the reward that the prediction explains, to be taken off the advantage: scale * (c - center). Shape [N].
 
-    Scored with it, and with `scale * prediction_pathwise` added, a step's likelihood-ratio estimate keeps its mean: the first
-    part loses scale * E[c grad log p], the second adds it back. `scale` and `center` must not depend on the sample's own
-    noise (fit them on earlier batches, or leave the sample out). RELAX (arXiv:1711.00123) uses the same construction.
+    Scored without it, and with `scale * prediction_pathwise` added, a step's likelihood-ratio estimate keeps its mean: the first
+    part loses scale * E[c grad log p], the second adds it back. c must be a function of the latent alone, so with weights that are
+    constant, and `scale` and `center` must not depend on the sample's own noise (fit them on earlier batches, or leave the sample
+    out). RELAX (arXiv:1711.00123) uses the same construction.
     """
-    return advantage - scale * (critic_value - center)
+    return scale * (critic_value - center)
 
 
 def leave_one_out_mean(values: Tensor, blocks: Tensor | None = None) -> Tensor:
@@ -57,8 +59,142 @@ def leave_one_out_mean(values: Tensor, blocks: Tensor | None = None) -> Tensor:
     return values - leave_one_out(values, blocks=blocks).values
 
 
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What the one-step prediction says of N samples at the outputs of some steps.
+
+    Attributes:
+        values: [N, T], c; NaN at steps that were not asked.
+        gradients: step -> g [N, ...].
+    """
+
+    values: Tensor
+    gradients: Mapping[int, Tensor]
+
+    @classmethod
+    def at(cls, critic: Critic, outputs: Mapping[int, Tensor], count: int, num_steps: int) -> Predictions:
+        """Asks `critic` about the outputs step -> [N, ...] of `count` = N samples."""
+        found = {step: critic(step + 1, x) for step, x in outputs.items()}
+        like = next((value for value, _ in found.values()), torch.zeros(()))
+        values = torch.full((count, num_steps), torch.nan, dtype=like.dtype, device=like.device)
+        for step, (value, _) in found.items():
+            values[:, step] = value
+        return cls(values, {step: gradient for step, (_, gradient) in found.items()})
+
+    def to(self, device: torch.device | str) -> Predictions:
+        """The same on another device."""
+        return map_tensors(self, lambda t: t.to(device))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Predictions]) -> Predictions:
+        """Joins predictions of the same steps."""
+        gradients = {step: torch.cat([part.gradients[step] for part in parts]) for step in parts[0].gradients}
+        return Predictions(torch.cat([part.values for part in parts]), gradients)
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlVariate:
+    """The terms of a control variate for N samples, in units of the reward.
+
+    Attributes:
+        baseline: [N, T], alpha (c - centre), to be taken off the advantage; 0 where there is none.
+        gradients: step -> alpha g [N, ...], to be added pathwise; 0 for samples without a reward.
+    """
+
+    baseline: Tensor
+    gradients: Mapping[int, Tensor]
+
+    def select(self, rows: Tensor) -> ControlVariate:
+        """The terms of some samples."""
+        return map_tensors(self, lambda t: t[rows.to(t.device)])
+
+    def to(self, device: torch.device | str) -> ControlVariate:
+        """The same on another device."""
+        return map_tensors(self, lambda t: t.to(device))
+
+    @staticmethod
+    def concatenate(parts: Sequence[ControlVariate]) -> ControlVariate:
+        """Joins the terms of batches, which may have been asked at other steps."""
+
+        def of(part: ControlVariate, step: int, like: Tensor) -> Tensor:
+            return part.gradients[step] if step in part.gradients else like.new_zeros(len(part.baseline), *like.shape[1:])
+
+        found = {step: gradient for part in parts for step, gradient in part.gradients.items()}
+        gradients = {step: torch.cat([of(part, step, like) for part in parts]) for step, like in sorted(found.items())}
+        return ControlVariate(torch.cat([part.baseline for part in parts]), gradients)
+
+
+def control_terms(
+    parts: Sequence[Predictions],
+    positions: Sequence[Tensor],
+    values: Tensor,
+    rewards: Tensor,
+    scale: ControlVariateScale,
+    blocks: Tensor | None = None,
+) -> list[ControlVariate]:
+    """The control variate of the batches of a rollout: centred over all of its S samples, with the factors of earlier rollouts.
+
+    Args:
+        parts: the predictions of each batch.
+        positions: int [N] of each batch, the place of its samples among the S.
+        values: [S, T], c of all samples (those of other processes too); NaN where it was not asked.
+        rewards: [S]; NaN for a sample without one, whose terms are 0, and which enters no centre.
+        scale: alpha per step; not changed.
+        blocks: int [S]; samples of one number share their noise (antithetic pairs), and a centre leaves them out together.
+
+    Raises:
+        FloatingPointError: a prediction or its gradient is not finite; names the step.
+        NonDifferentiableRewardError: predictions differ, but the gradient of every one is exactly 0.
+    """
+    there = ~torch.isnan(rewards)
+    _check_slope(parts)
+    values = torch.where(there[:, None], values, torch.nan)
+    centers = torch.stack([leave_one_out_mean(column, blocks) for column in values.unbind(1)], 1)
+    return [_terms_of(part, there[place], centers[place], scale) for part, place in zip(parts, positions, strict=True)]
+
+
+def _check_slope(parts: Sequence[Predictions]) -> None:
+    """A reward that jumps may carry a graph, but what is added back would be 0, and what was taken off not."""
+    steps = {step for part in parts for step in part.gradients}
+    columns = [torch.cat([part.values[:, step] for part in parts]) for step in steps]
+    differ = any(len(column[~torch.isnan(column)].unique()) > 1 for column in columns)
+    if differ and not any(bool(gradient.any()) for part in parts for gradient in part.gradients.values()):
+        raise NonDifferentiableRewardError(
+            "control_variate=True: the rewards of the predictions differ, but the gradient of every one is exactly 0, as with a reward that "
+            "rounds, counts or compares; it must be continuous and differentiable in the picture, or the estimate is biased. Use such a "
+            "reward, or set control_variate=False"
+        )
+
+
+def _terms_of(part: Predictions, there: Tensor, centers: Tensor, scale: ControlVariateScale) -> ControlVariate:
+    there, centers = there.to(part.values.device), centers.to(part.values)
+    baseline, gradients = torch.zeros_like(part.values), {}
+    for step, gradient in part.gradients.items():
+        gradient = torch.where(as_rows(there, gradient) > 0, gradient, 0.0)  # without a reward it may be NaN
+        value = torch.where(there, part.values[:, step], 0.0)
+        check_prediction(step, value, gradient)
+        alpha = scale.scale(step)
+        baseline[:, step] = torch.where(there, control_variate(value, alpha, centers[:, step]), 0.0)
+        gradients[step] = alpha * gradient
+    return ControlVariate(baseline, gradients)
+
+
+def check_prediction(step: int, value: Tensor, gradient: Tensor) -> None:
+    """Refuses c [N] and g [N, ...] that are not finite.
+
+    Raises:
+        FloatingPointError: names the step.
+    """
+    for name, finite in (("", torch.isfinite(value)), ("gradient of the ", torch.isfinite(gradient).flatten(1).all(1))):
+        if not finite.all():
+            raise FloatingPointError(
+                f"step {step}: the {name}predicted reward is not finite for {int((~finite).sum())} of {len(finite)} samples; look for sqrt, "
+                "log or a norm at 0 in the reward, or use a wider precision"
+            )
+
+
 class ControlVariateScale(RunningMeans):
-    """Per-step factor on c, fitted on earlier batches: cov(R, c) / var(c), running, 1 until two batches were seen."""
+    """Per-step factor on c, fitted on earlier rollouts: cov(R, c) / var(c), running, 1 until two rollouts were seen."""
 
     def __init__(self, num_steps: int, decay: float = 0.9) -> None:
         super().__init__(num_steps, 2, decay)  # cov(R, c), var(c)
@@ -67,10 +203,10 @@ class ControlVariateScale(RunningMeans):
         covariance, variance = self.means[step].tolist()
         return covariance / variance if self.counts[step] > 1 and variance > 0 else 1.0
 
-    def update(self, step: int, rewards: Tensor, critic_values: Tensor) -> None:
-        """Takes in one batch, [N] each. To be called after the batch's gradient, or the scale would depend on its noise."""
-        there = ~(torch.isnan(rewards).cpu() | torch.isnan(critic_values).cpu())
-        rewards, critic_values = rewards.cpu()[there], critic_values.cpu()[there]
-        if len(rewards) > 1:
-            r, c = (values.double() - values.double().mean() for values in (rewards, critic_values))
-            self.add(step, [float((r * c).mean()), float((c * c).mean())])
+    def update(self, rewards: Tensor, values: Tensor) -> None:
+        """Takes in a rollout, R [S] and c [S, T]; NaN where there is none. After its terms were made, or they would see their own noise."""
+        for step, critic_values in enumerate(values.cpu().unbind(1)):
+            there = ~(torch.isnan(rewards.cpu()) | torch.isnan(critic_values))
+            if int(there.sum()) > 1:
+                r, c = (column.double() - column.double().mean() for column in (rewards.cpu()[there], critic_values[there]))
+                self.add(step, [float((r * c).mean()), float((c * c).mean())])

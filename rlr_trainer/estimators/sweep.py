@@ -3,6 +3,7 @@
 Going back from the sample, each step is rerun from its stored latent and differentiated once. Its local surrogate is the sum of
 
     score      * likelihood_ratio(A, ...)       half-order: at the end of a sub-chain, and on single "lr" steps
+    score      * ratio * prediction_pathwise(alpha g, ...)   what a control variate took off that A, added back
     prediction * prediction_pathwise(g, ...)    through the one-step prediction
     -weight * gaussian_divergence(...)          from a reference policy, where there is a penalty
     pathwise(adjoint, ...)                      first-order steps, and the inside of a sub-chain
@@ -27,17 +28,10 @@ from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.chain import DenoisingChain, Parameters, Rollout, as_rows, next_latent
 from rlr_trainer.estimators.divergence import Penalty, gaussian_divergence
 from rlr_trainer.estimators.first_order import pathwise
-from rlr_trainer.estimators.half_order import likelihood_ratio
+from rlr_trainer.estimators.half_order import is_clipped, likelihood_ratio
 from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
 from rlr_trainer.estimators.plan_draw import PlanDraw
-from rlr_trainer.estimators.prediction import (
-    ControlVariateScale,
-    Critic,
-    control_variate,
-    leave_one_out_mean,
-    prediction_critic,
-    prediction_pathwise,
-)
+from rlr_trainer.estimators.prediction import ControlVariate, Critic, check_prediction, prediction_critic, prediction_pathwise
 
 RECOMPUTE_MODES = ("recursive", "graph")
 
@@ -50,15 +44,14 @@ class Feedback:
         advantage: [N].
         reward_gradient: [N, ...], dR/dx_0 times the same factors; None when the plan needs none.
         scale: [N], the factor between a raw reward and `advantage`; weighs the one-step prediction's terms.
-        blocks: int [N]; samples of one number share their noise (antithetic pairs), and the control variate's centre leaves them out
-            together. None: every sample has its own.
+        control: the control variate's terms, of the raw reward; None without one.
         penalty: on the divergence from a reference policy; every step with noise is then visited.
     """
 
     advantage: Tensor
     reward_gradient: Tensor | None = None
     scale: Tensor | None = None
-    blocks: Tensor | None = None
+    control: ControlVariate | None = None
     penalty: Penalty | None = None
 
     @classmethod
@@ -69,7 +62,7 @@ class Feedback:
         share: float,
         *,
         reward_gradient: Tensor | None = None,
-        blocks: Tensor | None = None,
+        control: ControlVariate | None = None,
         penalty: Penalty | None = None,
     ) -> Feedback:
         """What the rewards of a batch of N say under `plan`, whose `fo_weight` counts.
@@ -81,7 +74,7 @@ class Feedback:
         if reward_gradient is not None:
             factor, weighted = as_rows(scale, reward_gradient), plan.fo_weight * reward_gradient
             reward_gradient = torch.where(factor == 0, 0.0, weighted * factor)  # without a reward it may be NaN
-        return cls(advantages.values * share, reward_gradient, scale, blocks, penalty)
+        return cls(advantages.values * share, reward_gradient, scale, control, penalty)
 
 
 @dataclasses.dataclass
@@ -92,14 +85,12 @@ class SweepResult:
         surrogates: step -> advantage * ratio (clipped) [N] of every scored step, before the plan's weights.
         divergence: the penalty's part of the objective, summed over steps and samples: -weight * divergence. 0 without one.
         log_ratios: step -> log-ratio [N] of every scored step (all rows; those with weight 0 too).
-        critic_values: step -> c [N] of every step that asked the one-step prediction.
         adjoint: gradient of the whole surrogate with respect to the first latent touched, [N, ...] or None.
     """
 
     surrogates: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     divergence: Tensor | float = 0.0
     log_ratios: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    critic_values: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     adjoint: Tensor | None = None
 
     @property
@@ -119,8 +110,7 @@ class Sweep:
         scope: context of a forward and backward pass, given its steps and whether it is the sweep's last (where a distributed wrapper
             synchronizes gradients).
         recompute: "recursive" or "graph".
-        critic: c and g for control variate and prediction terms.
-        control_scale: factor on c per step; None: no control variate.
+        critic: c and g for the terms of the one-step prediction; None where the plan has none.
         clip_range, mean_density: see `likelihood_ratio`.
     """
 
@@ -130,7 +120,6 @@ class Sweep:
     scope: Callable[[list[int], bool], AbstractContextManager] = lambda steps, is_last: contextlib.nullcontext()
     recompute: str = "recursive"
     critic: Critic | None = None
-    control_scale: ControlVariateScale | None = None
     clip_range: float | None = None
     mean_density: bool = False
 
@@ -143,18 +132,17 @@ class Sweep:
         backward: Callable[[Tensor], float],
         reward: Callable[[Tensor], Tensor],
         *,
-        control_scale: ControlVariateScale | None = None,
         reward_loss_scale: float = 1.0,
         **how: Any,
     ) -> Sweep:
         """The sweep of a plan, with the one-step prediction where the plan asks it.
 
         `reward` (final latents [N, ...] -> [N], differentiable) is called for predictions alone, with the loss scale of
-        `prediction_critic`. A `control_scale` of None takes 1 where the plan has a control variate; `how` sets other attributes.
+        `prediction_critic`; `how` sets other attributes.
         """
-        critic = prediction_critic(chain, params, reward, reward_loss_scale) if plan.uses_prediction else None
-        scale = (control_scale or ControlVariateScale(plan.num_steps)) if plan.uses_control_variate else None
-        return cls(chain, params, backward, critic=critic, control_scale=scale, **how)
+        asks = plan.rest_estimator == "prediction"
+        critic = prediction_critic(chain, params, reward, reward_loss_scale) if asks else None
+        return cls(chain, params, backward, critic=critic, **how)
 
     def run(self, rollout: Rollout, draw: PlanDraw, feedback: Feedback) -> SweepResult:
         """Accumulates the gradient of the whole surrogate, summed over the batch.
@@ -243,53 +231,56 @@ class _Run:
         self.result.divergence = self.result.divergence - weighted.detach()
         return weighted
 
-    def _predict(self, step: int) -> tuple[Tensor, Tensor] | None:
-        """c [N] and g [N, ...] at the output of a step; None if the step does not ask. 0 for samples without a reward."""
-        is_controlled = self.sweep.control_scale is not None and bool((self.draw.score[:, step] != 0).any())
-        if not is_controlled and not bool((self.draw.prediction[:, step] != 0).any()):
+    def _predict(self, step: int) -> Tensor | None:
+        """g [N, ...] at the output of a step; None if the step does not ask. 0 for samples without a reward."""
+        if not bool((self.draw.prediction[:, step] != 0).any()):
             return None
         if self.sweep.critic is None or self.feedback.scale is None:
             raise ValueError("the plan asks the one-step prediction: it needs a critic and feedback.scale")
         value, gradient = self.sweep.critic(step + 1, self.rollout.latents[step + 1])
         has_reward = self.feedback.scale != 0  # without one, the prediction's may be NaN as well, and counts for nothing
-        value, gradient = torch.where(has_reward, value, 0.0), torch.where(as_rows(has_reward, gradient) > 0, gradient, 0.0)
-        finite = torch.isfinite(gradient).flatten(1).all(1)
-        if not finite.all():
-            raise FloatingPointError(
-                f"step {step}: the gradient of the predicted reward is not finite for {int((~finite).sum())} of {len(finite)} samples; look "
-                "for sqrt, log or a norm at 0 in the reward, or use a wider precision"
-            )
-        return value, gradient
+        gradient = torch.where(as_rows(has_reward, gradient) > 0, gradient, 0.0)
+        check_prediction(step, torch.where(has_reward, value, 0.0), gradient)
+        return gradient
 
-    def _local_surrogate(self, step: int, mean: Tensor, std: Tensor, predicted: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _local_surrogate(self, step: int, mean: Tensor, std: Tensor, predicted: Tensor | None) -> Tensor:
         """Score and prediction terms of one step, summed over the batch."""
-        sweep, rollout, feedback, result = self.sweep, self.rollout, self.feedback, self.result
-        score, prediction = self.draw.score[:, step].to(mean), self.draw.prediction[:, step].to(mean)
-        advantage, total = feedback.advantage, torch.zeros((), device=mean.device, dtype=mean.dtype)
-        is_scored = bool((score != 0).any())
-        if is_scored and feedback.penalty is not None:
-            advantage = advantage - feedback.penalty.weight * feedback.penalty.to_go[:, step]
+        feedback, total = self.feedback, torch.zeros((), device=mean.device, dtype=mean.dtype)
         if predicted is not None:
             assert feedback.scale is not None
-            value, gradient = predicted
-            result.critic_values[step] = value
-            if is_scored and sweep.control_scale is not None:
-                # alpha scales c; a sample's centre is the mean of the others' c, so it sees none of its own noise
-                alpha = sweep.control_scale.scale(step)
-                center = leave_one_out_mean(value, feedback.blocks) * feedback.scale
-                advantage = control_variate(advantage, value * feedback.scale, alpha, center)
-                prediction = prediction + alpha * score
-            weighted = gradient * as_rows(prediction * feedback.scale, gradient)
-            total = prediction_pathwise(weighted, mean, std, rollout.noises[step]).sum()
-        if not is_scored:
-            return total
+            weighted = predicted * as_rows(self.draw.prediction[:, step].to(mean) * feedback.scale, predicted)
+            total = prediction_pathwise(weighted, mean, std, self.rollout.noises[step]).sum()
+        return total + self._scored(step, mean, std) if bool((self.draw.score[:, step] != 0).any()) else total
+
+    def _scored(self, step: int, mean: Tensor, std: Tensor) -> Tensor:
+        """The likelihood-ratio term of one step, and what the control variate adds back, summed over the batch."""
+        sweep, rollout, feedback, control = self.sweep, self.rollout, self.feedback, self.feedback.control
         if not self._has_noise(step):
             raise PlanError(
                 f"step {step} adds no noise (std = 0), so it has no likelihood ratio; cover it by first order (fo_steps)"
             )
+        advantage, score = feedback.advantage, self.draw.score[:, step].to(mean)
+        if feedback.penalty is not None:
+            advantage = advantage - feedback.penalty.weight * feedback.penalty.to_go[:, step]
+        if control is not None:
+            assert feedback.scale is not None
+            advantage = advantage - control.baseline[:, step] * feedback.scale
         x_next, old = rollout.latents[step + 1], (rollout.means[step], rollout.stds[step])
         options: dict[str, Any] = {"clip_range": sweep.clip_range, "mean_density": sweep.mean_density}
         surrogate, log_ratio = likelihood_ratio(advantage, x_next, mean, std, *old, **options)
-        result.log_ratios[step] = log_ratio
-        result.surrogates[step] = surrogate.detach() / (mean[0].numel() if sweep.mean_density else 1)
-        return total + (score * surrogate).sum()
+        self.result.log_ratios[step] = log_ratio
+        self.result.surrogates[step] = surrogate.detach() / (mean[0].numel() if sweep.mean_density else 1)
+        if control is not None and step in control.gradients:
+            surrogate = surrogate + self._added_back(control.gradients[step], advantage, log_ratio.exp(), x_next, mean, std)
+        return (score * surrogate).sum()
+
+    def _added_back(self, gradient: Tensor, advantage: Tensor, ratio: Tensor, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """What the control variate took off the advantage, pathwise: [N].
+
+        The ratio weights it as it weights the score, and the noise is the one with which the present policy would make `x_next`: so both
+        expectations are those of one distribution, also when the weights are not those that sampled.
+        """
+        assert self.feedback.scale is not None
+        weight = torch.where(is_clipped(advantage, ratio, self.sweep.clip_range), 0.0, ratio) * self.feedback.scale
+        noise = ((x_next - mean) / std).detach()
+        return prediction_pathwise(gradient * as_rows(weight, gradient), mean, std, noise)

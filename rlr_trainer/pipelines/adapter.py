@@ -78,7 +78,7 @@ class PipelineAdapter(abc.ABC):
         return [module for module in found if module is not None]
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The network that makes pictures of latents."""
         return self.pipeline.vae
 
@@ -229,7 +229,7 @@ class PipelineAdapter(abc.ABC):
 
         In the decoder's own precision, within autocast too.
         """
-        vae: Any = self.decoder
+        vae = self.decoder
         with torch.autocast(latents.device.type, enabled=False):
             images = vae.decode(self.unpack(latents, layout).to(vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
@@ -247,8 +247,8 @@ class PipelineAdapter(abc.ABC):
         self.pipeline.load_lora_weights(str(source), weight_name=self.lora_file)
 
     def lora_snippet(self, source: str) -> str:
-        """Code that adds saved LoRA weights to `pipe`, for model cards."""
-        return f'pipe.load_lora_weights("{source}")'
+        """Code that adds saved LoRA weights to `pipe`, for model cards; `source` is the code of a string."""
+        return f"pipe.load_lora_weights({source})"
 
     def save_denoiser(self, directory: str | Path) -> None:
         """Writes the whole network, in float32, to its folder of the pipeline's layout."""

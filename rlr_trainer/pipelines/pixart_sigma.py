@@ -92,8 +92,8 @@ class PixArtSigmaAdapter(PipelineAdapter):
         add_peft_lora(self.denoiser, source)
 
     def lora_snippet(self, source: str) -> str:
-        """Code that adds saved LoRA weights to `pipe`."""
-        return f'from peft import PeftModel\n\npipe.transformer = PeftModel.from_pretrained(pipe.transformer, "{source}")'
+        """Code that adds saved LoRA weights to `pipe`; `source` is the code of a string."""
+        return f"from peft import PeftModel\n\npipe.transformer = PeftModel.from_pretrained(pipe.transformer, {source})"
 
 
 def _can_clean_captions() -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlr_trainer.estimators.chain import Rollout
 from rlr_trainer.estimators.plan_draw import PlanDraw
+from rlr_trainer.estimators.prediction import ControlVariate
 from rlr_trainer.estimators.zeroth_order import Perturbations
 from rlr_trainer.pipelines import AnyConditioning
 
@@ -62,6 +63,7 @@ class ScoredBatch(SampledBatch):
         reward_gradient: [B, ...], dR/dx_0; None if the plan needs none.
         zeroth_advantage: [B], for the zeroth-order part; None if the plan has none.
         divergence_to_go: [B, T], see `leave_one_out_to_go`; None without a reference policy.
+        control: the terms of the control variate; None if the plan has none.
     """
 
     rewards: Tensor = dataclasses.field(kw_only=True)
@@ -70,6 +72,7 @@ class ScoredBatch(SampledBatch):
     reward_gradient: Tensor | None = None
     zeroth_advantage: Tensor | None = None
     divergence_to_go: Tensor | None = None
+    control: ControlVariate | None = None
 
     def select(self, rows: Tensor) -> ScoredBatch:
         """Some of the samples."""

@@ -17,11 +17,13 @@ from rlr_trainer.estimators.chain import mix_seed, sample_chain, seeded_generato
 from rlr_trainer.estimators.divergence import leave_one_out_to_go, step_divergences
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
+from rlr_trainer.estimators.prediction import Predictions, control_terms
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import RewardError
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
 from rlr_trainer.rollouts.batches import CHOICES, NOISE, PERTURBATIONS, RolloutSummary, SampledBatch, ScoredBatch
+from rlr_trainer.rollouts.predictions import predict
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts, PromptRow
 from rlr_trainer.rollouts.sampler import Sampler
@@ -38,6 +40,8 @@ class RolloutOptions:
         num_batches: sampling batches per process.
         group_size: samples per prompt.
         offload: keep sampled chains in CPU memory until their update.
+        prediction_size: samples that the one-step prediction of the control variate is asked about at a time; None is a sampling batch.
+        prediction_loss_scale: of its rewards, in fp16.
     """
 
     seed: int
@@ -45,6 +49,8 @@ class RolloutOptions:
     num_batches: int
     group_size: int = 1
     offload: bool = False
+    prediction_size: int | None = None
+    prediction_loss_scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Collector:
         """
         rows, seconds = self._take_prompts(), 0.0
         sampled: list[SampledBatch] = []
+        predictions: list[Predictions] = []
         with self._scoring() as scoring:
             for batch_number in range(self.options.num_batches):
                 started = time.perf_counter()
@@ -106,6 +113,9 @@ class Collector:
                 seconds += time.perf_counter() - started
                 where = f"sampling batch {batch_number} of rollout {number}"
                 scoring.add(batch.rollout.sample, batch.prompts, batch.metadata, where)
+                if self.plan_state.control_scale is not None:
+                    with scoring.at_work():
+                        predictions.append(self._predict(model, batch))
                 sampled.append(batch.to("cpu") if self.options.offload else batch)
             scored = scoring.finish()
         self.processes.raise_everywhere(scoring.failure, f"rollout {number}")
@@ -117,6 +127,7 @@ class Collector:
         prompts = tuple(row.prompt for row in rows)
         advantages, factors = self.advantages.of_rollout(rewards, parts, prompts, self.paired)
         batches = [_complete(b, s, order, advantages, factors) for b, s in zip(sampled, scored, strict=True)]
+        batches = self._with_control_variate(batches, predictions, order, rewards)
         batches, kl = self._with_divergence_to_go(self._with_zeroth_advantages(batches, order, rewards, advantages))
         metrics = reward_metrics(self.scorer.rewards.names, rewards, parts) | kl
         metrics |= {"time/sample": seconds, "time/reward": scoring.seconds}
@@ -208,6 +219,25 @@ class Collector:
         """This process's share of one sampling batch of `size` per process; a shorter list of rows (a probe's) is repeated."""
         first = (number * self.processes.count + self.processes.index) * size
         return [rows[i % len(rows)] for i in range(first, first + size)]
+
+    def _predict(self, model: nn.Module, batch: SampledBatch) -> Predictions:
+        size, loss_scale = self.options.prediction_size or len(batch), self.options.prediction_loss_scale
+        found = predict(self.sampler, self.scorer, model, batch, batch.draw, size, loss_scale)
+        return found.to("cpu") if self.options.offload else found
+
+    def _with_control_variate(
+        self, batches: list[ScoredBatch], predictions: list[Predictions], order: Tensor, rewards: Tensor
+    ) -> list[ScoredBatch]:
+        """The batches with its terms, centred over the whole rollout; its factors take in the rollout afterwards."""
+        scale = self.plan_state.control_scale
+        if scale is None:
+            return batches
+        _, values = self.processes.gather_in_order([b.index for b in batches], [p.values for p in predictions])
+        positions = [torch.searchsorted(order, batch.index) for batch in batches]
+        blocks = order // 2 if self.paired else None
+        terms = control_terms(predictions, positions, values, rewards, scale, blocks)
+        scale.update(rewards, values)
+        return [dataclasses.replace(batch, control=control) for batch, control in zip(batches, terms, strict=True)]
 
     def _with_zeroth_advantages(
         self, batches: list[ScoredBatch], order: Tensor, rewards: Tensor, advantages: Advantages

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlr_trainer.pipelines import Layout, PipelineAdapter
 from rlr_trainer.rewards.interface import RewardCalls, RewardError, RewardResult, Rewards
+from rlr_trainer.rewards.values import finite_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,13 @@ class Scorer:
         """Final latents [B, ...] -> rewards [B] with a graph; 0 for a sample without a reward."""
 
         def reward(latents: Tensor) -> Tensor:
-            return self.rewards(self.decode(latents), prompts, metadata, differentiable=True).total.nan_to_num()
+            pictures = self.decode(latents)
+            finite = finite_rows(pictures)
+            if (
+                not finite.all() and self.rewards.on_error == "skip"
+            ):  # such a sample has no reward, but its decoder's gradient is NaN
+                latents.register_hook(lambda g: torch.where(finite.reshape(-1, *[1] * (g.dim() - 1)), g, 0.0))
+            return self.rewards(pictures, prompts, metadata, differentiable=True).total.nan_to_num()
 
         return reward
 
@@ -157,7 +164,7 @@ class RolloutScoring:
 
     def add(self, latents: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], where: str) -> None:
         """Decodes final latents [B, ...] and begins to score them."""
-        with self._at_work():
+        with self.at_work():
             if self.failure is not None:
                 return
             if self.with_gradient:
@@ -172,13 +179,14 @@ class RolloutScoring:
 
     def finish(self) -> list[Scored]:
         """Waits for the rewards; one entry per batch, in their order. Nothing after a deferred failure."""
-        with self._at_work():
+        with self.at_work():
             if self.failure is None and self._images:
                 return [Scored(*pair) for pair in zip(self._images, self._calls.finish(), strict=True)]
         return [] if self.failure is not None else self._differentiated
 
     @contextlib.contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def at_work(self) -> Iterator[None]:
+        """Counts the seconds, and keeps a failure with `defer`."""
         started = time.perf_counter()
         try:
             yield

@@ -53,6 +53,7 @@ class Case:
     call_conditions: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] | None
     call_negatives: Callable[[Any, Sequence[str]], Mapping[str, Any]] | None
     learning_rate: float
+    options: Mapping[str, Any]
 
     def pipeline(self) -> Any:
         """A fresh pipeline, quiet and without dropout."""

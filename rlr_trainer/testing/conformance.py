@@ -54,6 +54,7 @@ def check_adapter(
     call_conditions: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] | None = None,
     call_negatives: Callable[[Any, Sequence[str]], Mapping[str, Any]] | None = None,
     learning_rate: float = 1e-2,
+    options: Mapping[str, Any] | None = None,
     checks: Sequence[str] | None = None,
 ) -> list[str]:
     """Runs the checks on tiny pipelines of real classes and returns what was measured, one line per check.
@@ -71,6 +72,7 @@ def check_adapter(
         call_conditions: makes arguments of the pipeline's call of them; by default each condition's list goes under its own name.
         call_negatives: (pipeline, negative prompts) -> arguments of the pipeline's call; by default `negative_prompt`.
         learning_rate: of the checks that train.
+        options: of `RLRConfig`, for the checks that train (`{"noise_steps": 2}`).
         checks: some of `CHECKS`; None runs them all.
 
     Raises:
@@ -88,7 +90,7 @@ def check_adapter(
         raise ValueError(f"metadata has {len(rows)} rows for {len(prompts)} prompts: must have one per prompt")
     case = Case(
         make_pipeline, make_adapter, tuple(prompts), negative_prompt, height, width, num_steps, guidance_scale,
-        dict(call_arguments or {}), tuple(rows), call_conditions, call_negatives, learning_rate,
+        dict(call_arguments or {}), tuple(rows), call_conditions, call_negatives, learning_rate, dict(options or {}),
     )  # fmt: skip
     lines, problems, cause = [], [], None
     for name in names:

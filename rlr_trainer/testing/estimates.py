@@ -12,7 +12,7 @@ from torch import nn
 from rlr_trainer.estimators.chain import next_latent
 from rlr_trainer.rollouts.batches import ScoredBatch
 from rlr_trainer.testing.case import Case, Findings
-from rlr_trainer.testing.runs import folder, gradient, make_trainer, noisy, redness, relative_difference, warm_up
+from rlr_trainer.testing.runs import folder, gradient, greenness, make_trainer, noisy, relative_difference, warm_up
 from rlr_trainer.training.trainer import RLRTrainer
 
 TOLERANCE = 1e-4  # relative, of gradients
@@ -61,7 +61,7 @@ def _plain(trainer: RLRTrainer, batch: ScoredBatch) -> dict[str, torch.Tensor]:
     params, x = chain.parameters(), batch.rollout.latents[0]
     for step, noise in enumerate(batch.rollout.noises):
         x = next_latent(*chain.transition(step, x, params), noise)
-    value = redness(parts.adapter.decode(x, parts.layout), batch.prompts, batch.metadata).mean()
+    value = greenness(parts.adapter.decode(x, parts.layout), batch.prompts, batch.metadata).mean()
     if not value.requires_grad:
         return {name: torch.zeros_like(p) for name, p in params.items()}
     found = torch.autograd.grad(value, list(params.values()), allow_unused=True)

@@ -17,6 +17,7 @@ from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.divergence import check_noise
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
+from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE
 from rlr_trainer.observing.callbacks import BetweenRollouts
 from rlr_trainer.observing.pictures import FixedSamples, SampleLog
 from rlr_trainer.observing.run_files import RunFiles
@@ -145,6 +146,8 @@ class Parts:
             num_batches=config.sample_num_batches_per_epoch,
             group_size=config.num_images_per_prompt,
             offload=config.offload_rollouts,
+            prediction_size=config.per_device_train_batch_size,
+            prediction_loss_scale=FP16_LOSS_SCALE if config.fp16 else 1.0,
         )
         shared = self.sampler, self.scorer, self.plan_state
         self.collector = Collector(*shared, self.prompts, self.processes, options, self.advantage_rule(), self.reference)

@@ -58,7 +58,7 @@ class UpdateOptions:
 class Updater:
     """Accumulates the gradient of updates. For every rollout `begin`, for every micro-batch `accumulate`, after the last of an update `finish`.
 
-    `sampler` makes the chain of a batch, `scorer` scores one-step predictions; the factors and starts of `plan_state` learn from updates.
+    `sampler` makes the chain of a batch, `scorer` scores one-step predictions; the starts of `plan_state` learn from updates.
     """
 
     def __init__(
@@ -145,7 +145,6 @@ class Updater:
             chain.parameters(),
             lambda surrogate: backward(_with_graph(surrogate), ends),
             self.scorer.differentiable(batch.prompts, batch.metadata),
-            control_scale=self.plan_state.control_scale,
             reward_loss_scale=FP16_LOSS_SCALE if self.options.half_precision else 1.0,
             scope=scope,
             recompute=self.options.recompute,
@@ -153,7 +152,6 @@ class Updater:
             mean_density=True,
         )
         result = sweep.run(batch.rollout, batch.draw, self._feedback(chain, batch))
-        self._fit_control_variate(batch, result)
         return self._metrics(batch, result, clip_range)
 
     def finish(self, batch: ScoredBatch, factor: float = 1.0, where: str = "the update") -> dict[str, float]:
@@ -215,19 +213,9 @@ class Updater:
             Advantages(batch.advantage, batch.scale),
             self._share,
             reward_gradient=batch.reward_gradient,
-            blocks=batch.index // 2 if self.plan.uses_zeroth_order and self.plan.zo_antithetic else None,
+            control=batch.control,
             penalty=penalty,
         )
-
-    def _fit_control_variate(self, batch: ScoredBatch, result: SweepResult) -> None:
-        scale = self.plan_state.control_scale
-        if scale is None or not result.critic_values:
-            return
-        steps, values = zip(*result.critic_values.items(), strict=True)  # the same steps in every process
-        rewards = batch.rewards.to(values[0])
-        rewards, *gathered = self.processes.accelerator.gather(torch.stack([rewards, *values], 1)).unbind(1)
-        for step, value in zip(steps, gathered, strict=True):
-            scale.update(step, rewards, value)
 
     def _metrics(self, batch: ScoredBatch, result: SweepResult, clip_range: float | None) -> dict[str, float]:
         objective = result.objective

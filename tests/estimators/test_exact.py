@@ -12,9 +12,12 @@ from torch.distributions import Normal
 from toy_problems import EXACT, LinearProblem, NonlinearChain, derivative, nonlinear_reward, normal, seeded, unbiased_plans
 
 from rlr_trainer.estimators import (
+    ControlVariate,
     ControlVariateScale,
     Feedback,
+    Predictions,
     Sweep,
+    control_terms,
     estimate_gradient,
     prediction_critic,
     reward_and_gradient,
@@ -75,9 +78,20 @@ def one_sample_value(chain, reward, rollout, draw: PlanDraw, row: int, params, f
     return value
 
 
+def controlled(chain, reward, rollout, draw, scale) -> ControlVariate:
+    """The control variate's terms of a whole rollout, all of whose samples have a reward."""
+    outputs = {step: rollout.latents[step + 1] for step in draw.scored_steps()}
+    critic = prediction_critic(chain, chain.parameters(), reward)
+    predictions = Predictions.at(critic, outputs, rollout.num_samples, rollout.num_steps)
+    there = torch.zeros(rollout.num_samples)
+    return control_terms([predictions], [torch.arange(rollout.num_samples)], predictions.values, there, scale)[0]
+
+
 def swept(chain, reward, rollout, draw, feedback, recompute="recursive", control_scale=None, runner=None, leaves=None, **options):
     """Gradient of the package's sweep, name -> tensor."""
     base = chain.parameters()
+    if control_scale is not None:
+        feedback = dataclasses.replace(feedback, control=controlled(chain, reward, rollout, draw, control_scale))
     runner = runner or chain
     leaves = leaves or {name: p.detach().clone().requires_grad_() for name, p in base.items()}
     Sweep(
@@ -86,7 +100,6 @@ def swept(chain, reward, rollout, draw, feedback, recompute="recursive", control
         backward=lambda surrogate: surrogate.backward() or 1.0,
         recompute=recompute,
         critic=prediction_critic(runner, leaves, reward),
-        control_scale=control_scale,
         **options,
     ).run(rollout, draw, feedback)
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in leaves.items()}

@@ -133,21 +133,24 @@ def first_order_not_scaled():
 @contextlib.contextmanager
 def critic_through_parameters():
     """c is differentiated through the parameters of the prediction as well as through its input."""
-    latest: list[torch.Tensor] = []
+    reward, latest = LinearProblem.make(shared=False).reward, {}
 
-    def critic_of(chain, params, reward, loss_scale):
-        real = prediction_critic(chain, params, reward, loss_scale)
+    class Watched(PerSampleChain):
+        def transition(self, step, x, params):
+            latest.update(step=step, params=params)
+            return super().transition(step, x, params)
 
-        def critic(step, x):
-            latest[:] = [reward(predict_clean(chain, step, x, params))]
-            return real(step, x)
+        def predicted(self, x):
+            return reward(predict_clean(self, latest["step"] + 1, x, latest["params"]))
 
-        return critic
+    def chain_of(chain):
+        latest["chain"] = Watched(chain)
+        return latest["chain"]
 
-    def pathwise(*args):
-        return prediction_pathwise(*args) + latest[0]
+    def pathwise(gradient, mean, std, noise):
+        return prediction_pathwise(gradient, mean, std, noise) + latest["chain"].predicted((mean + std * noise).detach())
 
-    with replaced(prediction_critic, critic_of), replaced(prediction_pathwise, pathwise):
+    with replaced(PerSampleChain, chain_of), replaced(prediction_pathwise, pathwise):
         yield
 
 
@@ -217,7 +220,7 @@ MUTANTS: dict[str, tuple[EstimatorPlan, str, Callable[[], Mutant]]] = {
     "the control variate is added back without being subtracted": (
         CONTROLLED,
         "none",
-        lambda: replaced(control_variate, lambda advantage, *args: advantage),
+        lambda: replaced(control_variate, lambda value, *args: 0 * value),
     ),
     "the control variate is differentiated through the parameters": (CONTROLLED, "none", critic_through_parameters),
     "the centre of the control variate contains the sample": (CONTROLLED, "none", lambda: replaced(leave_one_out, mean_of_batch)),

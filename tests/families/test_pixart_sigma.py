@@ -5,7 +5,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from families.chains import solve
 from families.conformance import CONFORMANCE
-from families.tiny.pixart_sigma import make_pipeline
+from families.tiny.pixart_sigma import NOISE, make_pipeline
 from peft import LoraConfig, PeftModel
 
 from rlr_trainer.pipelines import adapt, attach_lora, load_pipeline
@@ -46,7 +46,7 @@ def test_peft_loads_the_lora_weights(trained, tmp_path):
 
 def test_the_code_of_the_model_card_loads_them(trained, tmp_path):
     pipeline = make_pipeline()
-    exec(trained.lora_snippet(str(tmp_path)), {"pipe": pipeline})
+    exec(trained.lora_snippet(repr(str(tmp_path))), {"pipe": pipeline})
     assert torch.equal(pictures(pipeline), pictures(trained.pipeline))
 
 
@@ -77,7 +77,7 @@ def test_weights_of_another_rank_are_refused(trained, tmp_path):
 
 
 def test_pictures_equal_those_of_the_released_solver_at_first_order():
-    pipeline = make_pipeline(DPMSolverMultistepScheduler(beta_schedule="linear", solver_order=1))
+    pipeline = make_pipeline(DPMSolverMultistepScheduler(solver_order=1, **NOISE))
     prompts, negatives, noise = ["A red  Fox", "a house"], ["ugly", ""], torch.randn(2, 4, 8, 8)
     call = {"num_inference_steps": 5, "output_type": "pt", "use_resolution_binning": False}
     theirs = pipeline(prompts, negative_prompt=negatives, guidance_scale=3.0, latents=noise, **call).images
@@ -86,11 +86,10 @@ def test_pictures_equal_those_of_the_released_solver_at_first_order():
 
 
 def test_the_released_multistep_solver_becomes_ddim_on_its_grid(caplog):
-    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear")
-    adapter = adapt(make_pipeline(scheduler))
+    adapter = adapt(make_pipeline())
     schedule = adapter.schedule(adapter.layout(None, None), SamplerOptions(5))
-    scheduler.set_timesteps(5)
-    assert schedule.times == tuple(scheduler.timesteps.tolist())
+    adapter.pipeline.scheduler.set_timesteps(5)
+    assert schedule.times == tuple(adapter.pipeline.scheduler.timesteps.tolist())
     assert "ddim stands in for DPMSolverMultistepScheduler" in caplog.text
 
 

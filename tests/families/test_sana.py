@@ -5,14 +5,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaSprintPipeline
 from families.chains import solve
 from families.conformance import CONFORMANCE
-from families.tiny.sana import make_pipeline, make_sprint
+from families.tiny.sana import FLOW, make_pipeline, make_sprint
 
 from rlr_trainer.pipelines import adapt
 from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.testing import check_adapter
 
 AS_ASKED = {"use_resolution_binning": False}
-FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}  # as released
 
 
 CHECKS = [check for check in CONFORMANCE if check != "layout"]
@@ -42,11 +41,10 @@ def test_pictures_equal_those_of_the_released_solver_at_first_order():
 
 
 def test_the_released_solver_becomes_flow_cps_on_its_grid(caplog):
-    scheduler = DPMSolverMultistepScheduler(**FLOW)
-    adapter = adapt(make_pipeline(scheduler))
+    adapter = adapt(make_pipeline())
     schedule = adapter.schedule(adapter.layout(None, None), SamplerOptions(5))
-    scheduler.set_timesteps(5)
-    assert schedule.times == tuple(scheduler.timesteps.tolist())
+    adapter.pipeline.scheduler.set_timesteps(5)
+    assert schedule.times == tuple(adapter.pipeline.scheduler.timesteps.tolist())
     assert "flow_cps stands in for DPMSolverMultistepScheduler" in caplog.text
 
 

@@ -15,7 +15,9 @@ from rlr_trainer.testing import check_adapter
 
 @pytest.mark.parametrize("check", CONFORMANCE)
 def test_it_conforms(check):
-    check_adapter(make_pipeline, checks=[check], **SHORT)
+    # With flow_cps the scheduler's last but one step leads to a sigma of 0.009, and adds so little noise that likelihood ratios there
+    # are mostly variance.
+    check_adapter(make_pipeline, checks=[check], options={"sampler": "flow_sde"}, learning_rate=3e-2, **SHORT)
 
 
 @pytest.mark.parametrize("options", [{}, {"t5": False}, {"dynamic_shifting": True}])

@@ -119,7 +119,7 @@ def run_ours(config, pipeline, reward, folder, prompts=10) -> Run:
     order, ratios, losses = [], [], []
 
     queue, updater, step = trainer.parts.queue, trainer.parts.updater, trainer.training_step
-    fill, fit = queue.fill, updater._fit_control_variate
+    fill, measure = queue.fill, updater._metrics
 
     def keep_rollout(parts, rows):
         if parts:
@@ -130,20 +130,20 @@ def run_ours(config, pipeline, reward, folder, prompts=10) -> Run:
             run.drawn_steps.append(whole.draw.score != 0)
         fill(parts, rows)
 
-    def keep_sweep(batch, result):
+    def keep_sweep(batch, result, clip_range):
         values = torch.full((len(batch), config.sample_num_steps), torch.nan)
         for number, log_ratio in result.log_ratios.items():
             values[:, number] = log_ratio.exp()
         order.append(batch.index)
         ratios.append((values, batch.advantage.clone()))
-        fit(batch, result)
+        return measure(batch, result, clip_range)
 
     def keep_loss(*arguments, **keywords):
         loss = step(*arguments, **keywords)
         losses.append(float(loss))
         return loss
 
-    queue.fill, updater._fit_control_variate, trainer.training_step = keep_rollout, keep_sweep, keep_loss
+    queue.fill, updater._metrics, trainer.training_step = keep_rollout, keep_sweep, keep_loss
     trainer.train()
     batches = config.gradient_accumulation_steps
     run.losses = [sum(losses[i : i + batches]) for i in range(0, len(losses), batches)]

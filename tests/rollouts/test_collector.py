@@ -1,5 +1,7 @@
 """One rollout: who gets which prompt and noise, and what comes out."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_adapter import brightness, tiny_run
@@ -27,6 +29,21 @@ def test_the_size_of_the_batches_does_not_change_the_samples():
     assert of_halves.metrics["reward"] == pytest.approx(summary.metrics["reward"])
     other, _ = tiny_run(batch_size=4).collect(1)
     assert not torch.allclose(other[0].rollout.sample, whole.rollout.sample)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 2, "num_batches": 2}, {"prediction_size": 3}, {"offload": True}], ids=str)
+def test_the_control_variate_is_that_of_the_whole_rollout(options):
+    """However many samples are drawn, or predicted, at a time."""
+    plan = EstimatorPlan.from_preset("ddpo", 4, control_variate=True)
+    (whole,), _ = tiny_run(plan).collect()
+    size = options.pop("prediction_size", None)
+    run = tiny_run(plan, **options)
+    run.collector = dataclasses.replace(run.collector, options=dataclasses.replace(run.collector.options, prediction_size=size))
+    joined = ScoredBatch.concatenate(run.collect()[0])
+    assert whole.control.baseline.abs().min() > 0
+    torch.testing.assert_close(joined.control.baseline, whole.control.baseline, rtol=1e-4, atol=1e-8)
+    for step in range(4):
+        torch.testing.assert_close(joined.control.gradients[step], whole.control.gradients[step], rtol=1e-4, atol=1e-8)
 
 
 def test_groups_share_their_prompt_and_pairs_their_noise():
@@ -94,3 +111,19 @@ def test_the_probe_finds_a_wrong_reward_and_takes_no_prompt(reward, error, messa
     with pytest.raises(error, match=message):
         run.collector.probe(run.policy)
     assert run.collector.prompts.take(1)[0].prompt == "a"
+
+
+@pytest.mark.parametrize("options", [{}, {"control_variate": True}, {"fo_steps": 4}], ids=str)
+def test_a_decoder_that_overflows_for_one_sample_costs_that_sample(options, monkeypatch):
+    """With on_error="skip"; the sample counts as one without a reward, in first order and in predictions too."""
+    run = tiny_run(EstimatorPlan.from_preset("rlr", 4, **options), rewards={"on_error": "skip"}, advantages=AdvantageRule("none"))
+    decode, broken = run.scorer.adapter.decode, torch.arange(4) == 2
+
+    def overflowing(latents, layout):
+        return (latents.sigmoid() if len(latents) != 4 else decode(latents, layout)) / (~broken).float()[:, None, None, None] ** 2
+
+    monkeypatch.setattr(run.scorer.adapter, "decode", overflowing)
+    batches, summary = run.collect()
+    assert torch.isnan(summary.rewards).tolist() == broken.tolist() and summary.metrics["samples_dropped"] == 1
+    gradient, _ = run.gradient(batches)
+    assert all(torch.isfinite(g).all() for g in gradient.values()) and any(g.any() for g in gradient.values())

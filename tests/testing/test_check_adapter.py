@@ -1,14 +1,20 @@
 """The conformance kit passes the family that the repository trusts, and rejects each known mistake by the check that is for it."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from families.conformance import CONFORMANCE
+from families.tiny import flux, sd3
 from families.tiny.stable_diffusion import make_pipeline
+from safetensors.torch import load_file, save_file
 
-from rlr_trainer.pipelines import StableDiffusionAdapter
-from rlr_trainer.testing import ConformanceError, check_adapter
+from rlr_trainer.pipelines import LORA_FILE, StableDiffusionAdapter
+from rlr_trainer.pipelines.flux import FluxAdapter
+from rlr_trainer.pipelines.lora import save_lora_weights
+from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
+from rlr_trainer.testing import SLOW_CHECKS, ConformanceError, check_adapter
 
 
 def failed(make_adapter, checks, make=make_pipeline):
@@ -49,9 +55,19 @@ class ForgetsScalingFactor(StableDiffusionAdapter):
         return latents
 
 
-class AddsShiftFactor(StableDiffusionAdapter):
+class ForgetsShiftFactor(StableDiffusion3Adapter):
     def unpack(self, latents, layout):
-        return super().unpack(latents, layout) + 0.1
+        return latents / self.decoder.config.scaling_factor
+
+
+class ForgetsEmbeddedScale(FluxAdapter):
+    def batch_inputs(self, layout, guidance_scale):
+        return super().batch_inputs(layout, 1.0)
+
+
+class TransposesPositions(FluxAdapter):
+    def _positions(self, layout):
+        return super()._positions(layout)[:, [0, 2, 1]]
 
 
 class RowsOfTheBatch(StableDiffusionAdapter):
@@ -60,19 +76,129 @@ class RowsOfTheBatch(StableDiffusionAdapter):
         return {"encoder_hidden_states": states - states.mean(0)}
 
 
+class DefaultOffByOne(StableDiffusionAdapter):
+    def layout(self, height, width, num_frames=None):
+        layout = super().layout(height, width, num_frames)
+        return layout if height else super().layout(layout.height + 4, width)
+
+
+class TakesAnySize(StableDiffusionAdapter):
+    def layout(self, height, width, num_frames=None):
+        return super().layout(height and height // 4 * 4, width and width // 4 * 4, num_frames)
+
+
+class TakesFrames(StableDiffusionAdapter):
+    def layout(self, height, width, num_frames=None):
+        return super().layout(height, width)
+
+
+class CountsItsCalls(StableDiffusionAdapter):
+    calls = 0
+
+    def call(self, network, x, time, rows, batch):
+        self.calls += 1
+        return super().call(network, x, time, rows, batch) * (1 + 1e-4 * self.calls)
+
+
+class CutsTheGraph(StableDiffusionAdapter):
+    def decode(self, latents, layout):
+        with torch.no_grad():
+            return super().decode(latents, layout)
+
+
+class UnusedModules(StableDiffusionAdapter):
+    lora_targets = ("spare",)
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline)
+        pipeline.unet.spare = torch.nn.Linear(4, 4)
+
+
+class OneUnusedTarget(UnusedModules):
+    lora_targets = ("to_q", "to_k", "to_v", "spare")
+
+
+class UnknownTarget(StableDiffusionAdapter):
+    lora_targets = ("to_q", "to_query")
+
+
+class TrainsTheTextEncoder(StableDiffusionAdapter):
+    lora_targets = ("q_proj",)
+    denoiser_folder = "text_encoder"
+
+    def call(self, network, x, time, rows, batch):
+        return self.pipeline.unet(x, time, **rows).sample
+
+
+class OtherPrefix(StableDiffusionAdapter):
+    def save_lora(self, directory):
+        save_lora_weights(type(self.pipeline), self.denoiser, directory, layers="unet_lora_layers")
+        path = Path(directory) / LORA_FILE
+        save_file({key.replace("unet.", "transformer."): tensor for key, tensor in load_file(path).items()}, path)
+
+
+class NeverCheckpoints(StableDiffusionAdapter):
+    def __init__(self, pipeline):
+        super().__init__(pipeline)
+        pipeline.unet.enable_gradient_checkpointing = lambda: None
+
+
+class CastsTheNetwork(StableDiffusionAdapter):
+    def call(self, network, x, time, rows, batch):
+        if torch.is_autocast_enabled("cpu"):
+            self.denoiser.to(torch.bfloat16)
+        return super().call(network, x, time, rows, batch)
+
+
+class LoadsNothing(StableDiffusionAdapter):
+    def load_denoiser(self, directory):
+        pass
+
+    def load_lora(self, directory):
+        pass
+
+
+class TurnsTheGradient(StableDiffusionAdapter):
+    def decode(self, latents, layout):
+        return super().decode(2 * latents.detach() - latents, layout)
+
+
 MUTANTS = [
-    (WrongTimeScale, "generation"),
-    (SwappedBranches, "generation"),
-    (GuidesTwice, "generation"),
-    (ForgetsScalingFactor, "generation"),
-    (AddsShiftFactor, "generation"),
-    (RowsOfTheBatch, "generation"),
+    (WrongTimeScale, "generation", make_pipeline),
+    (SwappedBranches, "generation", make_pipeline),
+    (GuidesTwice, "generation", make_pipeline),
+    (ForgetsScalingFactor, "generation", make_pipeline),
+    (ForgetsShiftFactor, "generation", sd3.make_pipeline),
+    (ForgetsEmbeddedScale, "generation", flux.make_pipeline),
+    (TransposesPositions, "generation", flux.make_pipeline),
+    (RowsOfTheBatch, "prompts", make_pipeline),
+    (DefaultOffByOne, "layout", make_pipeline),
+    (TakesAnySize, "layout", make_pipeline),
+    (TakesFrames, "layout", make_pipeline),
+    (CountsItsCalls, "ratio", make_pipeline),
+    (CutsTheGraph, "gradients", make_pipeline),
+    (UnusedModules, "lora", make_pipeline),
+    (OneUnusedTarget, "lora", make_pipeline),
+    (UnknownTarget, "lora", make_pipeline),
+    (TrainsTheTextEncoder, "lora", make_pipeline),
+    (OtherPrefix, "lora", make_pipeline),
+    (NeverCheckpoints, "checkpointing", make_pipeline),
+    (CastsTheNetwork, "bf16", make_pipeline),
+    (LoadsNothing, "whole_network", make_pipeline),
+    (LoadsNothing, "resume", make_pipeline),
+    (TurnsTheGradient, "draft", make_pipeline),
 ]
 
 
-@pytest.mark.parametrize(("adapter", "check"), MUTANTS, ids=lambda value: getattr(value, "__name__", value))
-def test_a_mistake_is_rejected(adapter, check):
-    names, _ = failed(adapter, [check])
+@pytest.mark.parametrize(
+    ("adapter", "check", "make"),
+    [
+        pytest.param(*mutant, id=f"{mutant[0].__name__}-{mutant[1]}", marks=[pytest.mark.slow] if mutant[1] in SLOW_CHECKS else [])
+        for mutant in MUTANTS
+    ],
+)
+def test_a_mistake_is_rejected(adapter, check, make):
+    names, _ = failed(adapter, [check], make)
     assert names == {check}
 
 

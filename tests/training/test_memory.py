@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_adapter import brightness, tiny_run
 
-from rlr_trainer.estimators import ControlVariateScale, Feedback, Sweep, prediction_critic
+from rlr_trainer.estimators import Feedback, Sweep, prediction_critic
 from rlr_trainer.estimators.chain import sample_chain
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.rollouts.prompts import PromptRow
@@ -29,17 +29,19 @@ class Saved:
         return 1.0
 
 
-def sweep(plan, **options):
+def sweep(plan, asked=None, **options):
     """What a sweep of this plan holds at most."""
     saved, run = Saved(), tiny_run(plan)
     chain = run.sampler.chain(run.policy, run.sampler.condition([PromptRow("a", {})]))
     rollout = sample_chain(chain, 1, torch.Generator().manual_seed(1))
     critic = prediction_critic(chain, chain.parameters(), lambda x: brightness(x, (), ()))
 
-    def watched(*arguments):
+    def watched(step, x):
+        if asked is not None:
+            asked.append(step)
         assert not saved.held, "the graph of a step is there when its prediction is asked: both need memory at once"
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            return critic(*arguments)
+            return critic(step, x)
 
     draw = plan.draw(1, torch.Generator().manual_seed(0), shared=True)
     feedback = Feedback(torch.ones(1), torch.ones_like(rollout.sample), torch.ones(1))
@@ -56,6 +58,6 @@ def test_recursive_memory_is_flat_and_plain_memory_is_not(part):
 
 
 def test_a_prediction_is_asked_before_the_graph_of_its_step():
-    plan = EstimatorPlan(STEPS, rest_estimator="lr")
-    _, result = sweep(plan, control_scale=ControlVariateScale(STEPS))
-    assert len(result.critic_values) == STEPS
+    asked: list[int] = []
+    sweep(EstimatorPlan.from_preset("sqdf", STEPS), asked=asked)
+    assert asked == list(range(STEPS, 0, -1))

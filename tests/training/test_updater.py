@@ -67,10 +67,9 @@ def test_graph_and_recursive_modes_and_micro_batches_give_one_gradient(options):
     run = tiny_run(plan(**options))
     (batch,), _ = run.collect()
     whole, metrics = run.gradient([batch])
-    if not run.plan_state.plan.uses_control_variate:  # whose centre is that of a micro-batch
-        parts, of_parts = run.gradient(thirds(batch))
-        assert_same(parts, whole)
-        assert metrics[0]["loss"] == pytest.approx((of_parts[0]["loss"] + 3 * of_parts[1]["loss"]) / 4)  # per sample
+    parts, of_parts = run.gradient(thirds(batch))
+    assert_same(parts, whole)
+    assert metrics[0]["loss"] == pytest.approx((of_parts[0]["loss"] + 3 * of_parts[1]["loss"]) / 4)  # per sample
     graph = tiny_run(plan(**options), recompute="graph")
     assert_same(graph.gradient(graph.collect()[0])[0], whole)
 
@@ -144,14 +143,15 @@ def test_norms_of_parts_and_steps():
     assert not [name for name in silent.gradient(silent.collect()[0])[1][1] if name.endswith("norm")]
 
 
-def test_starts_and_the_control_variate_learn_from_an_update():
+def test_starts_learn_from_an_update_and_the_control_variate_from_a_rollout():
     run = tiny_run(plan(ho_start="grad_norm", control_variate=True))
-    before = run.plan_state.state_dict()
+    states = [run.plan_state.state_dict()]
     batches, _ = run.collect()
+    states.append(run.plan_state.state_dict())
     run.gradient(batches)
-    after = run.plan_state.state_dict()
-    assert after["starts"] != before["starts"]
-    assert after["control_scale"] != before["control_scale"]
+    states.append(run.plan_state.state_dict())
+    assert [state["starts"] != states[0]["starts"] for state in states] == [False, False, True]
+    assert [state["control_scale"] != states[0]["control_scale"] for state in states] == [False, True, True]
 
 
 @pytest.mark.parametrize("size", [1e30, math.inf, math.nan])

@@ -45,10 +45,10 @@ def _parts(**transformer_options: Any) -> dict[str, Any]:
         "joint_attention_dim": 3 * WIDTH, "timestep_guidance_channels": 16, "axes_dims_rope": (4, 4, 4, 4),
     }  # fmt: skip
     transformer = Flux2Transformer2DModel(**options | transformer_options)
-    with torch.no_grad():  # a prompt is a few of 512 tokens: attention has to choose among them for it to matter
-        for name, weight in transformer.named_parameters():
-            if "norm_q" in name or "norm_added_q" in name:
-                weight.mul_(6)
+    with torch.no_grad():  # gates as wide as a trained network's, so that prompts, guidance and LoRA weights matter
+        for embedder in transformer.time_guidance_embed.children():
+            for weight in embedder.parameters():
+                weight.mul_(4)
     vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8),
         norm_num_groups=4, layers_per_block=1, latent_channels=4, sample_size=16, batch_norm_eps=0.1,

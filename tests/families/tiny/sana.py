@@ -9,20 +9,21 @@ import torch
 from families.tokenizers_gemma import gemma_tokenizer
 
 WIDTH = 16  # of the text encoder
+FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}  # of the released scheduler
 
 
 def make_pipeline(scheduler: Any = None, timestep_scale: float = 1.0, levels: int = 3, sample_size: int = 8) -> Any:
     """A `SanaPipeline` with the same random weights at every call.
 
     Args:
-        scheduler: Euler's steps of a flow by default. The released pipelines bring a multistep solver, which has no transition of one step.
+        scheduler: by default the multistep solver of the released pipelines, which the sampler "auto" replaces.
         timestep_scale: of the transformer.
         levels: of the autoencoder, which makes 2^(levels - 1) pixels of one latent; 6 of those that are released.
         sample_size: side of the latents that the transformer is made for.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 
-    scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler = scheduler or DPMSolverMultistepScheduler(**FLOW)
     return _make(SanaPipeline, scheduler, levels, timestep_scale=timestep_scale, sample_size=sample_size)
 
 

@@ -39,6 +39,10 @@ def make_pipeline(t5: bool = True, dynamic_shifting: bool = False) -> Any:
         )  # fmt: skip
         encoders = {name: CLIPTextModelWithProjection(clip).eval() for name in ("text_encoder", "text_encoder_2")}
         third = T5EncoderModel(t5_config).eval()
+    with torch.no_grad():  # with diffusers' own weights the pictures are mostly their noise, and hardly anything can be learnt
+        for name, parameter in transformer.named_parameters():
+            if name.endswith(("proj_out.weight", "norm1.linear.weight", "norm1_context.linear.weight", "norm_out.linear.weight")):
+                parameter *= 3
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic_shifting)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer.eval(), vae=vae.eval(), scheduler=scheduler, **encoders,
