@@ -3,7 +3,7 @@
     python benchmarks/digits_plans.py --output runs/plans.json --seeds 0 1 2            # all plans, more than an hour on one core
     python benchmarks/digits_plans.py --output runs/default.json --plans rlr --seeds 0 1 2 3 4
     python benchmarks/digits_plans.py --output runs/flow.json --model digits-flow --seeds 0 1 2 3 4 \\
-        --plans "rlr, K=5, noise in 5 steps" "ddpo, noise in 3 steps"
+        --plans "rlr, K=5, noise in 5 steps" rlr_black_box
 
 Every run is 40 updates of 32 samples, 10 steps (DDIM with eta 1; digits-flow: Flow-CPS 0.8), no guidance, AdamW at 5e-3 unless the plan
 says otherwise; the prompt is "a handwritten digit", the reward a classifier's probability of a seven. Columns of the table, mean over the seeds:
@@ -52,8 +52,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "sqdf": {"estimator": "sqdf"},
     "ddpo": {"estimator": "ddpo"},
     "ddpo, silent steps left out": {"estimator": "ddpo", **UNSCORED},  # for samplers whose last step adds no noise
-    "ddpo, noise in 3 steps": {"estimator": "ddpo", "noise_steps": 3, **UNSCORED},
-    "ddpo, noise in 3 steps, lr 1e-2": {"estimator": "ddpo", "noise_steps": 3, **UNSCORED, "learning_rate": 1e-2},
+    "rlr_black_box": {"estimator": "rlr_black_box"},
+    "rlr_black_box, lr 1e-2": {"estimator": "rlr_black_box", "learning_rate": 1e-2},
     "rlr, K=5, noise in 5 steps": {"estimator": "rlr", "fo_steps": 5, "noise_steps": 5},
     "es": {"estimator": "es"},
 }

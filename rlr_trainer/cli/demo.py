@@ -30,8 +30,9 @@ BATCH_SIZE = 32
 # What a preset needs on a model that samples with little noise at the end and none in the last step; docs/demo.md compares.
 FLOW_OPTIONS: dict[str, dict[str, Any]] = {
     "rlr": {"fo_steps": 5, "noise_steps": 5},
-    "ddpo": {"noise_steps": 3, "silent_estimator": "none"},
+    "ddpo": {"silent_estimator": "none"},
 }
+BLACK_BOX = {"digits": "ddpo", "digits-flow": "rlr_black_box"}  # estimator for a reward without a gradient
 NUMBERS = {"reward": "mean reward", "judge": "independent judge", "frechet": "Frechet distance"}
 
 
@@ -57,7 +58,7 @@ def demo(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     target = options.target if options.reward == "digit" else None
     reward = {"ink": ink, "compressibility": jpeg_compressibility}.get(options.reward) or digit_reward(options.target)
-    estimator = options.estimator or ("ddpo" if options.reward == "compressibility" else "rlr")
+    estimator = options.estimator or (BLACK_BOX[options.model] if options.reward == "compressibility" else "rlr")
     common = {name: getattr(options, name) for name in ("output_dir", "overwrite", "max_steps", "seed")}
     own = FLOW_OPTIONS.get(estimator, {}) if options.model == "digits-flow" else {}
     config = demo_config(estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common, **own)
