@@ -2,7 +2,8 @@
 
     python benchmarks/digits_plans.py --output runs/plans.json --seeds 0 1 2            # all plans, more than an hour on one core
     python benchmarks/digits_plans.py --output runs/default.json --plans rlr --seeds 0 1 2 3 4
-    python benchmarks/digits_plans.py --output runs/flow.json --model digits-flow --seeds 0 1 2 3 4 --plans rlr "ddpo, noise in 3 steps"
+    python benchmarks/digits_plans.py --output runs/flow.json --model digits-flow --seeds 0 1 2 3 4 \\
+        --plans "rlr, K=5, noise in 5 steps" rlr_black_box
 
 Every run is 40 updates of 32 samples, 10 steps (DDIM with eta 1; digits-flow: Flow-CPS 0.8), no guidance, AdamW at 5e-3 unless the plan
 says otherwise; the prompt is "a handwritten digit", the reward a classifier's probability of a seven. Columns of the table, mean over the seeds:
@@ -30,8 +31,8 @@ from rlr_trainer import RLRConfig, RLRTrainer, digits
 from rlr_trainer.cli.demo import EVALUATION_SAMPLES, EVALUATION_SEED, demo_config
 from rlr_trainer.digits.rewards import digit_reward
 
-# noise in the first 3 of 10 steps, an ODE after, whose share of the gradient is left out
-EARLY_NOISE = {"noise_steps": 3, "silent_estimator": "none"}
+# steps without noise have no likelihood ratio: their share of the gradient is left out
+UNSCORED = {"silent_estimator": "none"}
 PLANS: dict[str, dict[str, Any]] = {
     "rlr": {"estimator": "rlr"},
     "rlr, K=1": {"estimator": "rlr", "fo_steps": 1},
@@ -50,8 +51,10 @@ PLANS: dict[str, dict[str, Any]] = {
     "full_bp": {"estimator": "full_bp"},
     "sqdf": {"estimator": "sqdf"},
     "ddpo": {"estimator": "ddpo"},
-    "ddpo, noise in 3 steps": {"estimator": "ddpo", **EARLY_NOISE},
-    "ddpo, noise in 3 steps, lr 1e-2": {"estimator": "ddpo", **EARLY_NOISE, "learning_rate": 1e-2},
+    "ddpo, silent steps left out": {"estimator": "ddpo", **UNSCORED},  # for samplers whose last step adds no noise
+    "rlr_black_box": {"estimator": "rlr_black_box"},
+    "rlr_black_box, lr 1e-2": {"estimator": "rlr_black_box", "learning_rate": 1e-2},
+    "rlr, K=5, noise in 5 steps": {"estimator": "rlr", "fo_steps": 5, "noise_steps": 5},
     "es": {"estimator": "es"},
 }
 TARGET = 7

@@ -27,6 +27,12 @@ from rlr_trainer.training.trainer import RLRTrainer
 EVALUATION_SAMPLES = 256
 EVALUATION_SEED = 1_000_000  # far from the seeds that runs use
 BATCH_SIZE = 32
+# What a preset needs on a model that samples with little noise at the end and none in the last step; docs/demo.md compares.
+FLOW_OPTIONS: dict[str, dict[str, Any]] = {
+    "rlr": {"fo_steps": 5, "noise_steps": 5},
+    "ddpo": {"silent_estimator": "none"},
+}
+BLACK_BOX = {"digits": "ddpo", "digits-flow": "rlr_black_box"}  # estimator for a reward without a gradient
 NUMBERS = {"reward": "mean reward", "judge": "independent judge", "frechet": "Frechet distance"}
 
 
@@ -52,9 +58,10 @@ def demo(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     target = options.target if options.reward == "digit" else None
     reward = {"ink": ink, "compressibility": jpeg_compressibility}.get(options.reward) or digit_reward(options.target)
-    estimator = options.estimator or ("ddpo" if options.reward == "compressibility" else "rlr")
+    estimator = options.estimator or (BLACK_BOX[options.model] if options.reward == "compressibility" else "rlr")
     common = {name: getattr(options, name) for name in ("output_dir", "overwrite", "max_steps", "seed")}
-    config = demo_config(estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common)
+    own = FLOW_OPTIONS.get(estimator, {}) if options.model == "digits-flow" else {}
+    config = demo_config(estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common, **own)
     trainer = RLRTrainer(config, reward, lambda: (digits.PROMPT, {}), digits.load_pipeline(options.model))
     folder = free_folder(Path(options.output_dir), options.overwrite, trained_before=False, may_number=False)
     trainer.parts.collector.probe(trainer.parts.policy)  # in place of check_reward: a refusal should cost no pictures

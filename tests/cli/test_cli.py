@@ -239,6 +239,19 @@ def test_demo_writes_its_files(capsys, model):
     assert "mean reward" in capsys.readouterr().out
 
 
+def test_demo_of_the_flow_model_takes_a_black_box(capsys):
+    arguments = ["--model", "digits-flow", "--reward", "compressibility", "--max_steps", "1", "--output_dir", "out", "--quiet"]
+    assert main(["demo", *arguments]) == 0
+    config = json.loads(Path("out/rlr_config.json").read_text())
+    assert config["estimator"] == "rlr_black_box"
+
+
+def test_demo_of_the_flow_model_trains_by_ddpo(capsys):
+    """Its last step adds no noise, which the preset does not take as it is."""
+    arguments = ["--model", "digits-flow", "--estimator", "ddpo", "--max_steps", "1", "--output_dir", "out", "--quiet"]
+    assert main(["demo", *arguments]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
