@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rlr_trainer.estimators.chain import seeded_generator
+from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.testing.case import SEED, Case, Findings, largest_difference
 from rlr_trainer.testing.runs import folder, greenness, make_trainer, moved, noisy, warm_up
 from rlr_trainer.training.trainer import RLRTrainer
@@ -83,8 +84,10 @@ def raises_reward(estimator: str) -> Callable[[Case, Findings], None]:
         case = dataclasses.replace(case, prompts=case.prompts[:1], metadata=case.metadata[:1])
         with folder() as output:
             options = dict(training.options)
+            options |= {name: case.options[name] for name in ("max_steps", "per_device_train_batch_size") if name in case.options}
             if "sample_num_steps" in options:
                 options["sample_num_steps"] = min(options["sample_num_steps"], case.num_steps)
+                options |= _noise_in_every_step(case, options["sample_num_steps"])
             trainer = make_trainer(case, output, **noisy(estimator), **options)
             updates = _Updates(trainer.parts.policy.trainable_parameters())
             trainer.add_callback(updates)
@@ -109,6 +112,18 @@ def raises_reward(estimator: str) -> Callable[[Case, Findings], None]:
         findings.note(text)
 
     return check
+
+
+def _noise_in_every_step(case: Case, num_steps: int) -> dict[str, Any]:
+    """A sampler that adds noise in the last step too, where the scheduler takes it: left out, that step would be half of the chain."""
+    if {"sampler", "sample_eta", "noise_steps"} & set(case.options):
+        return {}
+    adapter = case.adapter()
+    try:
+        adapter.schedule(adapter.layout(case.height, case.width), SamplerOptions(num_steps, sampler="dance_sde"))
+    except ValueError:  # not a flow scheduler
+        return {}
+    return {"sampler": "dance_sde"}
 
 
 def _signs(shape: Sequence[int], *numbers: int) -> Tensor:

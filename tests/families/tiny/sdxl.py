@@ -9,7 +9,9 @@ from families.tokenizers import CLIP_SPECIAL_TOKENS, CLIP_VOCAB_SIZE, clip_token
 
 
 def make_pipeline(time_cond_proj_dim: int | None = None, vae: dict[str, Any] | None = None, **unet: Any) -> Any:
-    """A `StableDiffusionXLPipeline`, with the settings of the base model's scheduler.
+    """A `StableDiffusionXLPipeline`, with the base model's scheduler, but on steps that end later.
+
+    The base model's "leading" steps end at timestep 1, where the output of a network hardly changes the picture.
 
     Args:
         time_cond_proj_dim: of a UNet that takes the guidance scale as an input.
@@ -48,7 +50,7 @@ def make_pipeline(time_cond_proj_dim: int | None = None, vae: dict[str, Any] | N
         vae=decoder.eval(), text_encoder=encoders[0].eval(), text_encoder_2=encoders[1].eval(), tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(pad_token="!"), unet=denoiser.eval(), add_watermarker=False,
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading"
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
         ),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
