@@ -121,13 +121,17 @@ def detectable(estimate: Estimate, exact: Estimate, part: slice = slice(None), l
 
 
 def assert_unbiased(
-    estimate: Estimate, exact: Estimate | Mapping[str, Tensor], limit: float = LIMIT, allowed: float = DETECTABLE
+    estimate: Estimate,
+    exact: Estimate | Mapping[str, Tensor],
+    limit: float = LIMIT,
+    allowed: float = DETECTABLE,
+    allowed_in_one_tensor: float = DETECTABLE_IN_ONE_TENSOR,
 ) -> None:
     """The mean is the exact gradient, within `limit` standard errors per entry, and the test could tell if it were not.
 
     Raises:
         Biased: an entry, or the length along the gradient, is off.
-        Underpowered: a relative error of more than `allowed` could hide.
+        Underpowered: a relative error of more than `allowed`, or of a single parameter's `allowed_in_one_tensor`, could hide.
     """
     exact = exact if isinstance(exact, Estimate) else Estimate.exact(exact)
     scores = z_scores(estimate, exact)
@@ -142,14 +146,14 @@ def assert_unbiased(
         raise Underpowered(f"a relative bias of {unseen:.1%} could hide; more samples or less noise")
     rounding = ROUNDING * float(exact.mean.norm())
     for name, part in exact.slices.items():
-        if float(exact.mean[part].norm()) > rounding and not detectable(estimate, exact, part, limit) <= DETECTABLE_IN_ONE_TENSOR:
+        if float(exact.mean[part].norm()) > rounding and not detectable(estimate, exact, part, limit) <= allowed_in_one_tensor:
             raise Underpowered(f"{name}: a relative bias of {detectable(estimate, exact, part, limit):.0%} could hide")
 
 
-def assert_biased(estimate: Estimate, exact: Estimate | Mapping[str, Tensor]) -> None:
-    """The checker rejects it: not for want of samples, but for a bias."""
+def assert_biased(estimate: Estimate, exact: Estimate | Mapping[str, Tensor], **limits: float) -> None:
+    """The checker rejects it: not for want of samples, but for a bias. `limits` are those of `assert_unbiased`."""
     try:
-        assert_unbiased(estimate, exact)
+        assert_unbiased(estimate, exact, **limits)
     except Biased:
         return
     except Underpowered as error:

@@ -256,9 +256,16 @@ def run(chain, reward, plan: EstimatorPlan, seed: int, num_samples: int = NUM_SA
 
 
 def estimate(
-    chain, reward, plan: EstimatorPlan, seed: int, target: Estimate | dict, num_samples: int | None = None, **options
+    chain,
+    reward,
+    plan: EstimatorPlan,
+    seed: int,
+    target: Estimate | dict,
+    num_samples: int | None = None,
+    allowed: float = DETECTABLE,
+    **options,
 ) -> Estimate:
-    """Their mean with its covariance, from as many chunks of NUM_SAMPLES as it takes to see a bias of 10 % of `target`.
+    """Their mean with its covariance, from as many chunks of NUM_SAMPLES as it takes to see a bias of `allowed` of `target`.
 
     The number of chunks depends on the spread alone, not on the error, so it favours no outcome. `num_samples` fixes it.
     """
@@ -271,7 +278,7 @@ def estimate(
         total = Estimate.pool(chunks)
         if total.num_samples == num_samples or len(chunks) == MAX_CHUNKS:
             return total
-        if num_samples is None and detectable(total, target) < 0.9 * DETECTABLE:
+        if num_samples is None and detectable(total, target) < 0.9 * allowed:
             return total
 
 

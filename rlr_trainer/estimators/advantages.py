@@ -96,8 +96,14 @@ def normalize(rewards: Tensor) -> Advantages:
     return _advantages(rewards, mean, std)
 
 
+MOST_PROMPTS = 2**16  # whose statistics are kept: some 20 MB in a checkpoint
+
+
 class PerPromptStatistics:
-    """Running mean and std of each prompt's rewards (DDPO); a prompt seen fewer than `min_count` times takes the batch's."""
+    """Running mean and std of each prompt's rewards (DDPO); a prompt seen fewer than `min_count` times takes the batch's.
+
+    Of more than `MOST_PROMPTS` prompts, those that were not seen for the longest time are forgotten.
+    """
 
     def __init__(self, buffer_size: int, min_count: int) -> None:
         if min_count > buffer_size:
@@ -111,12 +117,16 @@ class PerPromptStatistics:
         """Adds the rewards to the buffers, then normalizes each by its prompt's statistics."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             if not math.isnan(reward):
-                self.buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
+                seen = self.buffers.pop(prompt, deque(maxlen=self.buffer_size))
+                seen.append(reward)
+                self.buffers[prompt] = seen  # the one seen last stands last
         batch = _mean_and_std(rewards)
         statistics = {}
         for prompt in set(prompts):
             history = torch.tensor(list(self.buffers.get(prompt, ())), dtype=torch.float64)
             statistics[prompt] = _mean_and_std(history) if len(history) >= self.min_count else batch
+        for prompt in list(self.buffers)[: max(0, len(self.buffers) - MOST_PROMPTS)]:
+            del self.buffers[prompt]
         mean, std = torch.stack([statistics[prompt] for prompt in prompts]).unbind(1)
         return _advantages(rewards, mean, std)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlr_trainer.estimators.advantages import leave_one_out
 from rlr_trainer.estimators.chain import DenoisingChain, Parameters, as_rows, map_tensors, predict_clean
-from rlr_trainer.estimators.first_order import pathwise, reward_and_gradient
+from rlr_trainer.estimators.first_order import NonDifferentiableRewardError, pathwise, reward_and_gradient
 from rlr_trainer.estimators.plan_draw import RunningMeans
 
 # (step, x = latents[step]) -> (c [N], g [N, ...])
@@ -144,11 +144,26 @@ def control_terms(
 
     Raises:
         FloatingPointError: a prediction or its gradient is not finite; names the step.
+        NonDifferentiableRewardError: predictions differ, but the gradient of every one is exactly 0.
     """
     there = ~torch.isnan(rewards)
+    _check_slope(parts)
     values = torch.where(there[:, None], values, torch.nan)
     centers = torch.stack([leave_one_out_mean(column, blocks) for column in values.unbind(1)], 1)
     return [_terms_of(part, there[place], centers[place], scale) for part, place in zip(parts, positions, strict=True)]
+
+
+def _check_slope(parts: Sequence[Predictions]) -> None:
+    """A reward that jumps may carry a graph, but what is added back would be 0, and what was taken off not."""
+    steps = {step for part in parts for step in part.gradients}
+    columns = [torch.cat([part.values[:, step] for part in parts]) for step in steps]
+    differ = any(len(column[~torch.isnan(column)].unique()) > 1 for column in columns)
+    if differ and not any(bool(gradient.any()) for part in parts for gradient in part.gradients.values()):
+        raise NonDifferentiableRewardError(
+            "control_variate=True: the rewards of the predictions differ, but the gradient of every one is exactly 0, as with a reward that "
+            "rounds, counts or compares; it must be continuous and differentiable in the picture, or the estimate is biased. Use such a "
+            "reward, or set control_variate=False"
+        )
 
 
 def _terms_of(part: Predictions, there: Tensor, centers: Tensor, scale: ControlVariateScale) -> ControlVariate:

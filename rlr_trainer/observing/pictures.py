@@ -192,7 +192,8 @@ def diversity(images: Tensor, prompts: Sequence[str]) -> float:
 def vector_diversity(vectors: Tensor, prompts: Sequence[str]) -> float:
     """`diversity` of thumbnails [N, D]."""
     rows: dict[str, list[int]] = {}
-    for number, prompt in enumerate(prompts):
+    there = torch.isfinite(vectors).all(1).tolist()  # not those of a decoder that overflowed
+    for number, prompt in ((number, prompt) for number, prompt in enumerate(prompts) if there[number]):
         rows.setdefault(prompt, []).append(number)
     means = [float(torch.pdist(vectors[numbers]).mean()) for numbers in rows.values() if len(numbers) > 1]
     return sum(means) / len(means) / vectors.shape[1] ** 0.5 if means else float("nan")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,10 @@ from huggingface_hub import ModelCard, ModelCardData
 _USE = """```python
 from diffusers import {imports}{pipeline}
 
-pipe = {pipeline}.from_pretrained("{source}"){scheduler}{load}
+pipe = {pipeline}.from_pretrained({source}){scheduler}{load}
 image = pipe("a prompt", num_inference_steps={steps}, {guidance_argument}={guidance}{eta}).images[0]
 ```"""
-_DDIM = "\npipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # what it was trained with"
+_DDIM = "\npipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{clip})  # what it was trained with"
 
 _BODY = """
 # {title}
@@ -51,18 +54,20 @@ def write_model_card(
         return
     args = trainer.args
     base = trainer.policy.config.name_or_path
-    title = model_name or folder.resolve().name
-    repository = trainer.hub_model_id or title
+    name = model_name or folder.resolve().name
+    repository = trainer.hub_model_id or name
+    scheduler = trainer.adapter.pipeline.scheduler
+    clip = "" if "clip_sample" in scheduler.config else ", clip_sample=False"  # DDIM's default is True
     samplers = {"DDIMScheduler": "ddim", "PNDMScheduler": "ddim"}  # by the pipeline's scheduler, under sampler="auto"
-    own = samplers.get(type(trainer.adapter.pipeline.scheduler).__name__)
+    own = samplers.get(type(scheduler).__name__)
     is_ddim = (own if args.sampler == "auto" else args.sampler) == "ddim"
     use = _USE.format(
         pipeline=type(trainer.adapter.pipeline).__name__,
-        source=(base or "the base pipeline") if trainer.use_lora else repository,
-        load=f'\npipe.load_lora_weights("{repository}")' if trainer.use_lora else "",
+        source=_quoted((base or "the base pipeline") if trainer.use_lora else repository),
+        load=f"\npipe.load_lora_weights({_quoted(repository)})" if trainer.use_lora else "",
         steps=args.sample_num_steps,
         imports="DDIMScheduler, " if is_ddim else "",
-        scheduler=_DDIM if is_ddim else "",
+        scheduler=_DDIM.format(clip=clip) if is_ddim else "",
         guidance_argument=trainer.adapter.guidance_argument,
         guidance=args.sample_guidance_scale,
         eta=f", eta={1.0 if args.sample_eta is None else args.sample_eta}" if is_ddim else "",
@@ -70,15 +75,15 @@ def write_model_card(
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
     options = args.rlr_options() | {"learning_rate": args.learning_rate, "max_grad_norm": args.max_grad_norm, "seed": args.seed}
     body = _BODY.format(
-        title=title,
-        base_sentence=f"`{base}`" if base else "A diffusion pipeline",
+        title=_plain_text(name),
+        base_sentence=_code(base) if base else "A diffusion pipeline",
         estimator=args.estimator,
         use=use,
         updates=trainer.state.global_step,
         queries=trainer.rewards.queries * trainer.accelerator.num_processes,
-        rewards=", ".join(f"`{name}`" for name in trainer.rewards.names),
+        rewards=", ".join(map(_code, trainer.rewards.names)),
         last=f" Mean reward of the first rollout {rewards[0]:.4g}, of the last {rewards[-1]:.4g}." if rewards else "",
-        options="\n".join(f"| `{name}` | `{value}` |" for name, value in options.items() if value is not None),
+        options="\n".join(f"| `{option}` | {_code(value)} |" for option, value in options.items() if value is not None),
         torch=torch.__version__,
         diffusers=diffusers.__version__,
         transformers=transformers.__version__,
@@ -95,3 +100,26 @@ def write_model_card(
     )
     folder.mkdir(parents=True, exist_ok=True)
     ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / "README.md")
+
+
+def _one_line(value: Any) -> str:
+    """Text whose line breaks, and whatever else does not show, are written as in Python: so it ends no line of Markdown."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(value))
+
+
+def _code(value: Any) -> str:
+    """Any value as code in Markdown, in a table too: nothing in it is HTML, a cell's end, or the end of the code."""
+    text = _one_line(value).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    space = " " if len(fence) > 1 or not text.strip() else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _plain_text(value: Any) -> str:
+    """Any value as text in Markdown."""
+    return html.escape(_one_line(value), quote=False)
+
+
+def _quoted(value: Any) -> str:
+    """Any value as a string in Python's code."""
+    return json.dumps(str(value), ensure_ascii=not str(value).isprintable())

@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 class WeightAverage(TrainerCallback):
     """Follows the trained weights: after each update, average = decay * average + (1 - decay) * weights.
 
-    Early decay is smaller, (1 + n) / (10 + n) after n updates, so that the start is soon forgotten (diffusers' `EMAModel`).
+    Early decay is smaller, n / (9 + n) at update n = 2, 3, ..., and 0 at the first, so that the start is soon forgotten (diffusers'
+    `EMAModel`).
 
     Args:
         parameters: the trained weights by name; float32.

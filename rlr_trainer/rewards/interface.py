@@ -116,7 +116,7 @@ class Rewards:
         Raises:
             RewardError: a function failed, took too long, or returned a wrong length, shape or type; names it and the prompts.
             NonDifferentiableRewardError: `differentiable` and a reward without a graph from the images; names it.
-            FloatingPointError: images that are not finite.
+            FloatingPointError: images that are not finite; with on_error="skip" those samples are dropped instead.
         """
         calls = RewardCalls(self)
         try:
@@ -136,14 +136,14 @@ class Rewards:
         counts = [bool(weight) or not any(self.weights) for weight in self.weights]
         return torch.where(applies[counts].any(0) & ~failed, total, torch.nan)
 
-    def count_failure(self, name: str, count: int, error: BaseException) -> None:
+    def count_failure(self, what: str, count: int, error: BaseException) -> None:
         """Takes down a call that failed, and warns of the first few and then ever more rarely."""
         self.failures += 1
         self.last_failure = traceback.format_exception_only(error)[-1].strip()
         if self.failures <= 3 or self.failures & (self.failures - 1) == 0:  # then the 4th, 8th, 16th, ...
             logger.warning(
-                "reward %r failed: %s. Its %d samples are dropped (on_reward_error='skip'; failure number %d of this process)",
-                name, self.last_failure, count, self.failures,
+                "%s failed: %s. Its %d samples are dropped (on_reward_error='skip'; failure number %d of this process)",
+                what, self.last_failure, count, self.failures,
             )  # fmt: skip
 
 
@@ -188,6 +188,7 @@ class RewardCalls:
         self._calls: list[_Call] = []
         self._sizes: list[int] = []
         self._waiting: list[_Batch] = []  # pictures of a group that is not complete
+        self._broken: set[int] = set()  # numbers of the samples whose pictures are not finite
 
     def add(
         self, images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...], *, differentiable: bool = False, where: str = ""
@@ -197,8 +198,8 @@ class RewardCalls:
         reason = rewards.without_graph() if differentiable else None
         if reason is not None:
             raise NonDifferentiableRewardError(f"{reason}, or choose a plan that needs no reward gradient: estimator='ddpo'")
-        checks.check_finite(images, prompts, where)
-        batch = images if differentiable else images.detach(), prompts, metadata
+        images = self._without_broken(images if differentiable else images.detach(), prompts, where)
+        batch = images, prompts, metadata
         rewards.queries += len(prompts)
         self._sizes.append(len(prompts))
         size = rewards.batch_size or len(prompts)
@@ -210,6 +211,20 @@ class RewardCalls:
             self._waiting.append(batch)
             self._begin_groups(where)
 
+    def _without_broken(self, images: Tensor, prompts: tuple[str, ...], where: str) -> Tensor:
+        """Pictures that are finite: with "skip" a black one stands for one that is not, and whatever reward it gets is dropped."""
+        first, finite = sum(self._sizes), checks.finite_rows(images)
+        if finite.all():
+            return images
+        try:
+            checks.check_finite(images, prompts, where)
+        except FloatingPointError as error:
+            if self.on_error == "raise":
+                raise
+            self.rewards.count_failure("the decoder", int((~finite).sum()), error)
+        self._broken.update(first + row for row in torch.nonzero(~finite).flatten().tolist())
+        return torch.where(finite.reshape(-1, *[1] * (images.dim() - 1)), images, 0.0)
+
     def _begin_groups(self, where: str) -> None:
         images, prompts, metadata = zip(*self._waiting, strict=True)
         waiting: _Batch = torch.cat(images), sum(prompts, ()), sum(metadata, ())
@@ -217,6 +232,9 @@ class RewardCalls:
         first, whole = sum(self._sizes) - count, count // size * size
         for start in range(0, whole, size):
             group = _part(waiting, start, start + size)
+            members = set(range(first + start, first + start + size))
+            if self._broken & members:  # the others would be compared with a picture that is not there
+                self._broken |= members
             if len(set(group[1])) > 1:
                 raise RewardError(
                     f"a group-wise reward compares {size} pictures (num_images_per_prompt) of one prompt, but got different prompts "
@@ -261,7 +279,7 @@ class RewardCalls:
                 known = isinstance(error, RewardError) and str(error).startswith(f"reward {name!r}")
                 said = str(error) if known else f"reward {name!r} raised {type(error).__name__}: {error}"
                 raise RewardError(f"{said} ({checks.place(call.where, call.prompts)})") from error
-            self.rewards.count_failure(name, len(call.prompts), error)
+            self.rewards.count_failure(f"reward {name!r}", len(call.prompts), error)
             call.failed = True
             call.values = torch.nan + 0.0 * call.images.float().flatten(1).sum(1)  # with a graph, if the others have one
 
@@ -285,9 +303,11 @@ class RewardCalls:
         failed = torch.zeros(values.shape[1], dtype=torch.bool, device=values.device)
         for call in self._calls:
             failed[call.first : call.end] |= call.failed
+        broken = torch.tensor([number in self._broken for number in range(values.shape[1])], device=values.device)
+        values, failed = torch.where(broken, torch.nan, values), failed | broken
         ends = list(itertools.accumulate(self._sizes))
         results = [self._result(values, failed, end - size, end) for size, end in zip(self._sizes, ends, strict=True)]
-        self._calls, self._sizes = [], []
+        self._calls, self._sizes, self._broken = [], [], set()
         return results
 
     def _result(self, values: Tensor, failed: Tensor, first: int, end: int) -> RewardResult:

@@ -18,9 +18,14 @@ class RewardError(ValueError):
     """A reward failed, took too long, or returned something that is not one number per sample."""
 
 
+def finite_rows(values: Tensor) -> Tensor:
+    """Which of B samples [B, ...] are finite throughout, bool [B]."""
+    return torch.isfinite(values).flatten(1).all(1)
+
+
 def check_finite(images: Tensor, prompts: Sequence[str], where: str) -> None:
     """Raises `FloatingPointError` for pictures [B, ...] with NaN: a mean of them would say "not applicable", and a JPEG file shows black."""
-    finite = torch.isfinite(images).flatten(1).all(1).tolist()
+    finite = finite_rows(images).tolist()
     if not all(finite):
         bad = [prompt for prompt, good in zip(prompts, finite, strict=True) if not good]
         raise FloatingPointError(

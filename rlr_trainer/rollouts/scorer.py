@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlr_trainer.pipelines import Layout, PipelineAdapter
 from rlr_trainer.rewards.interface import RewardCalls, RewardError, RewardResult, Rewards
+from rlr_trainer.rewards.values import finite_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,13 @@ class Scorer:
         """Final latents [B, ...] -> rewards [B] with a graph; 0 for a sample without a reward."""
 
         def reward(latents: Tensor) -> Tensor:
-            return self.rewards(self.decode(latents), prompts, metadata, differentiable=True).total.nan_to_num()
+            pictures = self.decode(latents)
+            finite = finite_rows(pictures)
+            if (
+                not finite.all() and self.rewards.on_error == "skip"
+            ):  # such a sample has no reward, but its decoder's gradient is NaN
+                latents.register_hook(lambda g: torch.where(finite.reshape(-1, *[1] * (g.dim() - 1)), g, 0.0))
+            return self.rewards(pictures, prompts, metadata, differentiable=True).total.nan_to_num()
 
         return reward
 

@@ -96,7 +96,10 @@ def read_grid(scheduler: Any, num_steps: int, **set_timesteps_arguments: Any) ->
     if name == "PNDMScheduler":  # its own grid repeats timesteps
         from diffusers import DDIMScheduler
 
-        scheduler = DDIMScheduler.from_config(scheduler.config)
+        clips = scheduler.config.get(
+            "clip_sample", False
+        )  # a PNDM never clips: DDIM's default, True, is not what it was trained with
+        scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=clips)
     own = copy.deepcopy(scheduler)
     _check_settings(name, own.config)
     _set_timesteps(name, own, num_steps, set_timesteps_arguments)

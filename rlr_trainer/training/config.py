@@ -398,6 +398,11 @@ class RLRConfig(TrainingArguments):
                 f"reward_aggregation='normalize_then_sum' with advantage={self.advantage!r}: it divides by no standard deviation, so both "
                 "aggregations would be the same; set advantage='normalize' or 'per_prompt'",
             ),
+            (
+                self.lora_target_modules is not None and not self.lora_target_modules,
+                f"lora_target_modules={self.lora_target_modules!r}: must name at least one module; leave it out for the family's own, or set "
+                "use_lora=False to train the whole network",
+            ),
         )
 
     def _check_plan(self) -> None:

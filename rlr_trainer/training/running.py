@@ -251,6 +251,11 @@ def save_model(trainer: Any, save: Callable[..., None], output_dir: str | None, 
         trainer.push_to_hub(commit_message="Model save")
 
 
+def shortened(log: list[dict[str, float]], first: int = 10, most: int = 1000) -> list[dict[str, float]]:
+    """The first lines of a log and the last: `most` in all. metrics.jsonl has them all, and a checkpoint must not grow with the run."""
+    return log if len(log) <= most else log[:first] + log[first - most :]
+
+
 def save_checkpoint(trainer: Any, save: Callable[[nn.Module, Any], None], model: nn.Module, trial: Any) -> None:
     """Trainer's `save`, into a folder that gets its name when it is whole; then rotates and uploads.
 
@@ -261,13 +266,14 @@ def save_checkpoint(trainer: Any, save: Callable[[nn.Module, Any], None], model:
     store, weights_alone = CheckpointStore(trainer._get_output_dir(trial)), args.save_only_model
     with store.writing(step, args.should_save, trainer.accelerator.wait_for_everyone) as aside:
         trainer._writing_to = aside
+        log, trainer.state.log_history = trainer.state.log_history, shortened(trainer.state.log_history)
         args.save_only_model = weights_alone and not trainer.parts.termination.stopped  # one to leave with can be resumed
         try:
             save(model, trial)
+            if args.save_strategy != "no":
+                store.name_best(trainer.state, aside / f"checkpoint-{step}", args.should_save)
         finally:
-            trainer._writing_to, args.save_only_model = None, weights_alone
-        if args.save_strategy != "no":
-            store.name_best(trainer.state, aside / f"checkpoint-{step}", args.should_save)
+            trainer._writing_to, args.save_only_model, trainer.state.log_history = None, weights_alone, log
     if args.should_save:
         store.rotate(args.save_total_limit, trainer.state.best_model_checkpoint)
     trainer.accelerator.wait_for_everyone()

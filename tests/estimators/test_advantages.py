@@ -137,3 +137,16 @@ def test_per_prompt_statistics_by_hand():
     copy.load_state_dict(statistics.state_dict())
     third = torch.tensor([4.0, 4.0], dtype=torch.float64)
     torch.testing.assert_close(copy.update(["a", "b"], third).values, statistics.update(["a", "b"], third).values, **EXACT)
+
+
+def test_statistics_of_the_prompts_not_seen_for_the_longest_time_are_forgotten(monkeypatch):
+    """They would grow with every new prompt, in memory and in checkpoints."""
+    monkeypatch.setattr("rlr_trainer.estimators.advantages.MOST_PROMPTS", 2)
+    statistics = PerPromptStatistics(4, 1)
+    for prompts in (["a", "b"], ["a", "c"]):
+        statistics.update(prompts, torch.tensor([1.0, 2.0]))
+    assert statistics.state_dict() == {"a": [1.0, 1.0], "c": [2.0]}
+    resumed = PerPromptStatistics(4, 1)
+    resumed.load_state_dict(statistics.state_dict())
+    resumed.update(["d"], torch.tensor([3.0]))
+    assert list(resumed.buffers) == ["c", "d"]

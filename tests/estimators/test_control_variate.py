@@ -23,9 +23,11 @@ from rlr_trainer.estimators import (
     ControlVariate,
     ControlVariateScale,
     Feedback,
+    NonDifferentiableRewardError,
     Predictions,
     Sweep,
     control_terms,
+    estimate_gradient,
     likelihood_ratio,
     prediction_critic,
     prediction_pathwise,
@@ -176,3 +178,15 @@ def test_a_prediction_that_is_not_finite_names_its_step(name, kind):
     rewards[0] = NAN  # dropped, so it does not matter
     (terms,) = control_terms([Predictions(values, {2: gradient})], places, values, rewards, fitted(4))
     assert torch.isfinite(terms.baseline).all() and torch.isfinite(terms.gradients[2]).all()
+
+
+def test_a_reward_that_jumps_is_refused_although_it_has_a_graph():
+    """Its gradient is 0 wherever it is defined: the part that is added back would be missing, and the estimate wrong."""
+
+    def jumps(x):
+        return 0 * x.sum(1) + (x > 0).double().sum(1)
+
+    plan = EstimatorPlan.from_preset("ddpo", 4, control_variate=True)
+    with pytest.raises(NonDifferentiableRewardError, match="continuous and differentiable in the picture"):
+        estimate_gradient(NonlinearChain(), jumps, plan, 16, seeded(0))
+    estimate_gradient(NonlinearChain(), lambda x: 0 * x.sum(1), plan, 16, seeded(0))  # equal everywhere: nothing to explain

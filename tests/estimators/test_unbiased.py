@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from statistics_helpers import Estimate, assert_unbiased
+from statistics_helpers import Estimate, assert_biased, assert_unbiased
 from toy_problems import (
     BATCH,
     NUM_STEPS,
@@ -97,6 +97,30 @@ def test_evolution_strategies_on_a_nearly_deterministic_chain(shared, num_steps,
     chosen = EstimatorPlan.from_preset("es", num_steps, **options)
     target = problem.target(chosen)
     assert_unbiased(estimate(problem.chain, problem.reward, chosen, 4, target), target)
+
+
+SHARP = 0.05  # relative bias of the whole gradient that may go unseen, and twice that of a step's share
+ZEROTH_ORDER = {
+    "antithetic": plan("es", zo_scale=0.05),
+    "single evaluations": plan("es", zo_scale=0.5, zo_antithetic=False),
+    "beside first and half order": plan("rlr_paper", zo_scale=0.1),
+    "in single evaluations beside the others": PLANS["zeroth order in single evaluations"],
+}
+
+
+@pytest.mark.parametrize("name", ZEROTH_ORDER)
+def test_zeroth_order_to_a_twentieth(name):
+    """The variance of P directions is at least (P + 1) / N of the gradient's square. What comes on top is taken away: the chain's own
+    noise is small and common to a pair, the chain short, and of the reward its known mean is left out, which moves no gradient."""
+    chosen = ZEROTH_ORDER[name]
+    steps = 2 if chosen.num_rest_steps == T else T
+    chosen = dataclasses.replace(chosen, num_steps=steps)
+    problem = LinearProblem.make(shared=False, num_steps=steps, stds=[0.1 if steps == 2 else 0.45] * steps)
+    target, mean = problem.target(chosen), problem.expected_reward(problem.pairs(), [steps == 2] * steps, chosen.zo_scale).detach()
+    limits = {"allowed": SHARP, "allowed_in_one_tensor": 2 * SHARP}
+    found = estimate(problem.chain, lambda x: problem.reward(x) - mean, chosen, 14, target, allowed=SHARP)
+    assert_unbiased(found, target, **limits)
+    assert_biased(found.times(1 - 2 * SHARP), target, **limits)
 
 
 @pytest.mark.parametrize("name", ["ddpo", "rlr with K = 1, h = 2", "rlr_paper", "control variate on everything"])

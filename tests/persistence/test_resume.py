@@ -19,6 +19,7 @@ from rlr_trainer import RewardError, digits
 from rlr_trainer.digits.rewards import ink
 from rlr_trainer.estimators.plan import PRESETS
 from rlr_trainer.persistence.checkpoints import CheckpointError, CheckpointStore
+from rlr_trainer.training import running
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
@@ -318,3 +319,16 @@ def test_a_process_killed_at_random_moments():
     for name in ("weights.pt", "optimizer.pt"):
         assert_same(*(torch.load(Path(folder, "final", name), weights_only=True) for folder in ("whole", "killed")), name)
     assert logged("killed") == logged("whole")
+
+
+def test_the_log_in_a_checkpoint_does_not_grow_with_the_run(make_trainer, monkeypatch):
+    """0.8 kB an update, in every checkpoint; the trainer and metrics.jsonl keep all of it."""
+    shortened = running.shortened
+    assert shortened(list(range(1000))) == list(range(1000))
+    assert shortened(list(range(1007))) == [*range(10), *range(17, 1007)]
+    monkeypatch.setattr(running, "shortened", lambda log: shortened(log, first=1, most=2))
+    trainer = make_trainer(max_steps=4, **SAVES)
+    trainer.train()
+    stored = json.loads(Path(trainer.args.output_dir, "checkpoint-4/trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in stored] == [1, 4]
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [1, 2, 3, 4]

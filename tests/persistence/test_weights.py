@@ -1,6 +1,7 @@
 """The trained weights on disk: for use, for going on, averaged; and the model card beside them."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlr_trainer import digits
+from rlr_trainer.digits.rewards import ink
 from rlr_trainer.persistence.weights import AVERAGE_FOLDER, Weights
 from rlr_trainer.pipelines import LORA_FILE, Policy, adapt, attach_lora
 from rlr_trainer.pipelines.average import WeightAverage
@@ -114,6 +116,25 @@ def test_a_trainer_writes_the_result_to_any_folder_and_a_model_card(make_trainer
     card = Path(name, "README.md").read_text()
     for words in ("library_name: diffusers", "load_lora_weights", "2502.00639", "`digit`", "| `sample_num_steps` | `4` |"):
         assert words in card, words
+
+
+def test_a_model_card_holds_no_html_of_options_and_names(make_trainer):
+    """A prompt with line breaks ended its row of the table, and what followed was Markdown and HTML of its own."""
+    evil = "a|b `c`\n\n<img src=x onerror=alert(1)>\r\u2028```\n# <b>"
+    trainer = make_trainer(negative_prompt=evil, hub_model_id='x"\n```\n<i>', reward_function=[ink, ink])
+    trainer.rewards.names[0] = evil
+    trainer.create_model_card(model_name=evil)
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    block = re.search(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    assert len(block[1].splitlines()) == 6 and "<img" in block[1]
+    outside = card.replace(block[0], "").replace("\\|", "")
+    shown = re.sub(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", outside)  # without code
+    assert "<img" in outside
+    assert not re.search(r"<(img|b|i)\b", shown)
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+    (row,) = [row for row in rows if "negative_prompt" in row]
+    assert row.startswith("| `negative_prompt` | ```` a\\|b `c`\\n")
 
 
 def test_loaded_lora_weights_are_continued(make_trainer, make, pipeline):

@@ -18,10 +18,10 @@ def weights_of(trainer):
 
 
 def averaged_by_hand(start, history, decay):
-    """decay_n = min(decay, (1 + n) / (10 + n)) after n updates, and 0 at the first, as diffusers' EMAModel has it."""
+    """The decay at update n is min(decay, n / (9 + n)), and 0 at the first, as diffusers' EMAModel has it."""
     average = {name: value.clone() for name, value in start.items()}
-    for number, weights in enumerate(history):
-        factor = min(decay, (1 + number) / (10 + number)) if number else 0.0
+    for n, weights in enumerate(history, 1):
+        factor = min(decay, n / (9 + n)) if n > 1 else 0.0
         average = {name: factor * average[name] + (1 - factor) * weights[name] for name in weights}
     return average
 

@@ -429,7 +429,7 @@ def test_warnings_become_rare(caplog):
     rewards = Rewards(number, on_error="skip")
     with caplog.at_level(logging.WARNING):
         for _ in range(100):
-            rewards.count_failure("number", 1, OSError())
+            rewards.count_failure("reward 'number'", 1, OSError())
     assert rewards.failures == 100
     assert [int(record.message.split("number ")[1].split()[0]) for record in caplog.records] == [1, 2, 3, 4, 8, 16, 32, 64]
 

@@ -174,7 +174,34 @@ def test_pictures_that_are_not_finite_are_no_missing_rewards(value):
     images[1, 0, 3, 3] = value
     for reward in (jpeg_compressibility, lambda i, p, m: i.mean((1, 2, 3))):
         with pytest.raises(FloatingPointError, match=r"1 of 3 pictures .*non-finite values \(in batch 5, on 1 prompts: 'b'\)"):
-            Rewards(reward, on_error="skip")(images, *BATCH[1:], differentiable=False, where="batch 5")
+            Rewards(reward)(images, *BATCH[1:], differentiable=False, where="batch 5")
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_picture_that_is_not_finite_is_skipped_alone(differentiable, caplog):
+    """One NaN ended the run, whatever on_error said. The reward sees a black picture in its place, and the others as they are."""
+    images, seen = IMAGES.clone(), []
+    images[1, 0, 3, 3] = float("nan")
+    images.requires_grad_(differentiable)
+
+    def reward(batch, prompts, metadata):
+        seen.append(batch.detach())
+        return batch.mean((1, 2, 3))
+
+    result = Rewards([reward, reward], on_error="skip")(images, *BATCH[1:], differentiable=differentiable)
+    assert torch.isnan(result.total).tolist() == [False, True, False]
+    assert torch.isnan(result.values).tolist() == [[False, True, False]] * 2
+    assert all(torch.equal(batch[[0, 2]], IMAGES[[0, 2]]) and not batch[1].any() for batch in seen)
+    assert "the decoder failed: FloatingPointError: 1 of 3 pictures" in caplog.text
+    assert "1 samples are dropped" in caplog.text
+
+
+def test_a_group_with_a_picture_that_is_not_finite_is_skipped():
+    images = torch.rand(4, 3, 4, 4)
+    images[3] = float("nan")
+    ranks = groupwise(lambda batch, prompts, metadata: torch.arange(2.0))
+    result = Rewards(ranks, group_size=2, on_error="skip")(images, ("a", "a", "b", "b"), ({},) * 4, differentiable=False)
+    assert torch.isnan(result.total).tolist() == [False, False, True, True]
 
 
 def test_what_cannot_be():

@@ -313,6 +313,35 @@ def test_a_server_that_is_away_and_comes_back(serve, held):
         torch.testing.assert_close(asked.result()[0], mean(eight_bits(IMAGES), None, None))
 
 
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.1 200 OK\r\nX-Slow: ", b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"HTTP/1.0 200 OK\r\n\r\n"],
+    ids=["head", "body", "body without a length"],
+)  # fmt: skip
+def test_an_answer_that_trickles_is_given_up(head):
+    """Each byte comes in time; the whole answer does not."""
+    ended = threading.Event()
+
+    def drip(listener):
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):  # the client has gone
+            connection.recv(1 << 16)
+            connection.sendall(head)
+            while not ended.wait(0.05):
+                connection.sendall(b"1")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        pool.submit(drip, listener)
+        started = time.monotonic()
+        try:
+            client = JsonClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.5, retries=0, backoff=0, token=None)
+            threading.Timer(10, ended.set).start()  # where it is not given up, the test must end all the same
+            with pytest.raises(RemoteRewardError, match=r"no answer within timeout=0\.5 s \(attempt 1 of 1"):
+                client.post(b"{}")
+        finally:
+            ended.set()
+    assert 0.4 < time.monotonic() - started < 8
+
+
 def test_a_body_that_trickles_is_given_up(serve):
     """Each byte comes in time; the whole body does not."""
     with connect(serve(receive_timeout=0.3).url) as connection:

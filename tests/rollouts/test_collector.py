@@ -111,3 +111,19 @@ def test_the_probe_finds_a_wrong_reward_and_takes_no_prompt(reward, error, messa
     with pytest.raises(error, match=message):
         run.collector.probe(run.policy)
     assert run.collector.prompts.take(1)[0].prompt == "a"
+
+
+@pytest.mark.parametrize("options", [{}, {"control_variate": True}, {"fo_steps": 4}], ids=str)
+def test_a_decoder_that_overflows_for_one_sample_costs_that_sample(options, monkeypatch):
+    """With on_error="skip"; the sample counts as one without a reward, in first order and in predictions too."""
+    run = tiny_run(EstimatorPlan.from_preset("rlr", 4, **options), rewards={"on_error": "skip"}, advantages=AdvantageRule("none"))
+    decode, broken = run.scorer.adapter.decode, torch.arange(4) == 2
+
+    def overflowing(latents, layout):
+        return (latents.sigmoid() if len(latents) != 4 else decode(latents, layout)) / (~broken).float()[:, None, None, None] ** 2
+
+    monkeypatch.setattr(run.scorer.adapter, "decode", overflowing)
+    batches, summary = run.collect()
+    assert torch.isnan(summary.rewards).tolist() == broken.tolist() and summary.metrics["samples_dropped"] == 1
+    gradient, _ = run.gradient(batches)
+    assert all(torch.isfinite(g).all() for g in gradient.values()) and any(g.any() for g in gradient.values())

@@ -392,6 +392,7 @@ def test_per_prompt_statistics_of_every_reward(make_trainer):
         ({"reward_batch_size": 0}, "reward_batch_size=0: must be a whole number"),
         ({"reward_workers": 0, "async_rewards": True}, "reward_workers=0: must be a whole number"),
         ({"reward_workers": 2}, "reward_workers=2: .* set async_rewards=True"),
+        ({"lora_target_modules": []}, r"lora_target_modules=\[\]: must name at least one module"),
         ({"reward_aggregation": "normalize_then_sum", "advantage": "leave_one_out"}, "advantage='leave_one_out': it divides by"),
         ({"reward_aggregation": "normalize_then_sum", "control_variate": True}, "control_variate=True: predictions are scored with the plain"),
         ({"reward_aggregation": "normalize_then_sum", "estimator": "sqdf"}, "rest_estimator='prediction'"),

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from rlr_trainer.estimators.chain import next_latent
 from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
 from rlr_trainer.schedules import InterpolantSchedule, SamplerOptions, make_schedule
+from rlr_trainer.schedules.grid import read_grid
 
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
 LENGTHS = [1, 2, 5, 10, 50]
@@ -158,7 +159,14 @@ def test_pndm_is_read_by_its_configuration():
     """Its own grid repeats timesteps. As a pipeline's scheduler is exchanged with `DDIMScheduler.from_config`."""
     options = {name: value for name, value in STABLE_DIFFUSION.items() if name != "clip_sample"}
     pndm = PNDMScheduler(**options, steps_offset=1, skip_prk_steps=True)
-    assert ddim(pndm, 10, 1.0) == ddim(DDIMScheduler.from_config(pndm.config), 10, 1.0)
+    assert ddim(pndm, 10, 1.0) == ddim(DDIMScheduler.from_config(pndm.config, clip_sample=False), 10, 1.0)
+
+
+@pytest.mark.parametrize(("options", "limit"), [({}, None), ({"clip_sample": False}, None), ({"clip_sample": True}, 1.0)], ids=str)
+def test_pndm_does_not_clip_unless_its_configuration_says_so(options, limit):
+    """PNDM never clips and its configuration may not say anything; DDIM's default would clip latents at 1."""
+    pndm = PNDMScheduler.from_config({**PNDMScheduler(skip_prk_steps=True).config, **options})
+    assert read_grid(pndm, 10).clip_range == limit
 
 
 def test_a_gradient_flows_through_mean_and_prediction():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import ipaddress
 import json
 import logging
 import os
 import random
+import socket
 import ssl
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -97,17 +99,26 @@ class JsonClient:
                     raise RemoteRewardError(message, self.url, failure.status, attempt) from failure.__cause__
             delay = min(2 * delay, MAX_DELAY)
 
+    def _session(self) -> httpx.Client:
+        return httpx.Client(trust_env=not is_loopback(httpx.URL(self.url).host), verify=_tls())
+
     def _attempt(self, body: bytes) -> Any:
         headers = {"Content-Type": "application/json", "User-Agent": "rlr-trainer"}
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
-        proxies = not is_loopback(httpx.URL(self.url).host)
-        try:
-            answer = httpx.post(self.url, content=body, headers=headers, timeout=self.timeout, trust_env=proxies, verify=_tls())
-        except httpx.TimeoutException as error:
-            raise _MayPass(f"no answer within timeout={self.timeout:g} s", self.url) from error
-        except httpx.RequestError as error:
-            raise _MayPass(f"no connection: {error!r}", self.url) from error
+        late = f"no answer within timeout={self.timeout:g} s"
+        with _Deadline(self.timeout) as deadline, self._session() as session:
+            request = session.build_request(
+                "POST", self.url, content=body, headers=headers, timeout=self.timeout, extensions={"trace": deadline.follow}
+            )
+            try:
+                answer = session.send(request)
+            except httpx.TimeoutException as error:
+                raise _MayPass(late, self.url) from error
+            except httpx.RequestError as error:
+                raise _MayPass(late if deadline.passed else f"no connection: {error!r}", self.url) from error
+        if deadline.passed:  # an answer whose end is that of the connection
+            raise _MayPass(late, self.url)
         status, wait = answer.status_code, answer.headers.get("Retry-After", "")
         if not answer.is_success:
             kind = _MayPass if status in RETRIED_STATUSES else RemoteRewardError
@@ -119,6 +130,43 @@ class JsonClient:
         except (ValueError, RecursionError) as error:
             said = f"answered with something else than JSON ({error}): {answer.content[:120]!r}"
             raise RemoteRewardError(said, self.url, status) from error
+
+
+class _Deadline:
+    """Ends a request whose answer is not there `seconds` after it was sent: httpx limits every single read, and a byte now and then would
+    do. httpx reports what it does to `follow`; the connection is shut down from a thread of its own.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.passed = seconds, False
+        self._connection: socket.socket | None = None
+        self._timer: threading.Timer | None = None
+
+    def follow(self, event: str, info: Mapping[str, Any]) -> None:
+        """Takes down a connection that was made, plain or encrypted, and begins to count when the request is sent."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            self._connection = info["return_value"].get_extra_info("socket")
+        elif event.endswith("send_request_body.complete"):
+            self._cancel()  # a proxy was asked for the connection first
+            self._timer = threading.Timer(self.seconds, self._end)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _end(self) -> None:
+        self.passed = True
+        if self._connection is not None:
+            with contextlib.suppress(OSError):  # already closed
+                socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+
+    def __enter__(self) -> _Deadline:
+        return self
+
+    def __exit__(self, *stopped: object) -> None:
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def is_loopback(host: str) -> bool:
@@ -148,7 +196,7 @@ class RemoteReward:
 
     Args:
         url: of the server, such as "http://127.0.0.1:8000".
-        timeout: most seconds without progress in connecting, sending, waiting for the rewards, or reading them.
+        timeout: most seconds without progress in connecting and in sending, and from then on until the whole answer is there.
         retries: attempts after a first one that failed for a reason that may pass: no connection, no answer in time, a status such
             as 500 or 503. 8 of them bridge one to two minutes.
         backoff: seconds before the second attempt; doubles with every further one, up to a minute, and is varied at random.
