@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.chain import mix_seed, sample_chain, seeded_generator
 from rlr_trainer.estimators.divergence import leave_one_out_to_go, step_divergences
+from rlr_trainer.estimators.first_order import NonDifferentiableRewardError
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.estimators.prediction import Predictions, control_terms
@@ -102,6 +103,7 @@ class Collector:
 
         Raises:
             RewardError: every reward is NaN, or a reward's gradient is not finite.
+            FloatingPointError, NonDifferentiableRewardError: predictions of the control variate, see `control_terms`.
         """
         rows, seconds = self._take_prompts(), 0.0
         sampled: list[SampledBatch] = []
@@ -113,7 +115,7 @@ class Collector:
                 seconds += time.perf_counter() - started
                 where = f"sampling batch {batch_number} of rollout {number}"
                 scoring.add(batch.rollout.sample, batch.prompts, batch.metadata, where)
-                if self.plan_state.control_scale is not None:
+                if self.plan_state.control_scale is not None and scoring.failure is None:
                     with scoring.at_work():
                         predictions.append(self._predict(model, batch))
                 sampled.append(batch.to("cpu") if self.options.offload else batch)
@@ -235,7 +237,12 @@ class Collector:
         _, values = self.processes.gather_in_order([b.index for b in batches], [p.values for p in predictions])
         positions = [torch.searchsorted(order, batch.index) for batch in batches]
         blocks = order // 2 if self.paired else None
-        terms = control_terms(predictions, positions, values, rewards, scale, blocks)
+        terms, failure = [], None
+        try:
+            terms = control_terms(predictions, positions, values, rewards, scale, blocks)
+        except (FloatingPointError, NonDifferentiableRewardError) as error:  # of this process's samples
+            failure = error
+        self.processes.raise_everywhere(failure, "the predictions of the control variate")
         scale.update(rewards, values)
         return [dataclasses.replace(batch, control=control) for batch, control in zip(batches, terms, strict=True)]
 
