@@ -38,7 +38,10 @@ class _Training:
 # With reward gradients every update points the same way, so the changes of single weights are the independent ones. Those of ddpo are noise for
 # the most part, which moves many weights together: there the updates are, without momentum. Few steps make its noise small.
 _EXACT = {"max_steps": 5, "per_device_train_batch_size": 4}
-_MIXED = {"max_steps": 20, "per_device_train_batch_size": 32}  # the likelihood ratios of rlr drown its first-order part in a small batch
+_MIXED = {
+    "max_steps": 20,
+    "per_device_train_batch_size": 32,
+}  # the likelihood ratios of rlr drown its first-order part in a small batch
 _NOISY = {"max_steps": 40, "per_device_train_batch_size": 96, "sample_num_steps": 2, "adam_beta1": 0.0}
 TRAININGS = {"rlr": _Training(_MIXED, False, 5.0), "draft": _Training(_EXACT, False, 5.0), "ddpo": _Training(_NOISY, True, 3.0)}
 CONTROLS = 16
