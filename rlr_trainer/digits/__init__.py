@@ -59,7 +59,8 @@ def load_pipeline(model: str | Path = "digits") -> "DiffusionPipeline":
         pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, **absent)
     pipeline.set_progress_bar_config(disable=True)
     if absent.keys() >= {"text_encoder_3", "tokenizer_3"}:
-        # training and sampling encode prompts by this method; the zero rows that stand for T5 would be 8 of 9 of the tokens
+        # training and sampling encode prompts by this method; the 256 zero rows that stand for T5 would be 8 of 9 of the tokens
+        # (diffusers 0.35 adds as many as the tokenizer's length instead)
         pipeline.encode_prompt = partial(pipeline.encode_prompt, max_sequence_length=0)
     return pipeline
 
