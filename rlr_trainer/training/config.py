@@ -120,9 +120,9 @@ class RLRConfig(TrainingArguments):
 
     # ---- reward and advantage ----
     advantage: str | None = _option(
-        None, "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for the ddpo preset."
+        None, "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for ddpo and rlr_black_box."
     )
-    adv_clip_max: float | None = _option(None, "Limit of the advantage's magnitude. Default: none; 5 for the ddpo preset.")
+    adv_clip_max: float | None = _option(None, "Limit of the advantage's magnitude. Default: none; 5 for ddpo and rlr_black_box.")
     reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
     reward_aggregation: str = _option(
         "sum_then_normalize",
@@ -322,7 +322,7 @@ class RLRConfig(TrainingArguments):
     @property
     def advantage_name(self) -> str:
         """The advantage in force: the option, or the preset's own; normalize where rewards are normalized before they are summed."""
-        normalizes = self.estimator == "ddpo" or self.reward_aggregation == "normalize_then_sum"
+        normalizes = self.estimator in ("ddpo", "rlr_black_box") or self.reward_aggregation == "normalize_then_sum"
         return self.advantage or ("normalize" if normalizes else "leave_one_out")
 
     @property
@@ -333,7 +333,7 @@ class RLRConfig(TrainingArguments):
     @property
     def advantage_limit(self) -> float | None:
         """adv_clip_max in force."""
-        if self.adv_clip_max is None and self.estimator == "ddpo":
+        if self.adv_clip_max is None and self.estimator in ("ddpo", "rlr_black_box"):
             return 5.0
         return self.adv_clip_max
 

@@ -285,7 +285,7 @@ def test_eta_zero_with_a_likelihood_ratio_plan():
 def test_rlr_black_box_puts_its_noise_in_the_first_third(make_trainer):
     trainer = make_trainer(estimator="rlr_black_box", sample_num_steps=5, reward_function=lambda images, p, m: [1.0, 2.0, 3.0, 4.0])
     assert [std > 0 for std in trainer.parts.schedule.stds] == [True, True, False, False, False]
-    assert (trainer.plan.scored_steps(), trainer.args.advantage_name) == ([0, 1], "leave_one_out")
+    assert (trainer.plan.scored_steps(), trainer.args.advantage_name) == ([0, 1], "normalize")
     wider = make_trainer(estimator="rlr_black_box", sample_num_steps=5, noise_steps=[1, 3])
     assert wider.plan.scored_steps() == [1, 2, 3]
 
