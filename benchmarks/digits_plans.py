@@ -54,6 +54,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "ddpo, silent steps left out": {"estimator": "ddpo", **UNSCORED},  # for samplers whose last step adds no noise
     "ddpo, noise in 3 steps": {"estimator": "ddpo", "noise_steps": 3, **UNSCORED},
     "rlr_black_box": {"estimator": "rlr_black_box"},
+    "rlr_black_box, leave-one-out": {"estimator": "rlr_black_box", "advantage": "leave_one_out"},
     "rlr_black_box, lr 1e-2": {"estimator": "rlr_black_box", "learning_rate": 1e-2},
     "rlr, K=5, noise in 5 steps": {"estimator": "rlr", "fo_steps": 5, "noise_steps": 5},
     "es": {"estimator": "es"},

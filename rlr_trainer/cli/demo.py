@@ -32,7 +32,6 @@ FLOW_OPTIONS: dict[str, dict[str, Any]] = {
     "rlr": {"fo_steps": 5, "noise_steps": 5},
     "ddpo": {"silent_estimator": "none"},
 }
-BLACK_BOX = {"digits": "ddpo", "digits-flow": "rlr_black_box"}  # estimator for a reward without a gradient
 NUMBERS = {"reward": "mean reward", "judge": "independent judge", "frechet": "Frechet distance"}
 
 
@@ -58,7 +57,7 @@ def demo(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     target = options.target if options.reward == "digit" else None
     reward = {"ink": ink, "compressibility": jpeg_compressibility}.get(options.reward) or digit_reward(options.target)
-    estimator = options.estimator or (BLACK_BOX[options.model] if options.reward == "compressibility" else "rlr")
+    estimator = options.estimator or ("rlr_black_box" if options.reward == "compressibility" else "rlr")
     common = {name: getattr(options, name) for name in ("output_dir", "overwrite", "max_steps", "seed")}
     own = FLOW_OPTIONS.get(estimator, {}) if options.model == "digits-flow" else {}
     config = demo_config(estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common, **own)

@@ -62,7 +62,7 @@ def _add_demo(commands: Any) -> None:
         choices=("digit", "ink", "compressibility"),
         help="a classifier's probability of the target, mean brightness, or the size as a JPEG file, which is a black box",
     )
-    add("--estimator", help="preset plan; otherwise rlr, or for the black box ddpo (digits-flow: rlr_black_box)")
+    add("--estimator", help="preset plan; otherwise rlr, or rlr_black_box for the black box")
     add("--max_steps", type=int, default=40, help="updates, of 32 samples each")
     add("--output_dir", default="runs/demo", help="folder for the run's files")
     add("--seed", type=int, default=0, help="seed of the run; those of the evaluation are fixed")

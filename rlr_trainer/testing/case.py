@@ -140,7 +140,7 @@ def call_pipeline(
 
     Schedulers that add noise get that of `run_chain`, whether they take a generator or draw from torch's own.
     """
-    negatives = [row.negative_prompt for row in rows]
+    negatives = [row.negative_prompt or "" for row in rows]
     conditions = [row.metadata for row in rows]
     given = {
         "prompt": [row.prompt for row in rows],

@@ -64,7 +64,7 @@ def _routes(sampling: Sampling, rows: Sequence[PromptRow], scale: float, noise: 
 def layout(case: Case, findings: Findings) -> None:
     """The layout is what the pipeline samples, at its own size too, and sizes that do not fit are refused."""
     adapter = case.adapter()
-    asked = {"default size": (None, None)}
+    asked: dict[str, tuple[int | None, int | None]] = {"default size": (None, None)}
     if (case.height, case.width) != (None, None):
         asked["size asked for"] = (case.height, case.width)
     for name, (height, width) in asked.items():

@@ -87,7 +87,7 @@ def warm_up(parameters: Mapping[str, Tensor], std: float = WARM) -> None:
 
 def gradient(trainer: RLRTrainer) -> tuple[dict[str, Tensor], dict[str, float], ScoredBatch]:
     """The ascent direction of the trainer's own first update, by parameter; its metrics; the batch that it is of."""
-    parts, model = trainer.parts, trainer.model
+    parts, model = trainer.parts, trainer.parts.policy
     model.eval()
     batches, summary = parts.collector.collect(model, 0)
     parts.updater.begin(batches, summary.valid_fraction)

@@ -299,7 +299,7 @@ class RLRConfig(TrainingArguments):
     def sampler_options(self) -> SamplerOptions:
         """How the chain is sampled."""
         window = NOISE_WINDOWS.get(self.estimator)
-        steps = window(self.sample_num_steps) if self.noise_steps is None and window is not None else self.noise_steps
+        steps: Any = window(self.sample_num_steps) if self.noise_steps is None and window is not None else self.noise_steps
         return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, steps)
 
     @property
