@@ -14,7 +14,8 @@ QUICK = {
 }
 SLOW = {
     "diffusive_chain_of_thought.py": ["--max_steps", "2"],
-    "digits/pretrain.py": None,  # run by tests/test_digits.py
+    "digits/pretrain.py": None,  # run by tests/digits/test_digits.py
+    "digits/pretrain_flow.py": None,  # run by tests/digits/test_digits_flow.py
 }
 
 
