@@ -70,7 +70,7 @@ def write_model_card(
         scheduler=_DDIM.format(clip=clip) if is_ddim else "",
         guidance_argument=trainer.adapter.guidance_argument,
         guidance=args.sample_guidance_scale,
-        eta=f", eta={1.0 if args.sample_eta is None else args.sample_eta}" if is_ddim else "",
+        eta=f", eta={1.0 if args.sample_eta is None else args.sample_eta}" if is_ddim and args.noise_steps is None else "",
     )
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
     options = args.rlr_options() | {"learning_rate": args.learning_rate, "max_grad_norm": args.max_grad_norm, "seed": args.seed}

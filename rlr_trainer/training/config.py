@@ -298,9 +298,8 @@ class RLRConfig(TrainingArguments):
     @property
     def sampler_options(self) -> SamplerOptions:
         """How the chain is sampled."""
-        window = NOISE_WINDOWS.get(self.estimator)
-        steps: Any = window(self.sample_num_steps) if self.noise_steps is None and window is not None else self.noise_steps
-        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, steps)
+        noise_steps: Any = self.noise_steps
+        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, noise_steps)
 
     @property
     def plan(self) -> EstimatorPlan:
@@ -369,6 +368,8 @@ class RLRConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and allows(value)):
                 raise ValueError(f"{name}={value}: must {rule}")
+        if self.noise_steps is None and self.estimator in NOISE_WINDOWS:
+            self.noise_steps = NOISE_WINDOWS[self.estimator](self.sample_num_steps)
         scales = self.prompt_scales
         if scales is not None and not (scales and all(0 < a < b for a, b in pairwise([*scales, self.sample_num_steps]))):
             raise ValueError(
