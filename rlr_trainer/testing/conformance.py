@@ -71,7 +71,7 @@ def check_adapter(
         metadata: one mapping per prompt, for adapters with `conditions`.
         call_conditions: makes arguments of the pipeline's call of them; by default each condition's list goes under its own name.
         call_negatives: (pipeline, negative prompts) -> arguments of the pipeline's call; by default `negative_prompt`.
-        learning_rate: of the checks that train.
+        learning_rate: of the checks that train; `ddpo` takes a third of it.
         options: of `RLRConfig`, for the checks that train (`{"noise_steps": 2}`).
         checks: some of `CHECKS`; None runs them all.
 

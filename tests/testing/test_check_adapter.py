@@ -27,7 +27,8 @@ def failed(make_adapter, checks, make=make_pipeline):
 
 @pytest.mark.parametrize("check", CONFORMANCE)
 def test_stable_diffusion_conforms(check):
-    (line,) = check_adapter(make_pipeline, checks=[check])
+    # its weights are trained, so they move less than random ones do
+    (line,) = check_adapter(make_pipeline, checks=[check], learning_rate=3e-2 if check == "ddpo" else 1e-2)
     assert re.match(rf"{check}: .*\d", line)
 
 
