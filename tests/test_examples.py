@@ -31,7 +31,9 @@ def run(name, arguments, folder):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name", [name if name.startswith("black_box") else pytest.param(name, marks=pytest.mark.slow) for name in QUICK]
+)
 def test_example_runs(name, tmp_path):
     assert "share of" in run(name, QUICK[name], tmp_path)
 

@@ -239,6 +239,7 @@ def test_demo_writes_its_files(capsys, model):
     assert "mean reward" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_demo_of_the_flow_model_takes_a_black_box(capsys):
     arguments = ["--model", "digits-flow", "--reward", "compressibility", "--max_steps", "1", "--output_dir", "out", "--quiet"]
     assert main(["demo", *arguments]) == 0
@@ -246,6 +247,7 @@ def test_demo_of_the_flow_model_takes_a_black_box(capsys):
     assert config["estimator"] == "rlr_black_box"
 
 
+@pytest.mark.slow
 def test_demo_of_the_flow_model_trains_by_ddpo(capsys):
     """Its last step adds no noise, which the preset does not take as it is."""
     arguments = ["--model", "digits-flow", "--estimator", "ddpo", "--max_steps", "1", "--output_dir", "out", "--quiet"]

@@ -48,6 +48,7 @@ def ink_diagnosis(digits_pipeline_master, tmp_path_factory):
     return diagnose(trainer, num_batches=6, time_limit=600, candidates=candidates_of(OPTIONS, 4))
 
 
+@pytest.mark.slow
 def test_the_missing_shares_of_truncated_backpropagation_are_seen(ink_diagnosis):
     row = ink_diagnosis.row("draft K=1")
     assert row.biases
@@ -99,6 +100,7 @@ def test_the_table_and_the_file(ink_diagnosis):
     assert found["versions"]["torch"]
 
 
+@pytest.mark.slow
 def test_a_black_box_reward_is_held_against_the_likelihood_ratio(make_trainer):
     trainer = make_trainer(reward_function=jpeg_compressibility, estimator="ddpo")
     diagnosis = diagnose(trainer, num_batches=1, time_limit=600)

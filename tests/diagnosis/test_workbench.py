@@ -180,6 +180,7 @@ def snapshot(trainer):
     }
 
 
+@pytest.mark.slow
 def test_nothing_but_the_query_count_changes(make_trainer):
     dataset = [{"prompt": digits.class_prompt(d), "digit": d} for d in range(10)]
     trainer = make_trainer(
