@@ -157,10 +157,10 @@ def bf16(case: Case, findings: Findings) -> None:
             before = {key: p.detach().clone() for key, p in params.items()}
             trainer.train()
             count = len(moved(before, trainer.parts.policy))
-    kinds = {str(p.dtype) for p in params.values()}
+    dtypes = {str(p.dtype) for p in params.values()}
     findings.require(
-        kinds == {"torch.float32"},
-        f"LoRA weights are {', '.join(sorted(kinds))} (rule: torch.float32)",
+        dtypes == {"torch.float32"},
+        f"LoRA weights are {', '.join(sorted(dtypes))} (rule: torch.float32)",
         "a `call` that casts the network",
     )
     broken = [key for key, p in params.items() if not torch.isfinite(p).all()]
