@@ -95,7 +95,10 @@ def check_resume(make, **options):
     assert Path("resumed/rewards.jsonl").read_text() == Path("whole/rewards.jsonl").read_text()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+EVERY_DAY = ("rlr", "rlr_black_box", "rlr_paper", "sqdf")  # one of each kind of estimator
+
+
+@pytest.mark.parametrize("preset", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS])
 def test_every_preset_goes_on_at_the_end_of_a_rollout(make, preset):
     """With two updates per rollout, except for zeroth order, which has one."""
     zeroth_order = preset in ("rlr_paper", "es")
@@ -281,8 +284,8 @@ class Terminate(TrainerCallback):
 @pytest.mark.parametrize(
     ("options", "checkpoints"),
     [
-        ({"save_strategy": "no"}, [4]),
-        ({"save_only_model": True, **SAVES}, [2, 4]),
+        pytest.param({"save_strategy": "no"}, [4], marks=pytest.mark.slow),
+        pytest.param({"save_only_model": True, **SAVES}, [2, 4], marks=pytest.mark.slow),
         # without a learning rate nothing gets better
         ({"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_reward", "learning_rate": 0.0,
           "eval_dataset": [{"prompt": digits.PROMPT}]}, [2, 4]),

@@ -346,7 +346,7 @@ def normalized_by_hand(group):
     [
         ({"estimator": "rlr", "fo_steps": 2, "ho_length": 1}, 1),
         ({"estimator": "rlr", "fo_steps": 2, "ho_length": 1}, 4),
-        ({"estimator": "rlr_paper", "zo_num_perturbations": 2}, 4),
+        pytest.param({"estimator": "rlr_paper", "zo_num_perturbations": 2}, 4, marks=pytest.mark.slow),
     ],
     ids=str,
 )
