@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
@@ -789,8 +790,9 @@ def parse_arguments(program: str, description: str, defaults, quick) -> tuple:
     return arguments.output_dir, settings, command
 
 
-def main() -> None:
-    directory, settings, command = parse_arguments("pretrain.py", __doc__.splitlines()[0], Settings(), QUICK)
+def run(program: str, description: str, defaults, quick, train: Callable, measure: Callable, write_card: Callable) -> None:
+    """The whole program: trains by `train`, measures by `measure`, and writes `quality.json` and the card."""
+    directory, settings, command = parse_arguments(program, description, defaults, quick)
     start = time.perf_counter()
     torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)  # saturated classifiers give denormal gradients, which a CPU handles very slowly
@@ -812,4 +814,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("pretrain.py", __doc__.splitlines()[0], Settings(), QUICK, train, measure, write_card)

@@ -11,11 +11,8 @@ Flow matching: x_sigma = (1 - sigma) x0 + sigma x1 with x0 a latent, x1 noise, a
 Shape suffixes: N pictures, B batch, C channels, H x W latent pixels, S context rows, E text features.
 """
 
-import json
 import math
-import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,13 +26,12 @@ from pretrain import (
     fit_vae,
     judge_named,
     judge_plain,
-    load_data,
     measure_frechet_of_real,
     measure_vae,
-    parse_arguments,
     percent,
     prompt_table,
     rewrite_tokenizer,
+    run,
     table,
     write_text_encoder,
     write_tokenizer,
@@ -509,27 +505,5 @@ def train(data: Data, directory: Path, settings: Settings) -> dict[str, int]:
     return counts
 
 
-def main() -> None:
-    directory, settings, command = parse_arguments("pretrain_flow.py", __doc__.splitlines()[0], Settings(), QUICK)
-    start = time.perf_counter()
-    torch.set_num_threads(settings.threads)
-    torch.set_flush_denormal(True)
-    directory.mkdir(parents=True, exist_ok=True)
-    data = load_data()
-    parameters = train(data, directory, settings)
-    quality = {
-        "command": command,
-        "settings": asdict(settings),
-        "data": {"train": len(data.train_labels), "held_out": len(data.test_labels)},
-        "parameters": parameters,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "scikit-learn")},
-        **measure(data, directory, settings),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    (directory / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
-    write_card(directory, quality)
-    print(f"Weights, quality.json and README.md are in {directory}; this took {quality['seconds']:.0f} s.")
-
-
 if __name__ == "__main__":
-    main()
+    run("pretrain_flow.py", __doc__.splitlines()[0], Settings(), QUICK, train, measure, write_card)

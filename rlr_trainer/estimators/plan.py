@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlr_trainer.estimators.plan_draw import PlanDraw, inverse_inclusion_weights, with_segments
+from rlr_trainer.estimators.presets import PRESETS
 
 REST_ESTIMATORS = {"lr": "likelihood ratio", "zo": "zeroth order", "prediction": "one-step prediction", "none": "no estimate"}
 NAMED_STARTS = ("uniform", "grad_norm")
@@ -94,7 +95,7 @@ class EstimatorPlan:
         if unknown:
             raise PlanError(f"unknown plan option {', '.join(unknown)}; the options are {', '.join(sorted(PLAN_OPTIONS))}")
         given = {key: value for key, value in options.items() if value is not None}
-        chosen = PRESETS[name](num_steps) | given
+        chosen = PRESETS[name].plan(num_steps) | given
         if "ho_length" not in given:
             # A preset must fit any chain and any K: its sub-chain shrinks; only an explicit h that is too long is an error.
             left = num_steps - cls(num_steps, chosen.get("fo_steps", 0)).fo_range[1]
@@ -278,24 +279,6 @@ class EstimatorPlan:
 
 # What a user may set; the chain says the rest.
 PLAN_OPTIONS = tuple(f.name for f in dataclasses.fields(EstimatorPlan) if f.name not in ("num_steps", "silent_steps"))
-
-# What each preset sets, as a function of the number of steps. In "rlr" first order takes 30 % of them: the low-noise end, where the
-# likelihood ratio is noisiest (docs/estimators.md has the measurement).
-PRESETS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "rlr": lambda t: {"fo_steps": max(1, math.ceil(0.3 * t)), "ho_length": 1, "rest_estimator": "lr"},
-    "rlr_black_box": lambda t: {"rest_estimator": "lr", "silent_estimator": "none"},
-    "rlr_paper": lambda t: {"fo_steps": 1, "ho_length": 2, "rest_estimator": "zo"},
-    "ddpo": lambda t: {"rest_estimator": "lr"},
-    "draft": lambda t: {"fo_steps": 1},
-    "alignprop": lambda t: {"fo_steps": (1, t)},
-    "full_bp": lambda t: {"fo_steps": t},
-    "sqdf": lambda t: {"rest_estimator": "prediction"},
-    "es": lambda t: {"rest_estimator": "zo"},
-}
-
-# Presets that put the noise of a pipeline's sampler in the first steps alone, and how many these are. The last, low-noise steps make the
-# likelihood ratio slow (docs/estimators.md).
-NOISE_WINDOWS: dict[str, Callable[[int], int]] = {"rlr_black_box": lambda t: max(1, math.ceil(0.3 * t))}
 
 
 def _listed(steps: Sequence[int]) -> str:

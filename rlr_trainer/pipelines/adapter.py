@@ -111,6 +111,30 @@ class PipelineAdapter(abc.ABC):
                 raise ValueError(f"{name}={pixels}: must be a positive multiple of {multiple}, {rule}")
         return default[0] if height is None else height, default[1] if width is None else width
 
+    def check_channels(self, made: int, maker: str, kind: str) -> None:
+        """Refuses a network that takes other latents than it would be given.
+
+        Args:
+            made: channels of what it would be given.
+            maker: what makes them, in words before their number.
+            kind: of models that take others, in words.
+
+        Raises:
+            ValueError: names both numbers, and the way out.
+        """
+        taken, network = self.denoiser.config.in_channels, {"unet": "UNet"}.get(self.denoiser_folder, self.denoiser_folder)
+        if taken != made:
+            raise ValueError(
+                f"the {network} takes {taken} channels but {maker} {made}: {kind} model, which this adapter cannot sample; use a "
+                "text-to-image model"
+            )
+
+    def check_encoders(self, names: Sequence[str], use: str) -> None:
+        """Refuses a pipeline that was loaded without one of the text encoders `names`; ValueError says what their `use` is."""
+        for name in names:
+            if getattr(self.pipeline, name) is None:
+                raise ValueError(f"{name}=None: {use}; load the pipeline with it")
+
     def schedule(self, layout: Layout, sampler: SamplerOptions) -> Schedule:
         """The steps of the sampler on samples of this layout, on the grid that the pipeline's own call would use."""
         return make_schedule(self.pipeline.scheduler, sampler, **self.timestep_arguments(layout, sampler.num_steps))

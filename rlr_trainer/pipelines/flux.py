@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.conditioning import Rows
+from rlr_trainer.pipelines.packing import patched_size
+from rlr_trainer.pipelines.timesteps import shift_of_tokens, with_flow_sigmas
 
 logger = logging.getLogger(__name__)
 
@@ -36,40 +38,18 @@ class FluxAdapter(PipelineAdapter):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        taken, made = pipeline.transformer.config.in_channels, 4 * pipeline.vae.config.latent_channels
-        if taken != made:
-            raise ValueError(
-                f"the transformer takes {taken} channels but packed latents have {made}: an inpainting or control model, which this "
-                "adapter cannot sample; use a text-to-image model"
-            )
-        for name in self.text_encoders:
-            if getattr(pipeline, name) is None:
-                raise ValueError(f"{name}=None: prompts go through both text encoders; load the pipeline with it")
+        self.check_channels(4 * pipeline.vae.config.latent_channels, "packed latents have", "an inpainting or control")
+        self.check_encoders(self.text_encoders, "prompts go through both text encoders")
 
     def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
         """Packed latents [H / 2f * W / 2f, 4C], f the VAE's scale factor; ValueError for a size that is not a multiple of 2f."""
-        factor = self.pipeline.vae_scale_factor
-        own = self.pipeline.default_sample_size * factor
-        rule = f"twice the VAE's scale factor {factor}, because latents are packed 2 x 2"
-        height, width = self.picture_size(height, width, num_frames, default=(own, own), multiple=2 * factor, rule=rule)
-        tokens = (height // (2 * factor)) * (width // (2 * factor))
-        return Layout((tokens, self.pipeline.transformer.config.in_channels), height, width)
+        height, width, rows, columns = patched_size(self, height, width, num_frames)
+        return Layout((rows * columns, self.pipeline.transformer.config.in_channels), height, width)
 
     def timestep_arguments(self, layout: Layout, num_steps: int) -> dict[str, Any]:
         """Sigmas from 1 to 1 / T, and `mu` of the number of tokens, which schedulers without dynamic shifting ignore."""
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        scheduler = self.pipeline.scheduler.config
-        mu = calculate_shift(
-            layout.shape[0],
-            scheduler.get("base_image_seq_len", 256),
-            scheduler.get("max_image_seq_len", 4096),
-            scheduler.get("base_shift", 0.5),
-            scheduler.get("max_shift", 1.15),
-        )
-        if scheduler.get("use_flow_sigmas"):  # of schedulers of other classes, which make their own
-            return {"mu": mu}
-        return {"sigmas": torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist(), "mu": mu}
+        mu = {"mu": shift_of_tokens(self.pipeline.scheduler, layout.shape[0])}
+        return with_flow_sigmas(self.pipeline.scheduler, num_steps, mu)
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """States of T5 [N, tokens, width] and the pooled ones of CLIP [N, width]."""

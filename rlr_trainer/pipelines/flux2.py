@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.conditioning import Rows
-from rlr_trainer.pipelines.timesteps import flow_sigmas
+from rlr_trainer.pipelines.packing import patched_size
+from rlr_trainer.pipelines.timesteps import with_flow_sigmas
 
 logger = logging.getLogger(__name__)
 
@@ -34,33 +35,21 @@ class Flux2Adapter(PipelineAdapter):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        config = pipeline.transformer.config
-        taken, made = config.in_channels, 4 * pipeline.vae.config.latent_channels
-        if taken != made:
-            raise ValueError(
-                f"the transformer takes {taken} channels but patches of latents have {made}: an inpainting or control model, which this "
-                "adapter cannot sample; use a text-to-image model"
-            )
-        single = (f"single_transformer_blocks.{i}.attn.to_out" for i in range(config.num_single_layers))
+        self.check_channels(4 * pipeline.vae.config.latent_channels, "patches of latents have", "an inpainting or control")
+        single = (f"single_transformer_blocks.{i}.attn.to_out" for i in range(pipeline.transformer.config.num_single_layers))
         self.lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", *single)
 
     def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
         """Patches of latents [4C, H / 2f, W / 2f], f the VAE's scale factor; ValueError for a size that is not a multiple of 2f."""
-        factor = self.pipeline.vae_scale_factor
-        own, side = self.pipeline.default_sample_size * factor, 2 * factor
-        rule = f"twice the VAE's scale factor {factor}, because latents go in patches of 2 x 2"
-        height, width = self.picture_size(height, width, num_frames, default=(own, own), multiple=side, rule=rule)
-        return Layout((self.pipeline.transformer.config.in_channels, height // side, width // side), height, width)
+        height, width, rows, columns = patched_size(self, height, width, num_frames)
+        return Layout((self.pipeline.transformer.config.in_channels, rows, columns), height, width)
 
     def timestep_arguments(self, layout: Layout, num_steps: int) -> dict[str, Any]:
         """Sigmas from 1 to 1 / T, and `mu` of the numbers of tokens and of steps, which schedulers without dynamic shifting ignore."""
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
         _, height, width = layout.shape
-        mu = {"mu": compute_empirical_mu(height * width, num_steps)}
-        if self.pipeline.scheduler.config.get("use_flow_sigmas"):  # of schedulers of other classes, which make their own
-            return mu
-        return {"sigmas": flow_sigmas(num_steps), **mu}
+        return with_flow_sigmas(self.pipeline.scheduler, num_steps, {"mu": compute_empirical_mu(height * width, num_steps)})
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """States of three layers of the text encoder side by side, [N, tokens, 3 width], of the padding too."""

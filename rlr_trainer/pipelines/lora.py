@@ -98,18 +98,24 @@ def save_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, l
 def load_lora_weights(module: Any, directory: str | Path, prefix: str) -> None:
     """Reads them back into the trained adapter; ValueError if the file is missing, damaged or of other targets or another rank."""
     from diffusers.utils import convert_unet_state_dict_to_peft
+
+    path = Path(directory) / LORA_FILE
+    state = read_lora_file(path, f"{prefix}.")
+    if not any("lora_A" in key for key in state):
+        state = convert_unet_state_dict_to_peft(state)
+    set_lora_state(module, state, path)
+
+
+def read_lora_file(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a file by their names without `prefix`; ValueError if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(directory) / LORA_FILE
     try:
         state = load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
         raise ValueError(f"cannot read LoRA weights from {path}: {error}; pass a folder that save_model wrote") from error
-    state = {key.removeprefix(f"{prefix}."): tensor for key, tensor in state.items()}
-    if not any("lora_A" in key for key in state):
-        state = convert_unet_state_dict_to_peft(state)
-    set_lora_state(module, state, path)
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
 
 
 def set_lora_state(module: Any, state: dict[str, Tensor], path: Path) -> None:

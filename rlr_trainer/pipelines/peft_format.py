@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from rlr_trainer.pipelines.lora import set_lora_state, trained_adapter
+from rlr_trainer.pipelines.lora import read_lora_file, set_lora_state, trained_adapter
 
 PEFT_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the network within a `PeftModel`
@@ -29,15 +29,8 @@ def save_peft_lora(module: Any, directory: str | Path) -> None:
 
 def load_peft_lora(module: Any, directory: str | Path) -> None:
     """Reads them back into the trained adapter; ValueError if the file is missing, damaged or of other targets or another rank."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(directory) / PEFT_FILE
-    try:
-        state = load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise ValueError(f"cannot read LoRA weights from {path}: {error}; pass a folder that save_model wrote") from error
-    set_lora_state(module, {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}, path)
+    set_lora_state(module, read_lora_file(path, PREFIX), path)
 
 
 def add_peft_lora(module: Any, source: str | Path) -> None:

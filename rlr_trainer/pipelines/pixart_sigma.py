@@ -34,20 +34,13 @@ class PixArtSigmaAdapter(PipelineAdapter):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        transformer = self.denoiser
-        taken, made = transformer.config.in_channels, pipeline.vae.config.latent_channels
-        if taken != made:
-            raise ValueError(
-                f"the transformer takes {taken} channels but the VAE makes {made}: an inpainting or image-conditioned model, which "
-                "this adapter cannot sample; use a text-to-image model"
-            )
-        if transformer.use_additional_conditions:
+        self.check_channels(pipeline.vae.config.latent_channels, "the VAE makes", "an inpainting or image-conditioned")
+        if self.denoiser.use_additional_conditions:
             raise ValueError(
                 "the transformer has use_additional_conditions=True: it takes the picture's size, as PixArt-Alpha does, and "
                 "PixArtSigmaPipeline does not give it; use a PixArt-Sigma model"
             )
-        if pipeline.text_encoder is None:
-            raise ValueError("text_encoder=None: prompts cannot be encoded; load the pipeline with its text encoder")
+        self.check_encoders(self.text_encoders, "prompts cannot be encoded")
         self.cleans_captions = _can_clean_captions()
 
     @property

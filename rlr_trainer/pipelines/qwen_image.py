@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.conditioning import Conditioning, Rows
+from rlr_trainer.pipelines.packing import patched_size
 from rlr_trainer.pipelines.timesteps import flow_sigmas, shift_of_tokens
 
 # Of the transformer: inputs of the variants for editing, layers and distilled guidance.
@@ -36,12 +37,7 @@ class QwenImageAdapter(PipelineAdapter):
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         config = pipeline.transformer.config
-        taken, made = config.in_channels, 4 * pipeline.vae.config.z_dim
-        if taken != made:
-            raise ValueError(
-                f"the transformer takes {taken} channels but packed latents have {made}: an inpainting or control model, which this "
-                "adapter cannot sample; use a text-to-image model"
-            )
+        self.check_channels(4 * pipeline.vae.config.z_dim, "packed latents have", "an inpainting or control")
         for name in _NOT_FED:
             if config.get(name):
                 raise ValueError(
@@ -50,12 +46,8 @@ class QwenImageAdapter(PipelineAdapter):
 
     def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
         """Packed latents [H / 2f * W / 2f, 4C], f the VAE's scale factor; ValueError for a size that is not a multiple of 2f."""
-        factor = self.pipeline.vae_scale_factor
-        own = self.pipeline.default_sample_size * factor
-        rule = f"twice the VAE's scale factor {factor}, because latents are packed 2 x 2"
-        height, width = self.picture_size(height, width, num_frames, default=(own, own), multiple=2 * factor, rule=rule)
-        tokens = (height // (2 * factor)) * (width // (2 * factor))
-        return Layout((tokens, self.pipeline.transformer.config.in_channels), height, width)
+        height, width, rows, columns = patched_size(self, height, width, num_frames)
+        return Layout((rows * columns, self.pipeline.transformer.config.in_channels), height, width)
 
     def timestep_arguments(self, layout: Layout, num_steps: int) -> dict[str, Any]:
         """Sigmas from 1 to 1 / T, and `mu` of the number of tokens."""

@@ -30,19 +30,14 @@ class SanaAdapter(PipelineAdapter):
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         config = pipeline.transformer.config
-        if config.in_channels != pipeline.vae.config.latent_channels:
-            raise ValueError(
-                f"the transformer takes {config.in_channels} channels but the VAE makes {pipeline.vae.config.latent_channels}: an "
-                "image-conditioned model, which this adapter cannot sample; use a text-to-image model"
-            )
+        self.check_channels(pipeline.vae.config.latent_channels, "the VAE makes", "an image-conditioned")
         if config.guidance_embeds != self.takes_guidance:
             fitting = "SanaSprintPipeline" if config.guidance_embeds else "SanaPipeline"
             raise ValueError(
                 f"the transformer has guidance_embeds={config.guidance_embeds}, which {type(pipeline).__name__} does not "
                 f"feed; load it as a {fitting}"
             )
-        if pipeline.text_encoder is None:
-            raise ValueError("text_encoder=None: prompts cannot be encoded; load the pipeline with its text encoder")
+        self.check_encoders(self.text_encoders, "prompts cannot be encoded")
 
     def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
         """Latents [C, H / f, W / f], f the VAE's scale factor; ValueError for a size that does not fit it, and for frames.

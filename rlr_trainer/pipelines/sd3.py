@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.conditioning import Rows
+from rlr_trainer.pipelines.timesteps import shift_of_tokens
 
 
 class StableDiffusion3Adapter(PipelineAdapter):
@@ -31,17 +32,8 @@ class StableDiffusion3Adapter(PipelineAdapter):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
-        taken, made = pipeline.transformer.config.in_channels, pipeline.vae.config.latent_channels
-        if taken != made:
-            raise ValueError(
-                f"the transformer takes {taken} channels but the VAE makes {made}: an inpainting model, which this adapter cannot "
-                "sample; use a text-to-image model"
-            )
-        for name in ("text_encoder", "text_encoder_2"):
-            if getattr(pipeline, name) is None:
-                raise ValueError(
-                    f"{name}=None: prompts go through both CLIP encoders; load the pipeline with it (text_encoder_3 may be None)"
-                )
+        self.check_channels(pipeline.vae.config.latent_channels, "the VAE makes", "an inpainting")
+        self.check_encoders(self.text_encoders[:2], "prompts go through both CLIP encoders (text_encoder_3 may be None)")
 
     def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
         """Latents [C, H / f, W / f], f the VAE's scale factor; ValueError for a size that does not fit the patches or their positions."""
@@ -58,20 +50,11 @@ class StableDiffusion3Adapter(PipelineAdapter):
 
     def timestep_arguments(self, layout: Layout, num_steps: int) -> dict[str, Any]:
         """`mu` of the number of patches, where the scheduler shifts its timesteps by it."""
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
-        scheduler, patch = self.pipeline.scheduler.config, self.pipeline.transformer.config.patch_size
-        if not scheduler.get("use_dynamic_shifting"):
+        scheduler, patch = self.pipeline.scheduler, self.pipeline.transformer.config.patch_size
+        if not scheduler.config.get("use_dynamic_shifting"):
             return {}
         _, height, width = layout.shape
-        mu = calculate_shift(
-            (height // patch) * (width // patch),
-            scheduler.get("base_image_seq_len", 256),
-            scheduler.get("max_image_seq_len", 4096),
-            scheduler.get("base_shift", 0.5),
-            scheduler.get("max_shift", 1.16),
-        )
-        return {"mu": mu}
+        return {"mu": shift_of_tokens(scheduler, (height // patch) * (width // patch), max_shift=1.16)}
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """States of all encoders [N, tokens, width] (T5's are zeros without one), and the pooled ones of both CLIP encoders [N, width]."""

@@ -32,11 +32,7 @@ class StableDiffusionAdapter(PipelineAdapter):
         super().__init__(pipeline)
         config = pipeline.unet.config
         self.rescales_guidance = not self._embeds_guidance
-        if config.in_channels != pipeline.vae.config.latent_channels:
-            raise ValueError(
-                f"the UNet takes {config.in_channels} channels but the VAE makes {pipeline.vae.config.latent_channels}: an inpainting or "
-                "image-conditioned model, which this adapter cannot sample; use a text-to-image model"
-            )
+        self.check_channels(pipeline.vae.config.latent_channels, "the VAE makes", "an inpainting or image-conditioned")
         fed: dict[str, tuple[str | None, ...]] = {
             "class_embed_type": (None,),
             "num_class_embeds": (None,),

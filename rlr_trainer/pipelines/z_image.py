@@ -36,12 +36,7 @@ class ZImageAdapter(PipelineAdapter):
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
         config = pipeline.transformer.config
-        taken, made = config.in_channels, pipeline.vae.config.latent_channels
-        if taken != made:
-            raise ValueError(
-                f"the transformer takes {taken} channels but the VAE makes {made}: an inpainting or control model, which this adapter "
-                "cannot sample; use a text-to-image model"
-            )
+        self.check_channels(pipeline.vae.config.latent_channels, "the VAE makes", "an inpainting or control")
         if (_PATCH, 1) not in zip(config.all_patch_size, config.all_f_patch_size, strict=True):
             raise ValueError(
                 f"the transformer has patches of {config.all_patch_size}, but ZImagePipeline samples with patches of {_PATCH}"

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlr_trainer.estimators.chain import as_rows
 from rlr_trainer.estimators.first_order import NON_DIFFERENTIABLE, NonDifferentiableRewardError
 from rlr_trainer.rewards import values as checks
 from rlr_trainer.rewards.calling import Workers, invoke
@@ -225,7 +226,7 @@ class RewardCalls:
                 raise
             self.rewards.count_failure("the decoder", int((~finite).sum()), error)
         self._broken.update(first + row for row in torch.nonzero(~finite).flatten().tolist())
-        return torch.where(finite.reshape(-1, *[1] * (images.dim() - 1)), images, 0.0)
+        return torch.where(as_rows(finite, images) > 0, images, 0.0)
 
     def _begin_groups(self, where: str) -> None:
         images, prompts, metadata = zip(*self._waiting, strict=True)

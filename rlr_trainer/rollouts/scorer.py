@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlr_trainer.estimators.chain import as_rows
 from rlr_trainer.pipelines import Layout, PipelineAdapter
 from rlr_trainer.rewards.interface import RewardCalls, RewardError, RewardResult, Rewards
 from rlr_trainer.rewards.values import finite_rows
@@ -65,10 +66,9 @@ class Scorer:
         def reward(latents: Tensor) -> Tensor:
             pictures = self.decode(latents)
             finite = finite_rows(pictures)
-            if (
-                not finite.all() and self.rewards.on_error == "skip"
-            ):  # such a sample has no reward, but its decoder's gradient is NaN
-                latents.register_hook(lambda g: torch.where(finite.reshape(-1, *[1] * (g.dim() - 1)), g, 0.0))
+            if not finite.all() and self.rewards.on_error == "skip":
+                # such a sample has no reward, but its decoder's gradient is NaN
+                latents.register_hook(lambda g: torch.where(as_rows(finite, g) > 0, g, 0.0))
             return self.rewards(pictures, prompts, metadata, differentiable=True).total.nan_to_num()
 
         return reward
@@ -118,8 +118,8 @@ class Scorer:
             values = result.values[number] if separately else result.total
             counts = valid & ~torch.isnan(values.detach())
             (gradient,) = torch.autograd.grad(torch.where(counts, values, 0.0).sum(), x0, retain_graph=number + 1 < len(names))
-            gradient = torch.where(counts.reshape(-1, *[1] * (gradient.dim() - 1)), gradient, 0.0)
-            finite = torch.isfinite(gradient).flatten(1).all(1)
+            gradient = torch.where(as_rows(counts, gradient) > 0, gradient, 0.0)
+            finite = finite_rows(gradient)
             if not finite.all():
                 bad = [prompts[i] for i in torch.nonzero(~finite)[:, 0].tolist()]
                 raise RewardError(

@@ -99,9 +99,8 @@ def read_grid(scheduler: Any, num_steps: int, **set_timesteps_arguments: Any) ->
     if name == "PNDMScheduler":  # its own grid repeats timesteps
         from diffusers import DDIMScheduler
 
-        clips = scheduler.config.get(
-            "clip_sample", False
-        )  # a PNDM never clips: DDIM's default, True, is not what it was trained with
+        # a PNDM never clips: DDIM's default, True, is not what it was trained with
+        clips = scheduler.config.get("clip_sample", False)
         scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=clips)
     own = copy.deepcopy(scheduler)
     _check_settings(name, own.config)

@@ -29,9 +29,8 @@ _CHECKS: dict[str, Callable[[Case, Findings], None]] = {
     "draft": raises_reward("draft"),
 }
 CHECKS: tuple[str, ...] = tuple(_CHECKS)  # names, in order
-SLOW_CHECKS = frozenset(
-    {"bf16", "whole_network", "resume", "rlr", "ddpo", "draft"}
-)  # those that train; test suites may run them apart
+# those that train; test suites may run them apart
+SLOW_CHECKS = frozenset({"bf16", "whole_network", "resume", "rlr", "ddpo", "draft"})
 PROMPTS = ("a nine", "the number seven, written in black on white")
 
 

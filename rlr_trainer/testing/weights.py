@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlr_trainer.pipelines.adapter import PipelineAdapter
 from rlr_trainer.pipelines.lora import lora_layers
 from rlr_trainer.testing.case import Case, Findings, Sampling, largest_difference
 from rlr_trainer.testing.runs import folder, make_trainer, moved, sampling_of, warm_up
@@ -28,7 +29,7 @@ def lora(case: Case, findings: Findings) -> None:
         sampling = sampling_of(case, trainer)
         trained = _pictures(sampling)
         fresh = case.pipeline()
-        how = _load_as_a_user(fresh, adapter.denoiser_folder, output / "weights")
+        how = _load_as_a_user(fresh, adapter, output / "weights")
     _check_pictures(case, findings, sampling, trained, fresh, f"read by {how}", "the prefix and the form of the keys in save_lora")
 
 
@@ -53,14 +54,14 @@ def _check_layers(findings: Findings, denoiser: Any, targets: tuple[str, ...]) -
     findings.note(f"B moved in {count} of {len(alive)} layers" + (f" (not in {', '.join(dead)})" if dead else ""))
 
 
-def _load_as_a_user(pipeline: Any, name: str, directory: Path) -> str:
+def _load_as_a_user(pipeline: Any, adapter: PipelineAdapter, directory: Path) -> str:
     """Loads LoRA weights with nothing of ours; says with what."""
     if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(str(directory))
+        pipeline.load_lora_weights(str(directory), weight_name=adapter.lora_file)  # offline the name must be given
         return "the pipeline's load_lora_weights"
     from peft import PeftModel
 
-    PeftModel.from_pretrained(getattr(pipeline, name), str(directory))
+    PeftModel.from_pretrained(getattr(pipeline, adapter.denoiser_folder), str(directory))
     return "peft, as the pipeline has no loader"
 
 

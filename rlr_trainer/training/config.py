@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from rlr_trainer.estimators.plan import NAMED_STARTS, NOISE_WINDOWS, PLAN_OPTIONS, EstimatorPlan, PlanError
+from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
+from rlr_trainer.estimators.presets import PRESETS
 from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
@@ -321,8 +322,9 @@ class RLRConfig(TrainingArguments):
     @property
     def advantage_name(self) -> str:
         """The advantage in force: the option, or the preset's own; normalize where rewards are normalized before they are summed."""
-        normalizes = self.estimator in ("ddpo", "rlr_black_box") or self.reward_aggregation == "normalize_then_sum"
-        return self.advantage or ("normalize" if normalizes else "leave_one_out")
+        if self.advantage is None and self.reward_aggregation == "normalize_then_sum":
+            return "normalize"
+        return self.advantage or PRESETS[self.estimator].advantage
 
     @property
     def normalizes_each_reward(self) -> bool:
@@ -332,9 +334,7 @@ class RLRConfig(TrainingArguments):
     @property
     def advantage_limit(self) -> float | None:
         """adv_clip_max in force."""
-        if self.adv_clip_max is None and self.estimator in ("ddpo", "rlr_black_box"):
-            return 5.0
-        return self.adv_clip_max
+        return PRESETS[self.estimator].adv_clip_max if self.adv_clip_max is None else self.adv_clip_max
 
     def rlr_options(self) -> dict[str, Any]:
         """The options that RLRConfig adds to TrainingArguments, name -> value (for model cards and reports)."""
@@ -368,8 +368,9 @@ class RLRConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and allows(value)):
                 raise ValueError(f"{name}={value}: must {rule}")
-        if self.noise_steps is None and self.estimator in NOISE_WINDOWS:
-            self.noise_steps = NOISE_WINDOWS[self.estimator](self.sample_num_steps)
+        for name, value in PRESETS[self.estimator].sampling(self.sample_num_steps).items() if self.estimator in PRESETS else ():
+            if name not in self._changed:
+                setattr(self, name, value)
         scales = self.prompt_scales
         if scales is not None and not (scales and all(0 < a < b for a, b in pairwise([*scales, self.sample_num_steps]))):
             raise ValueError(

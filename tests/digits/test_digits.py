@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from bundled_files import assert_small_and_anonymous
 
 from rlr_trainer import digits
 from rlr_trainer.digits import gaussian_frechet_distance
@@ -328,13 +329,7 @@ def test_model_card_and_figures_agree():
 
 
 def test_weights_are_small_and_name_no_machine():
-    files = [path for path in digits.WEIGHTS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= WEIGHT_LIMIT
-    for path in files:
-        assert path.suffix in {".safetensors", ".json", ".txt", ".md"}, path
-        if path.suffix in {".json", ".md"}:
-            text = path.read_text(encoding="utf-8")
-            assert not any(word in text for word in ("/home", "/work", "/root", "/tmp", "name_or_path")), path
+    assert_small_and_anonymous(digits.WEIGHTS, WEIGHT_LIMIT)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

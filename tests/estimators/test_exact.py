@@ -23,9 +23,10 @@ from rlr_trainer.estimators import (
     reward_and_gradient,
 )
 from rlr_trainer.estimators.chain import PerSampleChain, Rollout, sample_chain
-from rlr_trainer.estimators.plan import PRESETS, EstimatorPlan
+from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import leave_one_out_mean
+from rlr_trainer.estimators.presets import PRESETS
 
 NAN = math.nan
 

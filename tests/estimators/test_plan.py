@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_problems import seeded, unbiased_plans
 
-from rlr_trainer.estimators.plan import PRESETS, EstimatorPlan, PlanError
+from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
 from rlr_trainer.estimators.plan_draw import PlanDraw, StartDistribution, inclusion_probabilities, inverse_inclusion_weights
+from rlr_trainer.estimators.presets import PRESETS
 
 QUICK = settings(max_examples=75, derandomize=True, deadline=None, database=None)
 any_plan = st.integers(1, 7).flatmap(unbiased_plans)

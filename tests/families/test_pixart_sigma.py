@@ -3,13 +3,12 @@
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from families.chains import solve
+from families.chains import assert_on_the_grid_of_its_scheduler, assert_solved_alike
 from families.conformance import CONFORMANCE
 from families.tiny.pixart_sigma import NOISE, make_pipeline
 from peft import LoraConfig, PeftModel
 
 from rlr_trainer.pipelines import adapt, attach_lora, load_pipeline
-from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.testing import check_adapter
 
 
@@ -77,19 +76,11 @@ def test_weights_of_another_rank_are_refused(trained, tmp_path):
 
 
 def test_pictures_equal_those_of_the_released_solver_at_first_order():
-    pipeline = make_pipeline(DPMSolverMultistepScheduler(solver_order=1, **NOISE))
-    prompts, negatives, noise = ["A red  Fox", "a house"], ["ugly", ""], torch.randn(2, 4, 8, 8)
-    call = {"num_inference_steps": 5, "output_type": "pt", "use_resolution_binning": False}
-    theirs = pipeline(prompts, negative_prompt=negatives, guidance_scale=3.0, latents=noise, **call).images
-    ours = solve(adapt(pipeline), 5, prompts, negatives, 3.0, noise)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert_solved_alike(make_pipeline(DPMSolverMultistepScheduler(solver_order=1, **NOISE)), use_resolution_binning=False)
 
 
 def test_the_released_multistep_solver_becomes_ddim_on_its_grid(caplog):
-    adapter = adapt(make_pipeline())
-    schedule = adapter.schedule(adapter.layout(None, None), SamplerOptions(5))
-    adapter.pipeline.scheduler.set_timesteps(5)
-    assert schedule.times == tuple(adapter.pipeline.scheduler.timesteps.tolist())
+    assert_on_the_grid_of_its_scheduler(adapt(make_pipeline()))
     assert "ddim stands in for DPMSolverMultistepScheduler" in caplog.text
 
 

@@ -1,14 +1,12 @@
 """Sana on a tiny pipeline of the real classes: prompts after an instruction, negative prompts without."""
 
 import pytest
-import torch
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaSprintPipeline
-from families.chains import solve
+from families.chains import assert_on_the_grid_of_its_scheduler, assert_solved_alike
 from families.conformance import CONFORMANCE
 from families.tiny.sana import FLOW, make_pipeline, make_sprint
 
 from rlr_trainer.pipelines import adapt
-from rlr_trainer.schedules import SamplerOptions
 from rlr_trainer.testing import check_adapter
 
 AS_ASKED = {"use_resolution_binning": False}
@@ -32,19 +30,11 @@ def test_the_time_is_scaled_as_the_transformer_says():
 
 
 def test_pictures_equal_those_of_the_released_solver_at_first_order():
-    pipeline = make_pipeline(DPMSolverMultistepScheduler(solver_order=1, **FLOW))
-    prompts, negatives, noise = ["A red  Fox", "a house"], ["ugly", ""], torch.randn(2, 4, 8, 8)
-    call = {"num_inference_steps": 5, "output_type": "pt", "height": 32, "width": 32, **AS_ASKED}
-    theirs = pipeline(prompts, negative_prompt=negatives, guidance_scale=3.0, latents=noise, **call).images
-    ours = solve(adapt(pipeline), 5, prompts, negatives, 3.0, noise)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert_solved_alike(make_pipeline(DPMSolverMultistepScheduler(solver_order=1, **FLOW)), height=32, width=32, **AS_ASKED)
 
 
 def test_the_released_solver_becomes_flow_cps_on_its_grid(caplog):
-    adapter = adapt(make_pipeline())
-    schedule = adapter.schedule(adapter.layout(None, None), SamplerOptions(5))
-    adapter.pipeline.scheduler.set_timesteps(5)
-    assert schedule.times == tuple(adapter.pipeline.scheduler.timesteps.tolist())
+    assert_on_the_grid_of_its_scheduler(adapt(make_pipeline()))
     assert "flow_cps stands in for DPMSolverMultistepScheduler" in caplog.text
 
 

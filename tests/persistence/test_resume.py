@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from rlr_trainer import RewardError, digits
 from rlr_trainer.digits.rewards import ink
-from rlr_trainer.estimators.plan import PRESETS
+from rlr_trainer.estimators.presets import PRESETS
 from rlr_trainer.persistence.checkpoints import CheckpointError, CheckpointStore
 from rlr_trainer.training import running
 

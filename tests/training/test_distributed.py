@@ -14,7 +14,7 @@ import pytest
 import torch
 from programs import environment, torchrun
 
-from rlr_trainer.estimators.plan import PRESETS
+from rlr_trainer.estimators.presets import PRESETS
 from rlr_trainer.persistence.checkpoints import CheckpointStore, check
 
 WORKER = Path(__file__).parents[1] / "distributed_worker.py"

@@ -1,0 +1,48 @@
+"""Named plans, and how their authors sample and normalize."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def _share(share: float, num_steps: int) -> int:
+    return max(1, math.ceil(share * num_steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A plan by name. A user's own options come before all that it says.
+
+    Attributes:
+        plan: number of steps T -> options of `EstimatorPlan`.
+        sampling: T -> options of `RLRConfig` that say how the chain is sampled.
+        advantage, adv_clip_max: the defaults of these options.
+    """
+
+    plan: Callable[[int], dict[str, Any]]
+    sampling: Callable[[int], dict[str, Any]] = lambda t: {}
+    advantage: str = "leave_one_out"
+    adv_clip_max: float | None = None
+
+
+# In "rlr" first order takes 30 % of the steps: the low-noise end, where the likelihood ratio is noisiest (docs/estimators.md has the
+# measurement). "rlr_black_box" puts the noise in the first 30 % alone: the last, low-noise steps make the likelihood ratio slow.
+PRESETS: dict[str, Preset] = {
+    "rlr": Preset(lambda t: {"fo_steps": _share(0.3, t), "ho_length": 1, "rest_estimator": "lr"}),
+    "rlr_black_box": Preset(
+        lambda t: {"rest_estimator": "lr", "silent_estimator": "none"},
+        sampling=lambda t: {"noise_steps": _share(0.3, t)},
+        advantage="normalize",
+        adv_clip_max=5.0,
+    ),
+    "rlr_paper": Preset(lambda t: {"fo_steps": 1, "ho_length": 2, "rest_estimator": "zo"}),
+    "ddpo": Preset(lambda t: {"rest_estimator": "lr"}, advantage="normalize", adv_clip_max=5.0),
+    "draft": Preset(lambda t: {"fo_steps": 1}),
+    "alignprop": Preset(lambda t: {"fo_steps": (1, t)}),
+    "full_bp": Preset(lambda t: {"fo_steps": t}),
+    "sqdf": Preset(lambda t: {"rest_estimator": "prediction"}),
+    "es": Preset(lambda t: {"rest_estimator": "zo"}),
+}
