@@ -1,0 +1,126 @@
+"""Runs the benchmark: works through a list of runs, the headline first, and skips those whose result exists.
+
+    python benchmarks/driver.py --jobs 2 --time_limit 3600
+    python benchmarks/driver.py --list                # what is left, and how long it takes
+
+Every method's learning rate is chosen on one tuning seed from the grid of `benchmarks/methods.py`: the fewest reward queries to
+`TARGET_SCORE`, or the highest final score if no rate gets there. The reported seeds run at that rate. It can be interrupted at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.analysis import best_rate
+from benchmarks.methods import LEARNING_RATES, METHODS
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+TUNING_SEED = 100
+UPDATES = 40
+SECONDS = 75.0  # of one run on one core, until some have been timed
+# model, task, methods, number of reported seeds; the headline first
+PLAN: list[tuple[str, str, list[str], int]] = [
+    ("digits", "digit", ["rlr_black_box", "trl_ddpo", "ddpo", "rlr"], 5),
+    ("digits", "compressibility", ["rlr_black_box", "trl_ddpo", "ddpo"], 3),
+    ("digits", "ink", ["rlr", "draft", "trl_alignprop", "rlr_black_box"], 3),
+    ("digits", "ink_black_box", ["rlr_black_box", "trl_ddpo", "ddpo"], 3),
+    ("digits-flow", "digit", ["rlr_black_box", "ddpo", "rlr"], 3),
+    ("digits", "digit", ["draft", "trl_alignprop"], 3),
+    ("digits", "digit_and_ink", ["rlr", "rlr_black_box", "trl_ddpo", "draft"], 3),
+    ("digits", "digit", ["rlr_paper", "rlr_paper_without_zo", "rlr_paper_without_ho", "rlr_paper_without_both"], 3),
+    ("digits-flow", "compressibility", ["rlr_black_box", "ddpo"], 3),
+    ("digits-flow", "ink", ["rlr", "draft"], 3),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    model: str
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / self.model / self.task / self.method / f"lr{self.learning_rate:g}-seed{self.seed}.json"
+
+
+def runs_left() -> tuple[list[Run], int]:
+    """Runs that can start, in order, and how many more wait for a learning rate to be chosen."""
+    ready, waiting = [], 0
+    for model, task, methods, seeds in PLAN:
+        for method in methods:
+            tuning = [Run(model, task, method, rate, TUNING_SEED) for rate in LEARNING_RATES]
+            missing = [run for run in tuning if not run.path.exists()]
+            ready += missing
+            if missing:
+                waiting += seeds
+                continue
+            rate = best_rate({run.learning_rate: json.loads(run.path.read_text())["curve"] for run in tuning}, task)
+            ready += [run for seed in range(seeds) if not (run := Run(model, task, method, rate, seed)).path.exists()]
+    return ready, waiting
+
+
+def start(run: Run, old_python: Path) -> subprocess.Popen[Any]:
+    python = old_python if METHODS[run.method].trl else Path(sys.executable)
+    command = [str(python), str(HERE / "one_run.py"), "--model", run.model, "--task", run.task, "--method", run.method]
+    command += ["--learning_rate", f"{run.learning_rate:g}", "--seed", str(run.seed), "--updates", str(UPDATES)]
+    command += ["--output", str(run.path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def work(jobs: int, time_limit: float, old_python: Path) -> None:
+    """Starts runs until none is left or the time is up; those under way then finish."""
+    began, running, failed = time.perf_counter(), {}, set()
+    while True:
+        for run, (process, started) in list(running.items()):
+            if process.poll() is not None:
+                del running[run]
+                failed |= {run} if process.returncode else set()
+                print(
+                    f"{time.perf_counter() - started:5.0f} s  {run.path.relative_to(HERE)}  {process.returncode or ''}", flush=True
+                )
+        ready = [run for run in runs_left()[0] if run not in running and run not in failed]
+        if time.perf_counter() - began > time_limit:
+            ready = []
+        if not ready and not running:
+            break
+        for run in ready[: jobs - len(running)]:
+            running[run] = (start(run, old_python), time.perf_counter())
+        time.sleep(1)
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds after which no run is started")
+    parser.add_argument(
+        "--old_python", type=Path, default=HERE.parent / ".venv-trl023/bin/python", help="an environment with TRL 0.23.1"
+    )
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args()
+    ready, waiting = runs_left()
+    count = len(ready) + waiting
+    print(f"{count} runs left, about {count * SECONDS / 3600 / options.jobs:.1f} h with {options.jobs} at a time", flush=True)
+    if options.list:
+        print(*[run.path.relative_to(HERE) for run in ready], sep="\n")
+        return
+    work(options.jobs, options.time_limit, options.old_python)
+
+
+if __name__ == "__main__":
+    main()

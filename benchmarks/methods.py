@@ -1,0 +1,40 @@
+"""The benchmark's methods: options of `RLRConfig`, or one of TRL's trainers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+LEARNING_RATES = (2e-3, 5e-3, 1e-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the tables.
+
+    Attributes:
+        options: of `RLRConfig`.
+        flow_options: further ones on digits-flow, which samples with little noise at the end and none in the last step.
+        trl: name of TRL's trainer, which runs in its place; on the Stable Diffusion model alone.
+        needs_gradient: whether the reward must be differentiable.
+    """
+
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    flow_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trl: str | None = None
+    needs_gradient: bool = False
+
+
+METHODS = {
+    "trl_ddpo": Method(trl="DDPOTrainer"),
+    "trl_alignprop": Method(trl="AlignPropTrainer", needs_gradient=True),
+    "ddpo": Method({"estimator": "ddpo"}, {"silent_estimator": "none"}),
+    "rlr_black_box": Method({"estimator": "rlr_black_box"}),
+    "rlr": Method({"estimator": "rlr"}, {"fo_steps": 5, "noise_steps": 5}, needs_gradient=True),
+    "draft": Method({"estimator": "draft"}, needs_gradient=True),
+    # the ablation of the RLR paper: without ZO, without HO, without both
+    "rlr_paper": Method({"estimator": "rlr_paper"}, needs_gradient=True),
+    "rlr_paper_without_zo": Method({"estimator": "rlr_paper", "rest_estimator": "none"}, needs_gradient=True),
+    "rlr_paper_without_ho": Method({"estimator": "rlr_paper", "ho_length": 0}, needs_gradient=True),
+    "rlr_paper_without_both": Method({"estimator": "rlr_paper", "ho_length": 0, "rest_estimator": "none"}, needs_gradient=True),
+}
