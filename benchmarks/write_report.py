@@ -1,0 +1,167 @@
+"""Writes docs/benchmarks.md and its plots from the results alone: `python benchmarks/write_report.py`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.analysis import JUDGED, Curve, cost_to, mean_and_error, score_of
+from benchmarks.driver import RESULTS, TUNING_SEED
+from benchmarks.methods import METHODS
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+IMAGES = PAGE.parent / "images"
+START, END = "<!-- results: made by benchmarks/write_report.py -->\n", "<!-- end of results -->\n"
+TITLES = {
+    "digit": "The digit asked for (the classifier's probability of a seven), judged by another classifier",
+    "ink": "Ink (mean brightness), differentiable",
+    "ink_black_box": "Ink as a black box",
+    "compressibility": "JPEG compressibility (negative kB), a black box",
+    "digit_and_ink": "Two rewards at once: digit + ink",
+}
+UNITS = ("queries", "evaluations", "cpu_seconds")
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def load(model: str, task: str) -> Runs:
+    """The reported runs of a task, by method in the order of `METHODS`."""
+    found: Runs = defaultdict(list)
+    for path in sorted((RESULTS / model / task).glob("*/*.json")):
+        run = json.loads(path.read_text())
+        if run["seed"] != TUNING_SEED and run["updates"] == 40:
+            found[run["method"]].append(run)
+    return {name: found[name] for name in METHODS if name in found}
+
+
+def goals(task: str, runs: Runs) -> list[tuple[str, str, float]]:
+    """(name, column, score) of what costs are measured to: the judged score, or 50 % and 90 % of the way from the start to the best end."""
+    if score_of(task) == "judge":
+        return [(f"judge {JUDGED:g}", "judge", JUDGED)]
+    start = statistics.fmean(run["curve"][0]["reward"] for many in runs.values() for run in many)
+    best = max(statistics.fmean(run["curve"][-1]["reward"] for run in many) for many in runs.values())
+    return [(f"{share:.0%} of the best", "reward", start + share * (best - start)) for share in (0.5, 0.9)]
+
+
+def cost_cell(curves: Sequence[Curve], score: float, column: str, unit: str) -> str:
+    """Mean and standard error over the seeds; where some never arrive, how many did and their median."""
+    costs = [value for value in (cost_to(curve, score, column, unit) for curve in curves) if value is not None]
+    if not costs:
+        return f"0 of {len(curves)}"
+    if len(costs) < len(curves):
+        return f"{len(costs)} of {len(curves)}, median {_short(statistics.median(costs))}"
+    mean, error = mean_and_error(costs)
+    return _short(mean) + ("" if error is None else f" ± {_short(error)}")
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def end_cell(runs: Sequence[dict[str, Any]], column: str) -> str:
+    mean, error = mean_and_error([run["curve"][-1][column] for run in runs])
+    return f"{mean:.3g}" + ("" if error is None else f" ± {error:.1g}")
+
+
+def table(task: str, runs: Runs) -> list[str]:
+    """One row per method: costs to the goals, and how the runs end."""
+    aims, judged = goals(task, runs), score_of(task) == "judge"
+    header = ["method", "rate", "seeds"]
+    header += [f"{unit.replace('cpu_', 'CPU ')} to {name}" for name, _, _ in aims for unit in UNITS]
+    header += ["reward", "judge", "Frechet", "diversity"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for method, many in runs.items():
+        curves = [run["curve"] for run in many]
+        cells = [f"`{method}`", f"{many[0]['learning_rate']:g}", str(len(many))]
+        cells += [cost_cell(curves, score, column, unit) for _, column, score in aims for unit in UNITS]
+        ends = ["reward", *(["judge", "frechet"] if judged else []), "diversity"]
+        by_name = {column: end_cell(many, column) for column in ends}
+        cells += [by_name.get(column, "") for column in ("reward", "judge", "frechet", "diversity")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def ratios(task: str, runs: Runs, against: str) -> list[str]:
+    """How many times the cost of the best method another one takes, where all seeds of both arrive."""
+    (name, column, score), *_ = goals(task, runs)[-1:]
+    said = []
+    for method, many in runs.items():
+        if method == against or against not in runs:
+            continue
+        parts = []
+        for unit in UNITS[:2]:
+            mine, theirs = (
+                [cost_to(run["curve"], score, column, unit) for run in group] for group in (runs[against], many)
+            )
+            if None in mine:
+                continue
+            if None in theirs:
+                budget = statistics.fmean(run["curve"][-1]["queries" if unit == "queries" else "forward"] for run in many)
+                if unit == "evaluations":
+                    budget = statistics.fmean(run["curve"][-1]["forward"] + run["curve"][-1]["backward"] for run in many)
+                parts.append(f"more than {budget / statistics.fmean(mine):.1f} times the {unit} (not all seeds arrive)")
+            else:
+                factor = statistics.fmean(theirs) / statistics.fmean(mine)
+                error = factor * sum((e / m) ** 2 for m, e in (_pair(mine), _pair(theirs))) ** 0.5
+                parts.append(f"{factor:.2f} ± {error:.2f} times the {unit}")
+        if parts:
+            said.append(f"- `{method}` needs {' and '.join(parts)} of `{against}` to {name}.")
+    return said
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    mean, error = mean_and_error(values)
+    return mean, error or 0.0
+
+
+def plot(model: str, task: str, runs: Runs) -> str:
+    """Mean curves with the range of the seeds, against queries and network evaluations; returns the file's name."""
+    column = score_of(task)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axes, unit in zip(figure.subplots(1, 2, sharey=True), UNITS[:2], strict=True):
+        for method, many in runs.items():
+            curves = [run["curve"][:-1] for run in many]
+            x = [row["queries"] if unit == "queries" else row["forward"] + row["backward"] for row in curves[0]]
+            values = [[row[column] for row in rows] for rows in zip(*curves, strict=True)]
+            (line,) = axes.plot(x, [statistics.fmean(v) for v in values], label=method)
+            axes.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15)
+        axes.set(xlabel={"queries": "reward queries", "evaluations": "network evaluations"}[unit])
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel=column)
+    figure.axes[0].legend(fontsize=7)
+    figure.suptitle(f"{model}: {task}, mean and range over the seeds", fontsize=10)
+    name = f"benchmark-{model}-{task}.png"
+    figure.savefig(IMAGES / name, dpi=90)
+    return name
+
+
+def results() -> str:
+    """All tables."""
+    lines: list[str] = []
+    for model in sorted(path.name for path in RESULTS.iterdir() if path.is_dir()):
+        for task in TITLES:
+            runs = load(model, task)
+            if len(runs) < 2:
+                continue
+            lines += [f"### {model}: {TITLES[task]}", "", *table(task, runs), ""]
+            best = "rlr_black_box" if "rlr_black_box" in runs else "rlr"
+            lines += [*ratios(task, runs, best), ""]
+            lines += [f"![{task} on {model}](images/{plot(model, task, runs)})", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    before, rest = text.split(START)
+    PAGE.write_text(before + START + "\n" + results() + "\n" + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    main()
