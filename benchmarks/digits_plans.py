@@ -58,6 +58,12 @@ PLANS: dict[str, dict[str, Any]] = {
     "rlr_black_box, lr 1e-2": {"estimator": "rlr_black_box", "learning_rate": 1e-2},
     "rlr, K=5, noise in 5 steps": {"estimator": "rlr", "fo_steps": 5, "noise_steps": 5},
     "es": {"estimator": "es"},
+    "awm": {"estimator": "awm"},
+    "awm, lr 1e-2": {"estimator": "awm", "learning_rate": 1e-2},
+    "awm, 4 times, lr 1e-2": {"estimator": "awm", "forward_times": 4, "learning_rate": 1e-2},
+    "nft": {"estimator": "nft"},
+    "nft, lr 1e-2": {"estimator": "nft", "learning_rate": 1e-2},
+    "nft, 4 times, lr 1e-2": {"estimator": "nft", "forward_times": 4, "learning_rate": 1e-2},
 }
 TARGET = 7
 

@@ -16,9 +16,9 @@ from rlr_trainer.estimators.zeroth_order import Perturbations
 from rlr_trainer.pipelines import AnyConditioning
 
 # What a stream of randomness is for; part of its seed.
-NOISE, CHOICES, PERTURBATIONS, EVALUATION, SHUFFLE = range(5)
+NOISE, CHOICES, PERTURBATIONS, EVALUATION, SHUFFLE, FORWARD = range(6)
 # What stays on the CPU, because only numbers of it are asked for.
-_SMALL = ("index", "rewards", "zeroth_advantage", "divergences", "draw", "perturbations")
+_SMALL = ("index", "rewards", "zeroth_advantage", "divergences", "draw", "perturbations", "noise_seeds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class SampledBatch:
         index: int [B], number of the sample in the rollout, over all processes.
         perturbations: of the zeroth-order steps; None if the plan has none.
         divergences: [B, T], of every step from the reference policy; None without one.
+        noise_seeds: int [B], of the noises of a loss on the forward process; None if the plan has none.
     """
 
     rollout: Rollout
@@ -43,6 +44,7 @@ class SampledBatch:
     index: Tensor
     perturbations: Perturbations | None = None
     divergences: Tensor | None = None
+    noise_seeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
