@@ -132,9 +132,12 @@ class RLRConfig(TrainingArguments):
 
     # ---- reward and advantage ----
     advantage: str | None = _option(
-        None, "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for ddpo and rlr_black_box."
+        None,
+        "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for ddpo, rlr_black_box, awm and nft.",
     )
-    adv_clip_max: float | None = _option(None, "Limit of the advantage's magnitude. Default: none; 5 for ddpo and rlr_black_box.")
+    adv_clip_max: float | None = _option(
+        None, "Limit of the advantage's magnitude. Default: none; 5 for ddpo, rlr_black_box, awm and nft."
+    )
     reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
     reward_aggregation: str = _option(
         "sum_then_normalize",
@@ -157,7 +160,8 @@ class RLRConfig(TrainingArguments):
 
     # ---- policy-gradient updates ----
     clip_range: float | None = _option(
-        1e-4, "PPO clip range of the ratio of per-entry mean log-densities (as DDPO); none: unclipped."
+        1e-4,
+        "PPO clip range of the ratio of per-entry mean log-densities (as DDPO); none: unclipped. awm: 1 if unset; nft has no ratio.",
     )
     num_inner_epochs: int = _option(1, "Passes over each rollout.")
 
@@ -175,7 +179,7 @@ class RLRConfig(TrainingArguments):
     sampler: str = _option(
         "auto",
         "How the chain is sampled: ddim, ddpm, euler_ancestral, dpm_sde, lcm, tcd, scm, flow_cps, flow_sde, dance_sde or ode, on the time "
-        "steps of the pipeline's scheduler; auto: that of the scheduler, flow_cps for flow models (docs/samplers.md).",
+        "steps of the pipeline's scheduler; auto: that of the scheduler, flow_cps for flow models (docs/samplers.md). awm, nft: ode if unset.",
     )
     sample_eta: float | None = _option(
         None,

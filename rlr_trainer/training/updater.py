@@ -230,7 +230,9 @@ class Updater:
     def _has_signal(self, batch: ScoredBatch) -> bool:
         """Whether the rewards of a micro-batch ask for any change by backward passes."""
         gradient = batch.reward_gradient
-        scored = bool(self.plan.scored_steps() or self.plan.forward) and bool(batch.advantage.any())
+        if self.plan.forward is not None:
+            return bool((batch.advantage.abs() > 1e-5).any())  # NFT's r rounds much smaller ones to one half
+        scored = bool(self.plan.scored_steps()) and bool(batch.advantage.any())
         return scored or (self.plan.fo_range[0] > 0 and gradient is not None and bool(gradient.any()))
 
     def _feedback(self, chain: PipelineChain, batch: ScoredBatch) -> Feedback:
