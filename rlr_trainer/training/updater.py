@@ -129,7 +129,7 @@ class Updater:
         Returns:
             Metrics of the micro-batch: `loss`, and the ratios where steps are scored.
         """
-        chain = self.sampler.chain(model, batch.conditioning)
+        chain = self.sampler.chain(model, batch.conditioning, batch.schedule)
         clip_range = None if on_policy else self.options.clip_range
         is_first_order = batch.draw.first_order
         ends = ends_update  # whether the present backward pass ends the update
@@ -232,7 +232,7 @@ class Updater:
         gradient = batch.reward_gradient
         if self.plan.forward is not None:
             return bool((batch.advantage.abs() > 1e-5).any())  # NFT's r rounds much smaller ones to one half
-        scored = bool(self.plan.scored_steps()) and bool(batch.advantage.any())
+        scored = bool(batch.draw.score.any()) and bool(batch.advantage.any())
         return scored or (self.plan.fo_range[0] > 0 and gradient is not None and bool(gradient.any()))
 
     def _feedback(self, chain: PipelineChain, batch: ScoredBatch) -> Feedback:
