@@ -4,6 +4,8 @@
 # make test-all  the tests, slow ones too
 # make test-old  the tests that depend on versions, against the oldest supported ones (constraints-trl023.txt)
 # make lint      ruff and mypy
+# make benchmark        the runs of the benchmark that have no result yet, then docs/benchmarks.md; hours
+# make benchmark-quick  a small comparison with assertions; minutes
 
 PYTHON ?= python3.11
 WORKERS ?= 2
@@ -16,7 +18,7 @@ STAMP_OLD := $(VENV_OLD)/.installed
 OLD_TESTS := tests/parity tests/training tests/persistence tests/pipelines tests/observing tests/cli \
     tests/families/test_sdxl.py tests/families/test_stable_diffusion.py
 
-.PHONY: install demo test test-all test-old lint clean
+.PHONY: install demo test test-all test-old lint benchmark benchmark-quick clean
 
 install: $(STAMP)
 
@@ -52,6 +54,13 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+benchmark: $(STAMP) $(STAMP_OLD)
+	$(VENV)/bin/python benchmarks/driver.py --jobs $(WORKERS) --old_python $(VENV_OLD)/bin/python $(ARGS)
+	$(VENV)/bin/python benchmarks/write_report.py
+
+benchmark-quick: $(STAMP)
+	$(VENV)/bin/python benchmarks/quick.py
 
 clean:
 	rm -rf $(VENV) $(VENV_OLD) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -31,14 +31,15 @@ UPDATES = 40
 SECONDS = 75.0  # of one run on one core, roughly
 # model, task, methods, number of reported seeds; the headline first
 PLAN: list[tuple[str, str, list[str], int]] = [
-    ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo", "rlr", "ddpo"], 3),
-    ("digits-flow", TUNING_TASK, ["rlr_black_box", "rlr", "ddpo"], 3),
-    ("digits", "compressibility", ["rlr_black_box", "trl_ddpo"], 3),
-    ("digits", "ink_black_box", ["rlr_black_box", "trl_ddpo"], 3),
-    ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo", "rlr", "ddpo"], 5),
-    ("digits", TUNING_TASK, ["draft", "trl_alignprop"], 3),
+    ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo", "rlr", "awm", "nft"], 3),
+    ("digits-flow", TUNING_TASK, ["rlr_black_box", "awm", "nft", "rlr"], 3),
+    ("digits", "compressibility", ["rlr_black_box", "trl_ddpo", "awm", "nft"], 3),
+    ("digits", "ink_black_box", ["rlr_black_box", "trl_ddpo", "awm", "nft"], 3),
+    ("digits-flow", TUNING_TASK, ["flow_grpo", "mixgrpo", "ddpo"], 3),
+    ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo", "rlr", "awm", "nft"], 5),
+    ("digits", TUNING_TASK, ["ddpo", "draft", "trl_alignprop"], 3),
     ("digits", "ink", ["rlr", "draft", "trl_alignprop"], 3),
-    ("digits-flow", "compressibility", ["rlr_black_box", "ddpo"], 3),
+    ("digits-flow", "compressibility", ["rlr_black_box", "awm", "nft"], 3),
     ("digits", "digit_and_ink", ["rlr", "rlr_black_box", "trl_ddpo", "draft"], 3),
     ("digits", TUNING_TASK, ["rlr_paper", "rlr_paper_without_zo", "rlr_paper_without_ho", "rlr_paper_without_both"], 3),
     ("digits-flow", "ink", ["rlr", "draft"], 3),

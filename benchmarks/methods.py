@@ -32,6 +32,10 @@ METHODS = {
     "rlr_black_box": Method({"estimator": "rlr_black_box"}),
     "rlr": Method({"estimator": "rlr"}, {"fo_steps": 5, "noise_steps": 5}, needs_gradient=True),
     "draft": Method({"estimator": "draft"}, needs_gradient=True),
+    "awm": Method({"estimator": "awm"}),
+    "nft": Method({"estimator": "nft"}),
+    "flow_grpo": Method({"estimator": "flow_grpo"}),
+    "mixgrpo": Method({"estimator": "mixgrpo"}),
     # the ablation of the RLR paper: without ZO, without HO, without both
     "rlr_paper": Method({"estimator": "rlr_paper"}, needs_gradient=True),
     "rlr_paper_without_zo": Method({"estimator": "rlr_paper", "rest_estimator": "none"}, needs_gradient=True),

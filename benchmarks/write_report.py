@@ -97,9 +97,7 @@ def ratios(task: str, runs: Runs, against: str) -> list[str]:
             continue
         parts = []
         for unit in UNITS[:2]:
-            mine, theirs = (
-                [cost_to(run["curve"], score, column, unit) for run in group] for group in (runs[against], many)
-            )
+            mine, theirs = ([cost_to(run["curve"], score, column, unit) for run in group] for group in (runs[against], many))
             if None in mine:
                 continue
             if None in theirs:

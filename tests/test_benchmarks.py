@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks import quick
 from benchmarks.analysis import best_rate, cost, cost_to, mean_and_error
 
 
@@ -41,3 +42,21 @@ def test_without_a_judged_score_the_mean_reward_decides():
 def test_mean_and_error():
     assert mean_and_error([1.0, 3.0]) == (2.0, 1.0)
     assert mean_and_error([2.0]) == (2.0, None)
+
+
+def test_the_small_comparison_finds_a_method_that_is_not_ahead():
+    def ending(judge, passes):
+        rows = [{"judge": 0.1, "queries": 0, "forward": 0, "backward": 0}]
+        return [[*rows, {"judge": judge, "queries": 10, "forward": passes * 10, "backward": 0}]]
+
+    curves = {"ddpo": ending(0.2, 20), "rlr_black_box": ending(0.9, 16), "rlr": ending(0.8, 20)}
+    assert quick.violations(curves) == []
+    assert "rlr went" in quick.violations(curves | {"rlr": ending(0.25, 20)})[0]
+    assert "16" not in quick.violations(curves | {"rlr_black_box": ending(0.9, 20)})[0]
+    assert len(quick.violations(curves | {"rlr_black_box": ending(0.1, 20)})) == 2
+
+
+@pytest.mark.slow
+def test_small_comparison():
+    curves = quick.compare()
+    assert quick.violations(curves) == []
