@@ -20,6 +20,7 @@ from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import Rewards
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
 from rlr_trainer.rollouts.collector import Collector, RolloutOptions
+from rlr_trainer.rollouts.graph_keeping import GraphKeeping
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
@@ -157,6 +158,7 @@ def tiny_run(
     first_steps: tuple[int, ...] = (),
     with_reference: bool = False,
     rewards: dict[str, Any] | None = None,
+    keeping: GraphKeeping | None = None,
     **options: Any,
 ) -> TinyRun:
     """The parts of a trainer; `options` are those of `UpdateOptions`, `rewards` those of `Rewards`."""
@@ -174,6 +176,8 @@ def tiny_run(
         reference = ReferencePolicy(sampler.policy, False, own.device, torch.float32, own.accelerator.autocast)
     size = RolloutOptions(7, batch_size, num_batches, group_size, offload)
     rule = advantages or AdvantageRule("leave_one_out", group_size=group_size)
-    collector = Collector(sampler, scorer, state, source, own, size, rule, reference)
+    penalized = bool(options.get("kl_coef"))
+    shared = sampler, scorer, state, source, own, size, rule, reference
+    collector = Collector(*shared, keeping or GraphKeeping(False), penalized)
     updater = Updater(sampler, scorer, state, own, UpdateOptions(batch_size * num_batches, **options), reference)
     return TinyRun(sampler, scorer, collector, updater, state, own)

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
 from rlr_trainer.estimators.presets import PRESETS
 from rlr_trainer.schedules import SamplerOptions
+from rlr_trainer.training import keeping
 from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 NORMALIZING_ADVANTAGES = ("normalize", "per_prompt")
 AUTO = "auto"  # value of fo_steps and ho_length: measure and choose
 CHOICES = {
-    "recompute": ("recursive", "graph"),
+    "recompute": ("recursive", "graph", "keep", "auto"),
     "reward_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "on_reward_error": ("raise", "skip"),
     "advantage": ("none", "leave_one_out", "normalize", "per_prompt"),
@@ -117,7 +118,11 @@ class RLRConfig(TrainingArguments):
     fo_weight: float | None = _option(None, "Factor on the first-order part; the sum is the gradient only at 1. Default: 1.")
     ho_weight: float | None = _option(None, "Factor on the half-order part. Default: 1.")
     rest_weight: float | None = _option(None, "Factor on the part of the remaining steps. Default: 1.")
-    recompute: str = _option("recursive", "recursive: memory of one step for any K and h; graph: one graph per segment.")
+    recompute: str = _option(
+        "recursive",
+        "recursive: memory of one step for any K and h; graph: one graph per segment; keep: the graphs of all visited steps stay from sampling, "
+        "which saves their second forward pass (one update per rollout, one process); auto: keep or recursive, by the memory that is free.",
+    )
 
     # ---- reward and advantage ----
     advantage: str | None = _option(
@@ -427,6 +432,8 @@ class RLRConfig(TrainingArguments):
                 f"{plan.scored_steps()[-1]} have no likelihood ratio. Set sample_eta above 0 (unset: the sampler's own), or cover every step by "
                 "first order (estimator='full_bp')"
             )
+        if self.recompute == "keep" and (reason := keeping.obstacle(self, plan)):
+            raise ValueError(f"recompute='keep' with {reason}, or set recompute='recursive'")
         if plan.uses_zeroth_order and self.updates_per_rollout > 1:
             raise ValueError(
                 f"a zeroth-order plan needs one update per rollout, but this has {self.updates_per_rollout}: set num_inner_epochs=1 "
