@@ -5,7 +5,7 @@
     python benchmarks/update_cost.py rows      # the network alone: does a call on more rows, or another memory format, cost less per row?
 
 Seconds are `time.process_time` with one thread, memory is the largest resident set above the one at the start of the training (Linux). An
-update lasts from one call of `image_samples_hook` to the next, and the first one is left out. The bound of an update is the number of the
+update lasts from one scoring of a rollout to the next, and the first one is left out. The bound of an update is the number of the
 denoiser's evaluations times their cost: forward without a graph, and forward with backward, on the same batch.
 """
 
@@ -47,7 +47,7 @@ CLASSIFIER = digits.load_classifier("reward")
 
 
 class Clock:
-    """An `image_samples_hook` that takes down the CPU time of every update; what `beside` does at its end is not counted."""
+    """Called once per rollout; takes down the CPU time of every update; what `beside` does at its end is not counted."""
 
     def __init__(self, beside=None) -> None:
         self.seconds, self.costs, self.beside, self._left = [], [], beside, None
@@ -72,6 +72,11 @@ def one_run(method: str, batch: int, updates: int) -> dict[str, float]:
     pipeline = trl.DefaultDDPOStableDiffusionPipeline(str(digits.WEIGHTS / "pipeline"), use_lora=True)
     pipeline.set_progress_bar_config(disable=True)
     clock = Clock()
+
+    def reward(images, prompts, metadata):  # TRL calls an image_samples_hook only where there is a tracker
+        clock()
+        return seven(images, prompts, metadata)
+
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = trl.DDPOConfig(
             mixed_precision="no", num_epochs=updates + SKIPPED + 1, sample_num_steps=STEPS, sample_batch_size=batch, train_batch_size=batch,
@@ -79,11 +84,11 @@ def one_run(method: str, batch: int, updates: int) -> dict[str, float]:
             project_kwargs={"project_dir": folder},
         )  # fmt: skip
         if method == "trl":
-            trainer = trl.DDPOTrainer(config, seven, lambda: (digits.PROMPT, {}), pipeline, clock)
+            trainer = trl.DDPOTrainer(config, reward, lambda: (digits.PROMPT, {}), pipeline)
         else:
             own = {"output_dir": folder, "num_log_images": 0, "check_reward": False, "disable_tqdm": True, "use_cpu": True}
             config = RLRConfig.from_trl(config, **own, **METHODS[method])
-            trainer = RLRTrainer(config, seven, lambda: (digits.PROMPT, {}), pipeline, clock)
+            trainer = RLRTrainer(config, reward, lambda: (digits.PROMPT, {}), pipeline)
         before = resident_bytes()
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
