@@ -178,6 +178,6 @@ def tiny_run(
     rule = advantages or AdvantageRule("leave_one_out", group_size=group_size)
     penalized = bool(options.get("kl_coef"))
     shared = sampler, scorer, state, source, own, size, rule, reference
-    collector = Collector(*shared, keeping or GraphKeeping(False), penalized)
+    collector = Collector(*shared, keeping=keeping or GraphKeeping(False), penalized=penalized)
     updater = Updater(sampler, scorer, state, own, UpdateOptions(batch_size * num_batches, **options), reference)
     return TinyRun(sampler, scorer, collector, updater, state, own)
