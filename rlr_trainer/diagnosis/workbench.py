@@ -30,6 +30,7 @@ from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
 from rlr_trainer.rollouts.batches import CHOICES, ScoredBatch
 from rlr_trainer.rollouts.collector import Collector, RolloutOptions
+from rlr_trainer.rollouts.graph_keeping import GraphKeeping
 from rlr_trainer.rollouts.predictions import predict
 from rlr_trainer.rollouts.prompts import PromptRow
 
@@ -114,7 +115,8 @@ class Workbench:
         self.batch_size: int = self.options.batch_size
         self.num_batches: int = self.options.num_batches  # sampling batches per update
         self.samples_per_update = self.batch_size * self.num_batches
-        self.recompute: str = config.recompute
+        # a batch is differentiated under many plans here, so that no graph is kept from its sampling
+        self.recompute: str = "graph" if config.recompute == "graph" else "recursive"
         self.reader = GradientReader(params)
         self.factor = FP16_LOSS_SCALE if config.fp16 else 1.0  # by which gradients are multiplied
         self._queries = run.scorer.rewards.queries
@@ -170,6 +172,7 @@ class Workbench:
             options=self.options,
             advantages=self.advantages,
             reference=None,
+            keeping=GraphKeeping(False),
             windows=None,
         )
         parts, summary = collector.collect(self.model, number)

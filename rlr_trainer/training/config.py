@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
 from rlr_trainer.estimators.presets import PRESETS
 from rlr_trainer.schedules import NOISE_WINDOWS, SamplerOptions, window_positions
+from rlr_trainer.training import keeping
 from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 NORMALIZING_ADVANTAGES = ("normalize", "per_prompt")
 AUTO = "auto"  # value of fo_steps and ho_length: measure and choose
 CHOICES = {
-    "recompute": ("recursive", "graph"),
+    "recompute": ("recursive", "graph", "keep", "auto"),
     "noise_window": NOISE_WINDOWS,
     "reward_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "on_reward_error": ("raise", "skip"),
@@ -131,7 +132,11 @@ class RLRConfig(TrainingArguments):
         "nft: [flat, rate, limit]: the old policy, which samples, keeps min(rate * (n - flat), limit) of itself after n updates, and takes the "
         "rest from the trained one. Default: 0,0.001,0.5; its authors also use 75,0.0075,0.999.",
     )
-    recompute: str = _option("recursive", "recursive: memory of one step for any K and h; graph: one graph per segment.")
+    recompute: str = _option(
+        "recursive",
+        "recursive: memory of one step for any K and h; graph: one graph per segment; keep: the graphs of all visited steps stay from sampling, "
+        "which saves their second forward pass (one update per rollout, one process); auto: keep or recursive, by the memory that is free.",
+    )
 
     # ---- reward and advantage ----
     advantage: str | None = _option(
@@ -508,6 +513,8 @@ class RLRConfig(TrainingArguments):
                 "first order (estimator='full_bp')"
             )
         self._check_forward(plan)
+        if self.recompute == "keep" and (reason := keeping.obstacle(self, plan)):
+            raise ValueError(f"recompute='keep' with {reason}, or set recompute='recursive'")
         if plan.uses_zeroth_order and self.updates_per_rollout > 1:
             raise ValueError(
                 f"a zeroth-order plan needs one update per rollout, but this has {self.updates_per_rollout}: set num_inner_epochs=1 "

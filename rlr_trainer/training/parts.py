@@ -49,6 +49,7 @@ from rlr_trainer.training.checks import (
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
 from rlr_trainer.training.interruption import StopOnTermination
+from rlr_trainer.training.keeping import graph_keeping
 from rlr_trainer.training.meters import MetricsLog
 from rlr_trainer.training.trl import configs, names
 from rlr_trainer.training.updater import UpdateOptions, Updater
@@ -157,8 +158,19 @@ class Parts:
             prediction_loss_scale=FP16_LOSS_SCALE if config.fp16 else 1.0,
         )
         shared = self.sampler, self.scorer, self.plan_state
+        keeping = graph_keeping(config, self.plan, accelerator, lambda: [*self.policy.parameters(), *self.policy.buffers()])
+        rule, penalized = self.advantage_rule(), bool(config.kl_coef)
         self.collector = Collector(
-            *shared, self.prompts, self.processes, options, self.advantage_rule(), self.reference, self.old_policy, self.windows
+            *shared,
+            self.prompts,
+            self.processes,
+            options,
+            rule,
+            self.reference,
+            self.old_policy,
+            self.windows,
+            keeping,
+            penalized,
         )
         self.updater = Updater(*shared, self.processes, self._update_options(accelerator), self.reference, self.old_policy)
         eval_scorer = Scorer(self.adapter, self.layout, self.eval_rewards)
@@ -345,7 +357,7 @@ class Parts:
             clip_range=config.clip_range,
             advantage_limit=config.advantage_limit,
             kl_coef=config.kl_coef,
-            recompute=config.recompute,
+            recompute="graph" if config.recompute == "graph" else "recursive",  # kept graphs come with their batch
             half_precision=config.fp16,
             measure_parts=config.log_estimator_norms and not sharded,
             measure_steps=config.log_step_norms,

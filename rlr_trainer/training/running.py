@@ -154,7 +154,7 @@ def _measured(trainer: Any, name: str) -> int:
 
     if name == "fo_steps":
         return auto_fo_steps(trainer)
-    if trainer.args.recompute == "recursive":
+    if trainer.args.recompute in ("recursive", "auto"):
         logger.warning("ho_length='auto': with recompute='recursive' memory is that of one step for any h and does not bind")
     return auto_ho_length(trainer, float(trainer.args.memory_budget_gb or 0), fo_steps=trainer.plan.fo_range[1])
 
