@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import logging
 import math
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.divergence import check_noise
-from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE
 from rlr_trainer.observing.callbacks import BetweenRollouts
@@ -25,6 +26,7 @@ from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared
 from rlr_trainer.persistence.weights import Weights
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
 from rlr_trainer.pipelines.average import WeightAverage
+from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import RewardFunction, Rewards
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
@@ -35,6 +37,7 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
+from rlr_trainer.schedules import NoiseWindows
 from rlr_trainer.training.checks import (
     check_batches,
     check_best_metric,
@@ -51,6 +54,9 @@ from rlr_trainer.training.trl import configs, names
 from rlr_trainer.training.updater import UpdateOptions, Updater
 
 logger = logging.getLogger(__name__)
+
+# After a plan or a bias that names steps, where the noise is in another window for every rollout.
+FIRST_WINDOW = " (steps as of the first noise window)"
 
 
 class Parts:
@@ -93,7 +99,8 @@ class Parts:
         check_conditions(self.adapter.conditions, self.prompts, self.eval_prompts)
         self.layout = self.adapter.layout(config.height, config.width, config.num_frames)
         self.schedule = self.adapter.schedule(self.layout, config.sampler_options)
-        self.plan_state = PlanState(config.plan.on_noise(self.schedule.stds))
+        self.windows = self._make_windows(config)
+        self.plan_state = PlanState(self._on_noise(config, config.plan))
         self.config = configs.use_summed_density(config, math.prod(self.layout.shape))
         if config.sample_guidance_rescale and not self.adapter.rescales_guidance:
             raise ValueError(
@@ -127,7 +134,7 @@ class Parts:
         self._place_frozen_modules(accelerator.device)
         self.average = self._make_average(accelerator)
         self.weights = Weights(self.adapter, self.use_lora, self.average)
-        self.reference = self._make_reference(accelerator)
+        self.reference, self.old_policy = self._make_reference(accelerator), self._make_old_policy(accelerator)
         self.sampler = Sampler(
             self.adapter,
             self.policy,
@@ -150,8 +157,10 @@ class Parts:
             prediction_loss_scale=FP16_LOSS_SCALE if config.fp16 else 1.0,
         )
         shared = self.sampler, self.scorer, self.plan_state
-        self.collector = Collector(*shared, self.prompts, self.processes, options, self.advantage_rule(), self.reference)
-        self.updater = Updater(*shared, self.processes, self._update_options(accelerator), self.reference)
+        self.collector = Collector(
+            *shared, self.prompts, self.processes, options, self.advantage_rule(), self.reference, self.old_policy, self.windows
+        )
+        self.updater = Updater(*shared, self.processes, self._update_options(accelerator), self.reference, self.old_policy)
         eval_scorer = Scorer(self.adapter, self.layout, self.eval_rewards)
         self.evaluator = Evaluator(
             self.sampler.apart(), eval_scorer, self.processes, config.sample_batch_size, self.weights.averaged
@@ -170,13 +179,13 @@ class Parts:
         """What watches every run, in the order in which it must be told. `fixed_samples` makes the pictures that `trackers` get."""
         every, files, termination = self.config.log_images_steps, self.run_files, self.termination
         log = SampleLog(fixed_samples, every, lambda: files.seconds, trackers, lambda: termination.stopped)
-        average = [self.average] if self.average is not None else []
-        return [*average, *([log] if self.config.num_log_images else []), files, termination]
+        followers = [follower for follower in (self.average, self.old_policy) if follower is not None]
+        return [*followers, *([log] if self.config.num_log_images else []), files, termination]
 
     def choose(self, **chosen: int) -> None:
         """Takes up the configured plan, with values that were chosen for "auto"."""
         self.chosen |= chosen
-        self.plan_state.take(self.config.make_plan(**self.chosen).on_noise(self.schedule.stds))
+        self.plan_state.take(self._on_noise(self.config, self.config.make_plan(**self.chosen)))
 
     def unchosen(self) -> list[str]:
         """The options that are "auto" and for which nothing is chosen yet."""
@@ -185,6 +194,8 @@ class Parts:
     def begin_anew(self) -> None:
         """Forgets what a training before has left half done."""
         self.chosen.clear()
+        if self.old_policy is not None:
+            self.old_policy.forget()
         self.queue.fill([], [])
         self.metrics.values.clear()
         self.updater.reset()
@@ -213,7 +224,7 @@ class Parts:
             "model": self.policy.config.name_or_path or type(self.adapter.pipeline).__name__,
             "rewards": self.rewards.names,
             "eval_rewards": self.eval_rewards.names,
-            "plan": str(self.plan),
+            "plan": str(self.plan) + ("" if self.windows is None else FIRST_WINDOW),
             "options": self.config.rlr_options(),
             "changed": self.config.changed_options(),
             "versions": {"rlr_trainer": __version__} | {name: importlib.metadata.version(name) for name in libraries},
@@ -221,6 +232,24 @@ class Parts:
             "processes": self.processes.count,
             "trainable_parameters": sum(p.numel() for p in self.policy.trainable_parameters().values()),
         }
+
+    def _make_windows(self, config: RLRConfig) -> NoiseWindows | None:
+        if config.noise_window == "fixed":
+            return None
+        options = (dataclasses.replace(config.sampler_options, noise_steps=window) for window in config.noise_windows)
+        schedules = tuple(self.adapter.schedule(self.layout, one) for one in options)
+        return NoiseWindows(config.noise_window, schedules, config.noise_window_rollouts)
+
+    def _on_noise(self, config: RLRConfig, plan: EstimatorPlan) -> EstimatorPlan:
+        """The plan on the sampler's noise; PlanError if it does not fit that of every window."""
+        for window, schedule in zip(config.noise_windows, self.windows.schedules if self.windows is not None else (), strict=False):
+            try:
+                plan.on_noise(schedule.stds)
+            except PlanError as error:
+                raise PlanError(
+                    f"noise_window={config.noise_window!r}, noise in steps {window[0]} to {window[1]}: {error}"
+                ) from None
+        return plan.on_noise(self.schedule.stds)
 
     def _make_policy(self, peft_config: Any) -> Policy:
         config, denoiser = self.config, self.adapter.denoiser
@@ -294,6 +323,18 @@ class Parts:
         device, checkpointing = accelerator.device, bool(config.gradient_checkpointing)
         return ReferencePolicy(self.policy, self.use_lora, device, self._frozen_dtype, accelerator.autocast, checkpointing)
 
+    def _make_old_policy(self, accelerator: Any) -> OldPolicy | None:
+        """The policy that samples, where a loss on the forward process asks for it and it is not always the present one."""
+        forward = self.plan.forward
+        if forward is None or not (forward.averages or self.config.updates_per_rollout > 1):
+            return None
+        if any(getattr(accelerator.state, f"{kind}_plugin", None) is not None for kind in ("fsdp", "deepspeed")):
+            raise ValueError(
+                f"estimator={self.config.estimator!r} with FSDP or DeepSpeed: the old policy's sharded weights are not kept; use plain data "
+                "parallelism, or estimator='awm' with one update per rollout"
+            )
+        return OldPolicy(self.policy, forward.decay, lambda: bool(self.queue))
+
     def _update_options(self, accelerator: Any) -> UpdateOptions:
         config = self.config
         sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
@@ -302,6 +343,7 @@ class Parts:
         return UpdateOptions(
             samples=config.per_device_train_batch_size * config.gradient_accumulation_steps,
             clip_range=config.clip_range,
+            advantage_limit=config.advantage_limit,
             kl_coef=config.kl_coef,
             recompute=config.recompute,
             half_precision=config.fp16,
@@ -319,6 +361,7 @@ class Parts:
             "pictures": self.pictures,
             "statistics": self.statistics,
             "average": self.average,
+            "old_policy": self.old_policy,
         }
         return {name: part for name, part in parts.items() if part is not None}
 

@@ -28,6 +28,7 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.evaluator import eval_source
+from rlr_trainer.training.parts import FIRST_WINDOW
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def _choose_plan(trainer: Any) -> None:
             "%s='auto': chose %s = %d of %d steps", name, {"fo_steps": "K"}.get(name, "h"), value, trainer.plan.num_steps
         )
     for reason in trainer.plan.biases():
-        logger.warning("the gradient estimate is biased: %s", reason)
+        logger.warning("the gradient estimate is biased: %s%s", reason, "" if trainer.parts.windows is None else FIRST_WINDOW)
 
 
 def _measured(trainer: Any, name: str) -> int:

@@ -27,11 +27,19 @@ CASES = {
     "rlr_black_box": {"options": {"estimator": "rlr_black_box", "noise_steps": [1, 2]}},
     "rlr_paper": {"options": {"estimator": "rlr_paper", "zo_num_perturbations": 2}},
     "ddpo": {"options": {"estimator": "ddpo"}},
+    "flow_grpo": {"options": {"estimator": "flow_grpo"}, "pipeline": "sd3"},
+    "mixgrpo": {"options": {"estimator": "mixgrpo", "noise_window_rollouts": 1}, "pipeline": "sd3"},
+    "random_window": {
+        "options": {"estimator": "ddpo", "noise_steps": 2, "noise_window": "random", "silent_estimator": "none", "seed": 1}
+    },
     "draft": {"options": {"estimator": "draft"}},
     "alignprop": {"options": {"estimator": "alignprop"}},
     "full_bp": {"options": {"estimator": "full_bp"}},
     "sqdf": {"options": {"estimator": "sqdf"}},
     "es": {"options": {"estimator": "es", "zo_num_perturbations": 2}},
+    "awm": {"options": {"estimator": "awm"}},
+    "awm_off_policy": {"options": {"estimator": "awm", "num_inner_epochs": 2}},
+    "nft": {"options": {"estimator": "nft", "old_policy_decay": [0, 0.5, 0.5]}},
     # the four pictures of a prompt are spread over both processes
     "leave_one_out": {"options": {"estimator": "ddpo", "advantage": "leave_one_out", "num_images_per_prompt": 4, "batch": 4}},
     "per_prompt": {
