@@ -41,14 +41,15 @@ def is_composable(plan: EstimatorPlan) -> bool:
     low, high = plan.fo_range
     rest_lr = plan.rest_estimator == "lr" and plan.rest_num_steps is None and plan.ho_length <= 1 and not plan.control_variate
     rest_none = plan.rest_estimator == "none" and plan.ho_length == 0
-    return low == high and (rest_lr or rest_none) and plan.fo_weight == plan.ho_weight == plan.rest_weight == 1
+    segments = plan.silent_estimator == "ho" and bool(plan.silent_steps)
+    return low == high and (rest_lr or rest_none) and not segments and plan.fo_weight == plan.ho_weight == plan.rest_weight == 1
 
 
 def compose(plan: EstimatorPlan, first_order: Tensor, ratio: Tensor) -> Tensor:
-    """The update [P] of a composable plan, from the shares of every step, [T, P]."""
+    """The update [P] of a composable plan, from the shares of every step, [T, P]. Steps without noise have no likelihood-ratio share."""
     before = plan.num_steps - plan.fo_range[0]
     update = first_order[before:].sum(0)
-    return update + ratio[:before].sum(0) if plan.rest_estimator == "lr" else update
+    return update + ratio[:before].nansum(0) if plan.rest_estimator == "lr" else update
 
 
 class Comparison:
@@ -153,7 +154,7 @@ class Comparison:
 def _steps_by_kind(plan: EstimatorPlan) -> dict[str, int]:
     """First-order and likelihood-ratio steps of a composable plan."""
     first = plan.fo_range[0]
-    return {"fo": first, "ho": plan.num_steps - first if plan.rest_estimator == "lr" else 0}
+    return {"fo": first, "ho": len(plan.scored_steps())}
 
 
 def _reward_kind(plan: EstimatorPlan) -> str:

@@ -28,7 +28,7 @@ from rlr_trainer.diagnosis.statistics import (
     reference_square,
     total_variance,
 )
-from rlr_trainer.diagnosis.step_profile import StepCost
+from rlr_trainer.diagnosis.step_profile import ProfileBuilder, StepCost
 
 DETECTABLE = 0.5  # relative bias that must not go unseen where the report says "none seen"
 CONTRADICTION = 4.0  # standard errors of bias that it takes to doubt a plan which is unbiased by construction
@@ -96,11 +96,17 @@ def about_reference(comparison: Comparison) -> dict[str, Any]:
     updates = torch.stack(list(comparison.reference.values()))
     square = jackknife(reference_square, Products.of(updates, updates))
     return {
-        "reference": "pathwise (full_bp)" if comparison.builder.differentiable else "likelihood ratio (ddpo)",
+        "reference": _reference_name(comparison.builder),
         "reference_batches": len(updates),
         "reference_norm": math.sqrt(square.value or 0.0) if square.exceeds(GLIMPSED) else None,
         "reference_resolved": square.resolved,
     }
+
+
+def _reference_name(builder: ProfileBuilder) -> str:
+    if builder.differentiable:
+        return "pathwise (full_bp)"
+    return "likelihood ratio (ddpo)" + (f", without the share of {len(builder.silent)} steps that add no noise" if builder.silent else "")
 
 
 def notes_on_power(rows: Sequence[PlanRow], settings: Mapping[str, Any]) -> list[str]:
