@@ -18,7 +18,17 @@ from rlr_trainer.diagnosis.rows import about_reference, evaluate, notes_on_power
 from rlr_trainer.diagnosis.step_profile import VarianceProfile, measure_step_costs, start_profile
 from rlr_trainer.diagnosis.windows import Window, measured_windows
 
-__all__ = ["Diagnosis", "PlanRow", "Recommendation", "VarianceProfile", "Window", "auto_fo_steps", "auto_ho_length", "auto_noise_steps", "diagnose"]
+__all__ = [
+    "Diagnosis",
+    "PlanRow",
+    "Recommendation",
+    "VarianceProfile",
+    "Window",
+    "auto_fo_steps",
+    "auto_ho_length",
+    "auto_noise_steps",
+    "diagnose",
+]
 
 MAX_ROUNDS = 200
 PACKAGES = ("torch", "transformers", "diffusers", "trl", "peft")

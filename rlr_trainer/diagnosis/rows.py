@@ -106,7 +106,9 @@ def about_reference(comparison: Comparison) -> dict[str, Any]:
 def _reference_name(builder: ProfileBuilder) -> str:
     if builder.differentiable:
         return "pathwise (full_bp)"
-    return "likelihood ratio (ddpo)" + (f", without the share of {len(builder.silent)} steps that add no noise" if builder.silent else "")
+    return "likelihood ratio (ddpo)" + (
+        f", without the share of {len(builder.silent)} steps that add no noise" if builder.silent else ""
+    )
 
 
 def notes_on_power(rows: Sequence[PlanRow], settings: Mapping[str, Any]) -> list[str]:

@@ -47,6 +47,15 @@ class Window:
     def merit(self) -> float:
         return self.signal / (self.variance * self.seconds)
 
+    def reason(self, others: Sequence[Window]) -> str:
+        """Why it was chosen of `others`, in words."""
+        widest = max(others, key=lambda window: window.noise_steps)
+        return (
+            f"which have {self.merit / widest.merit:.2g} times the modelled signal per variance and second of noise in the first "
+            f"{widest.noise_steps} (measured: standard deviation of an update {self.variance**0.5:.2g} against {widest.variance**0.5:.2g}, "
+            f"{self.seconds:.2g} s against {widest.seconds:.2g} s)"
+        )
+
 
 def measured_windows(builder: ProfileBuilder, reward_seconds: float) -> list[Window]:
     """All windows of which two batches or more were measured; `reward_seconds` are of one update."""

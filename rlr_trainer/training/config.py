@@ -22,7 +22,7 @@ from rlr_trainer.training.trl import names as replaced
 logger = logging.getLogger(__name__)
 
 NORMALIZING_ADVANTAGES = ("normalize", "per_prompt")
-AUTO = "auto"  # value of fo_steps and ho_length: measure and choose
+AUTO = "auto"  # value of noise_steps, fo_steps and ho_length: measure and choose
 CHOICES = {
     "recompute": ("recursive", "graph"),
     "reward_aggregation": ("sum_then_normalize", "normalize_then_sum"),
@@ -172,8 +172,8 @@ class RLRConfig(TrainingArguments):
     )
     noise_steps: list[int] | str | int | tuple[int, int] | None = _option(
         None,
-        "Steps that add noise: n for the first n, or [first, last]; the others are deterministic. Default: all; rlr_black_box: the first "
-        "three of ten.",
+        "Steps that add noise: n for the first n, [first, last], or 'auto' to choose n, and with fo_steps='auto' K, by a measurement that costs "
+        "about five updates; the others are deterministic. Default: all; rlr_black_box: the first three of ten.",
     )
     sample_guidance_scale: float = _option(
         5.0, "Guidance weight: of classifier-free guidance, off at 1 or less, or the one that the network takes as an input."
@@ -298,9 +298,13 @@ class RLRConfig(TrainingArguments):
 
     @property
     def sampler_options(self) -> SamplerOptions:
-        """How the chain is sampled."""
-        noise_steps: Any = self.noise_steps
-        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, noise_steps)
+        """How the chain is sampled, see `make_sampler_options`."""
+        return self.make_sampler_options()
+
+    def make_sampler_options(self, **chosen: Any) -> SamplerOptions:
+        """How the chain is sampled, with the `noise_steps` of `chosen`; while they are "auto" and not chosen, every step adds noise."""
+        noise_steps = chosen.get("noise_steps", self.noise_steps)
+        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, None if noise_steps == AUTO else noise_steps)
 
     @property
     def plan(self) -> EstimatorPlan:
@@ -355,7 +359,8 @@ class RLRConfig(TrainingArguments):
         if self.ho_start not in NAMED_STARTS:
             self.ho_start = _numbers("ho_start", self.ho_start, int)
         self.ho_start_weights = _numbers("ho_start_weights", self.ho_start_weights, float)
-        self.noise_steps = _numbers("noise_steps", self.noise_steps, int)
+        if self.noise_steps != AUTO:
+            self.noise_steps = _numbers("noise_steps", self.noise_steps, int)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (name == "advantage" and value is None):
@@ -426,6 +431,15 @@ class RLRConfig(TrainingArguments):
                 f"{option} with estimator={self.estimator!r}: the chain adds no noise, so its steps {plan.scored_steps()[0]} to "
                 f"{plan.scored_steps()[-1]} have no likelihood ratio. Set sample_eta above 0 (unset: the sampler's own), or cover every step by "
                 "first order (estimator='full_bp')"
+            )
+        single = (
+            plan.rest_estimator == "lr" and plan.rest_num_steps is None and plan.ho_length <= 1 and not plan.uses_control_variate
+        )
+        if self.noise_steps == AUTO and not (single and plan.silent_estimator != "ho" and plan.fo_range[0] == plan.fo_range[1]):
+            raise PlanError(
+                f"noise_steps='auto' with estimator={self.estimator!r} ({plan}): windows are measured for plans of single likelihood-ratio "
+                "steps and first order; give a number, or choose rlr, rlr_black_box or ddpo without sub-chains, subsets of steps, a control "
+                "variate or half-order segments"
             )
         if plan.uses_zeroth_order and self.updates_per_rollout > 1:
             raise ValueError(
