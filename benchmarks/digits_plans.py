@@ -57,6 +57,12 @@ PLANS: dict[str, dict[str, Any]] = {
     "rlr_black_box, leave-one-out": {"estimator": "rlr_black_box", "advantage": "leave_one_out"},
     "rlr_black_box, lr 1e-2": {"estimator": "rlr_black_box", "learning_rate": 1e-2},
     "rlr, K=5, noise in 5 steps": {"estimator": "rlr", "fo_steps": 5, "noise_steps": 5},
+    "flow_grpo": {"estimator": "flow_grpo"},
+    "flow_grpo, lr 1e-2": {"estimator": "flow_grpo", "learning_rate": 1e-2},
+    "mixgrpo": {"estimator": "mixgrpo"},
+    "mixgrpo, lr 1e-2": {"estimator": "mixgrpo", "learning_rate": 1e-2},
+    "mixgrpo, window moves every 4 rollouts": {"estimator": "mixgrpo", "noise_window_rollouts": 4},
+    "rlr_black_box, random window": {"estimator": "rlr_black_box", "noise_window": "random"},
     "es": {"estimator": "es"},
 }
 TARGET = 7

@@ -23,6 +23,8 @@ SAMPLING = (
     "sampler",
     "sample_eta",
     "noise_steps",
+    "noise_window",
+    "noise_window_range",
     "negative_prompt",
     "height",
     "width",

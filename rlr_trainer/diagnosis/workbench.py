@@ -170,6 +170,7 @@ class Workbench:
             options=self.options,
             advantages=self.advantages,
             reference=None,
+            windows=None,
         )
         parts, summary = collector.collect(self.model, number)
         share = 1.0 / (self.samples_per_update * summary.valid_fraction)
@@ -227,7 +228,7 @@ class Workbench:
                 return scorer.differentiable(part.prompts, part.metadata)(latents)
             return scorer.score(latents, part.prompts, part.metadata, "the diagnosis").result.total.nan_to_num()
 
-        return self.run.sampler.chain(self.model, part.conditioning), part.rollout, reward
+        return self.run.sampler.chain(self.model, part.conditioning, part.schedule), part.rollout, reward
 
     def _draw(self, plan: EstimatorPlan, batch: Batch, index: int) -> PlanDraw:
         """The choices of `plan` for sampling batch `index`, from the stream that the collector uses."""
@@ -264,7 +265,7 @@ class Workbench:
         **options: Any,
     ) -> None:
         """Goes back along a sampling batch."""
-        chain = self.run.sampler.chain(self.model, part.conditioning)
+        chain = self.run.sampler.chain(self.model, part.conditioning, part.schedule)
 
         def backward(surrogate: Tensor) -> float:
             (surrogate * self.factor).backward()

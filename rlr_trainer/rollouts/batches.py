@@ -14,11 +14,14 @@ from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import ControlVariate
 from rlr_trainer.estimators.zeroth_order import Perturbations
 from rlr_trainer.pipelines import AnyConditioning
+from rlr_trainer.schedules import Schedule
 
 # What a stream of randomness is for; part of its seed.
-NOISE, CHOICES, PERTURBATIONS, EVALUATION, SHUFFLE = range(5)
+NOISE, CHOICES, PERTURBATIONS, EVALUATION, SHUFFLE, WINDOW = range(6)
 # What stays on the CPU, because only numbers of it are asked for.
 _SMALL = ("index", "rewards", "zeroth_advantage", "divergences", "draw", "perturbations")
+# What all samples of a rollout share.
+_SHARED = ("schedule",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class SampledBatch:
 
     Attributes:
         rollout: the sampled chains.
+        schedule: the steps and noise levels with which they were sampled.
         draw: the plan's random choices, one row per sample.
         conditioning: what the network was conditioned on.
         prompts, metadata: B of each.
@@ -36,6 +40,7 @@ class SampledBatch:
     """
 
     rollout: Rollout
+    schedule: Schedule
     draw: PlanDraw
     conditioning: AnyConditioning
     prompts: tuple[str, ...]
@@ -79,7 +84,9 @@ class ScoredBatch(SampledBatch):
         picked: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
+            if field.name in _SHARED:
+                picked[field.name] = value
+            elif isinstance(value, Tensor):
                 picked[field.name] = value[rows.to(value.device)]
             elif isinstance(value, tuple):
                 picked[field.name] = tuple(value[row] for row in rows.tolist())
@@ -93,7 +100,9 @@ class ScoredBatch(SampledBatch):
         joined: dict[str, Any] = {"perturbations": None}
         for field in dataclasses.fields(ScoredBatch):
             values = [getattr(part, field.name) for part in parts]
-            if isinstance(values[0], Tensor):
+            if field.name in _SHARED:
+                joined[field.name] = values[0]
+            elif isinstance(values[0], Tensor):
                 joined[field.name] = torch.cat(values)
             elif isinstance(values[0], tuple):
                 joined[field.name] = tuple(item for value in values for item in value)

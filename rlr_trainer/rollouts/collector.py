@@ -23,12 +23,13 @@ from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import RewardError
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
-from rlr_trainer.rollouts.batches import CHOICES, NOISE, PERTURBATIONS, RolloutSummary, SampledBatch, ScoredBatch
+from rlr_trainer.rollouts.batches import CHOICES, NOISE, PERTURBATIONS, WINDOW, RolloutSummary, SampledBatch, ScoredBatch
 from rlr_trainer.rollouts.predictions import predict
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts, PromptRow
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import RolloutScoring, Scored, Scorer, check_rollout, reward_metrics
+from rlr_trainer.schedules import NoiseWindows, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Collector:
         processes: of the run, which share the rollout.
         options, advantages: how much, and how rewards become advantages.
         reference: the reference policy, or None.
+        windows: the schedules of the rollouts where each has noise in a window of its own; None where all have the sampler's.
     """
 
     sampler: Sampler
@@ -75,6 +77,7 @@ class Collector:
     options: RolloutOptions
     advantages: AdvantageRule
     reference: ReferencePolicy | None = None
+    windows: NoiseWindows | None = None
 
     @property
     def plan(self) -> EstimatorPlan:
@@ -105,13 +108,13 @@ class Collector:
             RewardError: every reward is NaN, or a reward's gradient is not finite.
             FloatingPointError, NonDifferentiableRewardError: predictions of the control variate, see `control_terms`.
         """
-        rows, seconds = self._take_prompts(), 0.0
+        rows, seconds, schedule = self._take_prompts(), 0.0, self.schedule_of(number)
         sampled: list[SampledBatch] = []
         predictions: list[Predictions] = []
         with self._scoring() as scoring:
             for batch_number in range(self.options.num_batches):
                 started = time.perf_counter()
-                batch = self._sample_batch(model, number, batch_number, rows, on_step)
+                batch = self._sample_batch(model, schedule, number, batch_number, rows, on_step)
                 seconds += time.perf_counter() - started
                 where = f"sampling batch {batch_number} of rollout {number}"
                 scoring.add(batch.rollout.sample, batch.prompts, batch.metadata, where)
@@ -133,11 +136,19 @@ class Collector:
         batches, kl = self._with_divergence_to_go(self._with_zeroth_advantages(batches, order, rewards, advantages))
         metrics = reward_metrics(self.scorer.rewards.names, rewards, parts) | kl
         metrics |= {"time/sample": seconds, "time/reward": scoring.seconds}
+        if self.windows is not None:
+            metrics["noise_window"] = float(next(step for step, std in enumerate(schedule.stds) if std > 0))
         if self.scorer.rewards.on_error == "skip":
             metrics["reward_errors"] = float(errors)
         pictures = [[s.images, b.prompts, b.metadata, b.rewards, s.result.metadata] for s, b in zip(scored, batches, strict=True)]
         valid = float((~torch.isnan(rewards)).float().mean())
         return batches, RolloutSummary(metrics, pictures, valid, rewards, prompts)
+
+    def schedule_of(self, number: int) -> Schedule:
+        """The steps of rollout `number`, the same in all processes."""
+        if self.windows is None:
+            return self.sampler.schedule
+        return self.windows.of_rollout(number, seeded_generator(self.options.seed, WINDOW, number))
 
     def probe(self, model: nn.Module) -> None:
         """Calls the reward once on decoded noise with the first prompts, so that a wrong reward fails before the sampling.
@@ -175,18 +186,20 @@ class Collector:
     def _sample_batch(
         self,
         model: nn.Module,
+        schedule: Schedule,
         rollout_number: int,
         number: int,
         rows: Sequence[PromptRow],
         on_step: Callable[[int], None] | None,
     ) -> SampledBatch:
-        seed, size, processes, plan = self.options.seed, self.options.batch_size, self.processes, self.plan
+        seed, size, processes = self.options.seed, self.options.batch_size, self.processes
+        plan = self.plan.on_noise(schedule.stds)
         total = size * processes.count
         local = torch.arange(size) + processes.index * size  # row in the batch of all processes
         index = local + number * total
         batch = self._local_rows(rows, number, size)
         conditioning = self.sampler.condition(batch)
-        chain = self.sampler.chain(model, conditioning)
+        chain = self.sampler.chain(model, conditioning, schedule)
         choices = seeded_generator(seed, CHOICES, rollout_number, number)
         draw = plan.draw(total, choices, shared=True, start_probabilities=self.plan_state.start_probabilities())
         perturbations, step_function = None, None
@@ -200,6 +213,7 @@ class Collector:
         rollout = sample_chain(chain, size, generators, step_function=step_function, on_step=on_step)
         return SampledBatch(
             rollout=rollout,
+            schedule=schedule,
             draw=draw.expand(size),
             conditioning=conditioning,
             prompts=tuple(row.prompt for row in batch),

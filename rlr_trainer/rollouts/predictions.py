@@ -19,7 +19,7 @@ def predict(
 
     Network, decoder and reward run with a graph on `size` samples at a time; `loss_scale` as in `reward_and_gradient`.
     """
-    parts, chain, steps = [], sampler.chain(model, batch.conditioning), draw.scored_steps()
+    parts, chain, steps = [], sampler.chain(model, batch.conditioning, batch.schedule), draw.scored_steps()
     for rows in torch.arange(len(batch)).split(size):
         own = slice(int(rows[0]), int(rows[-1]) + 1)
         piece = chain if len(rows) == len(batch) else chain.select(rows)

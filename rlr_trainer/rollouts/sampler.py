@@ -82,10 +82,11 @@ class Sampler:
         texts = [row.scale_prompts or (row.prompt,) * scales for row in rows]
         return ScaledConditioning(tuple(encode(scale) for scale in zip(*texts, strict=True)), self.first_steps)
 
-    def chain(self, model: nn.Module, conditioning: AnyConditioning) -> PipelineChain:
-        """The chain of a batch under `model`, the policy as Trainer wrapped it."""
+    def chain(self, model: nn.Module, conditioning: AnyConditioning, schedule: Schedule | None = None) -> PipelineChain:
+        """The chain of a batch under `model`, the policy as Trainer wrapped it; `schedule` replaces the sampler's own."""
         live = self.policy.trainable_parameters()
-        return PipelineChain(self.adapter, model, self.policy, self.schedule, conditioning, self.layout, self.device, live)
+        steps = self.schedule if schedule is None else schedule
+        return PipelineChain(self.adapter, model, self.policy, steps, conditioning, self.layout, self.device, live)
 
     def sample(
         self,

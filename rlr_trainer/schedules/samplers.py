@@ -68,7 +68,9 @@ def make_schedule(scheduler: Any, options: SamplerOptions, **set_timesteps_argum
     sampler = SAMPLERS[name]
     if grid.kind not in sampler.grids:
         fitting = [other for other, one in SAMPLERS.items() if grid.kind in one.grids]
-        raise ValueError(f"sampler={name!r} does not fit the pipeline's {grid.scheduler_name}; those that do: {', '.join(fitting)}")
+        raise ValueError(
+            f"sampler={name!r} does not fit the pipeline's {grid.scheduler_name}; set sampler to one that does: {', '.join(fitting)}"
+        )
     stds = sampler.stds(grid, _level(name, sampler, options, grid))
     direction = sampler.direction(grid, stds)
     for step in set(range(grid.num_steps)) - set(_noisy_steps(options)):

@@ -57,7 +57,7 @@ def gradients(case: Case, findings: Findings) -> None:
 def _plain(trainer: RLRTrainer, batch: ScoredBatch) -> dict[str, torch.Tensor]:
     """d mean R / d theta with one graph through all steps and the decoder."""
     parts = trainer.parts
-    chain = parts.sampler.chain(parts.policy, batch.conditioning)
+    chain = parts.sampler.chain(parts.policy, batch.conditioning, batch.schedule)
     params, x = chain.parameters(), batch.rollout.latents[0]
     for step, noise in enumerate(batch.rollout.noises):
         x = next_latent(*chain.transition(step, x, params), noise)

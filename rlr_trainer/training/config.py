@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
 from rlr_trainer.estimators.presets import PRESETS
-from rlr_trainer.schedules import SamplerOptions
+from rlr_trainer.schedules import NOISE_WINDOWS, SamplerOptions, window_positions
 from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
 
@@ -25,12 +25,14 @@ NORMALIZING_ADVANTAGES = ("normalize", "per_prompt")
 AUTO = "auto"  # value of noise_steps, fo_steps and ho_length: measure and choose
 CHOICES = {
     "recompute": ("recursive", "graph"),
+    "noise_window": NOISE_WINDOWS,
     "reward_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "on_reward_error": ("raise", "skip"),
     "advantage": ("none", "leave_one_out", "normalize", "per_prompt"),
 }
 COUNTS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "sample_num_steps", "num_inner_epochs", "lora_r"),
+    *("noise_window_stride", "noise_window_rollouts"),
     *("num_images_per_prompt", "per_prompt_buffer_size", "per_prompt_min_count", "reward_workers", "eval_images_per_prompt"),
 )
 OPTIONAL_COUNTS = (
@@ -77,7 +79,8 @@ class RLRConfig(TrainingArguments):
 
     # ---- estimator ----
     estimator: str = _option(
-        "rlr", "Preset plan: rlr, rlr_black_box, rlr_paper, ddpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md)."
+        "rlr",
+        "Preset plan: rlr, rlr_black_box, rlr_paper, ddpo, flow_grpo, mixgrpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md).",
     )
     fo_steps: int | str | list[int] | tuple[int, int] | None = _option(
         None,
@@ -121,9 +124,13 @@ class RLRConfig(TrainingArguments):
 
     # ---- reward and advantage ----
     advantage: str | None = _option(
-        None, "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for ddpo and rlr_black_box."
+        None,
+        "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for ddpo, flow_grpo, mixgrpo and "
+        "rlr_black_box.",
     )
-    adv_clip_max: float | None = _option(None, "Limit of the advantage's magnitude. Default: none; 5 for ddpo and rlr_black_box.")
+    adv_clip_max: float | None = _option(
+        None, "Limit of the advantage's magnitude. Default: none; 5 for ddpo, flow_grpo, mixgrpo and rlr_black_box."
+    )
     reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
     reward_aggregation: str = _option(
         "sum_then_normalize",
@@ -153,7 +160,7 @@ class RLRConfig(TrainingArguments):
     kl_coef: float | None = _option(
         None,
         "Weight of the Kullback-Leibler divergence from the reference policy (the model before LoRA, or a copy of it), in units of the "
-        "advantage per nat of the whole chain. 0 only logs the metric kl. Default: neither.",
+        "advantage per nat of the whole chain. 0 only logs the metric kl. Default: neither; flow_grpo: 0.04.",
     )
     ema_decay: float | None = _option(
         None, "Decay of an average of the trained weights, which evaluation, pictures and the saved result then use. Default: none."
@@ -173,8 +180,20 @@ class RLRConfig(TrainingArguments):
     noise_steps: list[int] | str | int | tuple[int, int] | None = _option(
         None,
         "Steps that add noise: n for the first n, [first, last], or 'auto' to choose n, and with fo_steps='auto' K, by a measurement that costs "
-        "about five updates; the others are deterministic. Default: all; rlr_black_box: the first three of ten.",
+        "about five updates; the others are deterministic. Default: all; rlr_black_box: the first three of ten; flow_grpo: all but the last; "
+        "mixgrpo: 4 of 25.",
     )
+    noise_window: str = _option(
+        "fixed",
+        "fixed: the noise stays in noise_steps; random: a window of noise_steps steps is drawn for every rollout; progressive: it starts at the "
+        "noisy end and moves on every noise_window_rollouts rollouts. Pictures outside training have the noise in the first window.",
+    )
+    noise_window_range: list[int] | str | None = _option(
+        None,
+        "First and last step between which a random or progressive window lies. Default: random, the first half; progressive, all.",
+    )
+    noise_window_stride: int = _option(1, "Steps by which a progressive window moves.")
+    noise_window_rollouts: int = _option(25, "Rollouts that a progressive window stays where it is.")
     sample_guidance_scale: float = _option(
         5.0, "Guidance weight: of classifier-free guidance, off at 1 or less, or the one that the network takes as an input."
     )
@@ -303,8 +322,23 @@ class RLRConfig(TrainingArguments):
 
     def make_sampler_options(self, **chosen: Any) -> SamplerOptions:
         """How the chain is sampled, with the `noise_steps` of `chosen`; while they are "auto" and not chosen, every step adds noise."""
-        noise_steps = chosen.get("noise_steps", self.noise_steps)
+        noise_steps = chosen.get("noise_steps", self.noise_steps) if self.noise_window == "fixed" else self.noise_windows[0]
         return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, None if noise_steps == AUTO else noise_steps)
+
+    @property
+    def noise_windows(self) -> list[tuple[int, int]]:
+        """First and last step of every window in which a rollout may have its noise; empty where the noise stays in `noise_steps`."""
+        if self.noise_window == "fixed":
+            return []
+        length: Any = self.noise_steps
+        span: Any = self.noise_window_range or self._default_window_range()
+        first, last = span
+        return window_positions(length, first, last, self.noise_window_stride)
+
+    def _default_window_range(self) -> tuple[int, int]:
+        length: Any = self.noise_steps
+        half = (self.sample_num_steps + 1) // 2
+        return 0, (max(half, length) if self.noise_window == "random" else self.sample_num_steps) - 1
 
     @property
     def plan(self) -> EstimatorPlan:
@@ -361,6 +395,7 @@ class RLRConfig(TrainingArguments):
         self.ho_start_weights = _numbers("ho_start_weights", self.ho_start_weights, float)
         if self.noise_steps != AUTO:
             self.noise_steps = _numbers("noise_steps", self.noise_steps, int)
+        self.noise_window_range = _numbers("noise_window_range", self.noise_window_range, int)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (name == "advantage" and value is None):
@@ -382,7 +417,40 @@ class RLRConfig(TrainingArguments):
                 f"prompt_scales={scales}: must be increasing step numbers between 1 and sample_num_steps - 1 = {self.sample_num_steps - 1}, "
                 "the first step of every scale but the coarsest"
             )
+        self._check_noise_window()
         self._check_combinations()
+
+    def _check_noise_window(self) -> None:
+        kind, length, steps, span = self.noise_window, self.noise_steps, self.sample_num_steps, self.noise_window_range
+        users = {
+            "noise_window_range": ("random", "progressive"),
+            "noise_window_stride": ("progressive",),
+            "noise_window_rollouts": ("progressive",),
+        }
+        for name, kinds in users.items():
+            if name in self._changed and kind not in kinds:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} with noise_window={kind!r}: has no effect; leave it out, or set noise_window to "
+                    f"{' or '.join(map(repr, kinds))}"
+                )
+        if kind == "fixed":
+            return
+        if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= steps:
+            raise ValueError(
+                f"noise_steps={length!r} with noise_window={kind!r}: must be the length of the window, a number of steps between 1 and "
+                f"{steps} (sample_num_steps)"
+            )
+        if span is not None and not (
+            isinstance(span, list | tuple)
+            and len(span) == 2
+            and all(type(step) is int for step in span)
+            and 0 <= span[0] <= span[1] - length + 1
+            and span[1] < steps
+        ):
+            raise ValueError(
+                f"noise_window_range={span!r}: must be two step numbers between 0 and {steps - 1}, the first and the last, with room for a "
+                f"window of noise_steps={length} steps"
+            )
 
     def _check_combinations(self) -> None:
         normalizes = self.advantage in (None, *NORMALIZING_ADVANTAGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import logging
 import math
@@ -15,7 +16,7 @@ from transformers import TrainerCallback
 
 from rlr_trainer.estimators.advantages import PerPromptStatistics
 from rlr_trainer.estimators.divergence import check_noise
-from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE
 from rlr_trainer.observing.callbacks import BetweenRollouts
@@ -35,6 +36,7 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
+from rlr_trainer.schedules import NoiseWindows
 from rlr_trainer.training.checks import (
     check_batches,
     check_best_metric,
@@ -51,6 +53,9 @@ from rlr_trainer.training.trl import configs, names
 from rlr_trainer.training.updater import UpdateOptions, Updater
 
 logger = logging.getLogger(__name__)
+
+# After a plan or a bias that names steps, where the noise is in another window for every rollout.
+FIRST_WINDOW = " (steps as of the first noise window)"
 
 
 class Parts:
@@ -94,7 +99,8 @@ class Parts:
         check_conditions(self.adapter.conditions, self.prompts, self.eval_prompts)
         self.layout = self.adapter.layout(config.height, config.width, config.num_frames)
         self.schedule = self.adapter.schedule(self.layout, config.sampler_options)
-        self.plan_state = PlanState(config.plan.on_noise(self.schedule.stds))
+        self.windows = self._make_windows(config)
+        self.plan_state = PlanState(self._on_noise(config, config.plan))
         self.config = configs.use_summed_density(config, math.prod(self.layout.shape))
         if config.sample_guidance_rescale and not self.adapter.rescales_guidance:
             raise ValueError(
@@ -151,7 +157,9 @@ class Parts:
             prediction_loss_scale=FP16_LOSS_SCALE if config.fp16 else 1.0,
         )
         shared = self.sampler, self.scorer, self.plan_state
-        self.collector = Collector(*shared, self.prompts, self.processes, options, self.advantage_rule(), self.reference)
+        self.collector = Collector(
+            *shared, self.prompts, self.processes, options, self.advantage_rule(), self.reference, self.windows
+        )
         self.updater = Updater(*shared, self.processes, self._update_options(accelerator), self.reference)
         eval_scorer = Scorer(self.adapter, self.layout, self.eval_rewards)
         self.evaluator = Evaluator(
@@ -181,7 +189,7 @@ class Parts:
             self.schedule = self.adapter.schedule(self.layout, self.config.make_sampler_options(**self.chosen))
             for sampler in (self.sampler, self.evaluator.sampler):
                 sampler.schedule = self.schedule
-        self.plan_state.take(self.config.make_plan(**self.chosen).on_noise(self.schedule.stds))
+        self.plan_state.take(self._on_noise(self.config, self.config.make_plan(**self.chosen)))
 
     def unchosen(self) -> list[str]:
         """The options that are "auto" and for which nothing is chosen yet."""
@@ -222,7 +230,7 @@ class Parts:
             "model": self.policy.config.name_or_path or type(self.adapter.pipeline).__name__,
             "rewards": self.rewards.names,
             "eval_rewards": self.eval_rewards.names,
-            "plan": str(self.plan),
+            "plan": str(self.plan) + ("" if self.windows is None else FIRST_WINDOW),
             "chosen": {name: {"value": value, "reason": self.reasons.get(name)} for name, value in self.chosen.items()},
             "options": self.config.rlr_options(),
             "changed": self.config.changed_options(),
@@ -231,6 +239,24 @@ class Parts:
             "processes": self.processes.count,
             "trainable_parameters": sum(p.numel() for p in self.policy.trainable_parameters().values()),
         }
+
+    def _make_windows(self, config: RLRConfig) -> NoiseWindows | None:
+        if config.noise_window == "fixed":
+            return None
+        options = (dataclasses.replace(config.sampler_options, noise_steps=window) for window in config.noise_windows)
+        schedules = tuple(self.adapter.schedule(self.layout, one) for one in options)
+        return NoiseWindows(config.noise_window, schedules, config.noise_window_rollouts)
+
+    def _on_noise(self, config: RLRConfig, plan: EstimatorPlan) -> EstimatorPlan:
+        """The plan on the sampler's noise; PlanError if it does not fit that of every window."""
+        for window, schedule in zip(config.noise_windows, self.windows.schedules if self.windows is not None else (), strict=False):
+            try:
+                plan.on_noise(schedule.stds)
+            except PlanError as error:
+                raise PlanError(
+                    f"noise_window={config.noise_window!r}, noise in steps {window[0]} to {window[1]}: {error}"
+                ) from None
+        return plan.on_noise(self.schedule.stds)
 
     def _make_policy(self, peft_config: Any) -> Policy:
         config, denoiser = self.config, self.adapter.denoiser

@@ -28,6 +28,7 @@ from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import eval_source
+from rlr_trainer.training.parts import FIRST_WINDOW
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def _choose_plan(trainer: Any) -> None:
         listed = ", ".join(f"{option} = {value}" for option, value in chosen.items())
         logger.warning("%s='auto': chose %s of %d steps, %s", name, listed, trainer.plan.num_steps, reason)
     for reason in trainer.plan.biases():
-        logger.warning("the gradient estimate is biased: %s", reason)
+        logger.warning("the gradient estimate is biased: %s%s", reason, "" if trainer.parts.windows is None else FIRST_WINDOW)
 
 
 def _measured(trainer: Any, name: str) -> tuple[dict[str, int], str]:

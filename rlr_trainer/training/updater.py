@@ -122,7 +122,7 @@ class Updater:
         Returns:
             Metrics of the micro-batch: `loss`, and the ratios where steps are scored.
         """
-        chain = self.sampler.chain(model, batch.conditioning)
+        chain = self.sampler.chain(model, batch.conditioning, batch.schedule)
         clip_range = None if on_policy else self.options.clip_range
         is_first_order = batch.draw.first_order
         ends = ends_update  # whether the present backward pass ends the update
@@ -199,7 +199,7 @@ class Updater:
     def _has_signal(self, batch: ScoredBatch) -> bool:
         """Whether the rewards of a micro-batch ask for any change by backward passes."""
         gradient = batch.reward_gradient
-        scored = bool(self.plan.scored_steps()) and bool(batch.advantage.any())
+        scored = bool(batch.draw.score.any()) and bool(batch.advantage.any())
         return scored or (self.plan.fo_range[0] > 0 and gradient is not None and bool(gradient.any()))
 
     def _feedback(self, chain: PipelineChain, batch: ScoredBatch) -> Feedback:

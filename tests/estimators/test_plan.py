@@ -238,6 +238,8 @@ def test_presets_are_the_points_of_the_design_space_that_the_table_names():
         "rlr_black_box": (0, 0, "lr"),
         "rlr_paper": (1, 2, "zo"),
         "ddpo": (0, 0, "lr"),
+        "flow_grpo": (0, 0, "lr"),
+        "mixgrpo": (0, 0, "lr"),
         "draft": (1, 0, "none"),
         "alignprop": ((1, 10), 0, "none"),
         "full_bp": (10, 0, "none"),

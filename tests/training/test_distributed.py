@@ -27,6 +27,11 @@ CASES = {
     "rlr_black_box": {"options": {"estimator": "rlr_black_box", "noise_steps": [1, 2]}},
     "rlr_paper": {"options": {"estimator": "rlr_paper", "zo_num_perturbations": 2}},
     "ddpo": {"options": {"estimator": "ddpo"}},
+    "flow_grpo": {"options": {"estimator": "flow_grpo"}, "pipeline": "sd3"},
+    "mixgrpo": {"options": {"estimator": "mixgrpo", "noise_window_rollouts": 1}, "pipeline": "sd3"},
+    "random_window": {
+        "options": {"estimator": "ddpo", "noise_steps": 2, "noise_window": "random", "silent_estimator": "none", "seed": 1}
+    },
     "draft": {"options": {"estimator": "draft"}},
     "alignprop": {"options": {"estimator": "alignprop"}},
     "full_bp": {"options": {"estimator": "full_bp"}},

@@ -15,6 +15,7 @@ from rlr_trainer.digits.rewards import ink
 from rlr_trainer.estimators.chain import gaussian_log_density, seeded_generator
 from rlr_trainer.rollouts.batches import NOISE
 from rlr_trainer.rollouts.prompts import PromptRow
+from rlr_trainer.schedules import SamplerOptions, make_schedule
 from rlr_trainer.training import running
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
@@ -290,9 +291,59 @@ def test_rlr_black_box_puts_its_noise_in_the_first_third(make_trainer):
     assert wider.plan.scored_steps() == [1, 2, 3]
 
 
+def test_flow_grpo_and_mixgrpo_sample_as_published(make_trainer):
+    flow = digits.load_pipeline("digits-flow")
+    trainer = make_trainer(estimator="flow_grpo", sample_num_steps=5, sd_pipeline=flow)
+    config = trainer.args
+    assert (config.sampler, config.kl_coef, config.clip_range) == ("flow_sde", 0.04, 1e-4)
+    at_0_7 = make_schedule(flow.scheduler, SamplerOptions(5, 0.7, "flow_sde", 4))
+    assert trainer.parts.schedule.stds == at_0_7.stds
+    assert (trainer.plan.scored_steps(), config.advantage_name, config.advantage_limit) == ([0, 1, 2, 3], "normalize", 5.0)
+    published = RLRConfig(output_dir="x", use_cpu=True, estimator="mixgrpo", sample_num_steps=25)
+    assert published.noise_windows == [(start, start + 3) for start in range(22)]
+    assert (published.noise_window_rollouts, published.noise_window_stride, published.kl_coef) == (25, 1, None)
+    own = RLRConfig(output_dir="x", use_cpu=True, estimator="mixgrpo", noise_window="random", sample_num_steps=10)
+    assert own.noise_windows == [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
+@pytest.mark.parametrize("estimator", ["flow_grpo", "mixgrpo"])
+def test_presets_of_flow_models_elsewhere(make_trainer, estimator):
+    with pytest.raises(
+        ValueError, match=r"sampler='flow_sde' does not fit the pipeline's \w+; set sampler to one that does: ddim, ddpm"
+    ):
+        make_trainer(estimator=estimator)
+    assert make_trainer(estimator=estimator, sampler="ddim").plan.scored_steps() == ([0, 1, 2] if estimator == "flow_grpo" else [0])
+
+
+def test_every_window_is_checked_before_the_run(make_trainer):
+    """The last step of Flow-CPS adds no noise, which the last of the windows would need."""
+    options = {"estimator": "ddpo", "noise_steps": 1, "silent_estimator": "none", "noise_window": "progressive"}
+    options["sd_pipeline"] = digits.load_pipeline("digits-flow")
+    with pytest.raises(ValueError, match=r"noise_steps=\(3, 3\): sampler 'flow_cps' adds no noise in these steps"):
+        make_trainer(**options)
+    make_trainer(**options, noise_window_range=[0, 2])
+    with pytest.raises(PlanError, match=r"noise_window='random', noise in steps 1 to 1: step 0 of 4 adds no noise"):
+        make_trainer(estimator="draft", fo_steps=3, rest_estimator="lr", noise_steps=1, noise_window="random")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"noise_window": "moving"}, "noise_window='moving': must be one of fixed, random, progressive"),
+        ({"noise_window": "random"}, r"noise_steps=None with noise_window='random': must be the length .* between 1 and 4"),
+        ({"noise_window": "random", "noise_steps": [1, 2]}, r"noise_steps=\[1, 2\] with noise_window='random'"),
+        ({"noise_window": "progressive", "noise_steps": 5}, "noise_steps=5 with noise_window='progressive'"),
+        ({"noise_steps": 2, "noise_window_range": [0, 2]}, "with noise_window='fixed': has no effect.*'random' or 'progressive'"),
+        (
+            {"noise_steps": 2, "noise_window": "random", "noise_window_stride": 2},
+            "noise_window_stride=2 with noise_window='random': has no effect",
+        ),
+        (
+            {"noise_steps": 3, "noise_window": "random", "noise_window_range": [1, 2]},
+            r"noise_window_range=\[1, 2\]: .* between 0 and 3, .* room for a window of noise_steps=3",
+        ),
+        ({"noise_steps": 1, "noise_window": "random", "noise_window_range": [2, 4]}, r"noise_window_range=\[2, 4\]"),
+        ({"noise_window": "progressive", "noise_steps": 1, "noise_window_rollouts": 0}, "noise_window_rollouts=0"),
         ({"fo_steps": 5}, r"fo_steps=5: K must lie between 0 and the number of steps, 4"),
         ({"fo_steps": 2, "ho_length": 3}, "ho_length=3"),
         ({"fo_steps": 1, "ho_length": 1, "ho_start": [2, 3]}, "ho_start"),
