@@ -12,7 +12,7 @@ from typing import Any
 
 from rlr_trainer.diagnosis.choice import auto_fo_steps, auto_ho_length, auto_noise_steps, measuring
 from rlr_trainer.diagnosis.comparison import Comparison
-from rlr_trainer.diagnosis.plans import YOURS, Candidate, default_candidates
+from rlr_trainer.diagnosis.plans import YOURS, Candidate, default_candidates, sampling_candidates
 from rlr_trainer.diagnosis.result import Diagnosis, PlanRow, Recommendation
 from rlr_trainer.diagnosis.rows import about_reference, evaluate, notes_on_power, recommend
 from rlr_trainer.diagnosis.step_profile import VarianceProfile, measure_step_costs, start_profile
@@ -70,6 +70,7 @@ def diagnose(
             own = Candidate(YOURS, bench.plan, bench.configured_options)
             group_size = bench.options.group_size
             candidates, left_out = default_candidates(own, bench.stds, bench.batch_size, group_size, builder.differentiable)
+            candidates += sampling_candidates(own, bench.schedule, builder.differentiable)
             notes += left_out
         comparison = Comparison(builder, candidates)
         notes += comparison.run(batch, deadline, num_batches or MAX_ROUNDS)

@@ -21,6 +21,7 @@ class PlanRow:
 
     Attributes:
         name, options, is_yours: the plan, the options of `RLRConfig` that make it, whether it is the configured one.
+        sampled_otherwise: whether its options change the sampler: then its columns are relative to the gradient under that sampler.
         fo_steps, ho_length, fo_share: K (the largest, if random), h, and K / T.
         biases, only_smoothed: why it is biased by construction, and whether zeroth order's smoothing is the only reason.
         num_batches: updates measured.
@@ -37,6 +38,7 @@ class PlanRow:
     name: str
     options: dict[str, Any]
     is_yours: bool
+    sampled_otherwise: bool
     fo_steps: int
     ho_length: int
     fo_share: float

@@ -7,6 +7,7 @@ import torch
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits
 from rlr_trainer.diagnosis import auto_noise_steps, diagnose
+from rlr_trainer.diagnosis.plans import Candidate, sampling_candidates
 from rlr_trainer.diagnosis.step_profile import ProfileBuilder
 from rlr_trainer.diagnosis.windows import Window, choose_window, measured_windows
 from rlr_trainer.diagnosis.workbench import untouched
@@ -87,7 +88,9 @@ def test_a_chain_whose_last_step_adds_no_noise(tmp_path):
     assert trainer.parts.schedule.stds[-1] == 0
     _, windows = auto_noise_steps(trainer)
     assert [w.noise_steps for w in windows] == [1, 2, 3]
-    diagnosis = diagnose(trainer, num_batches=2, time_limit=600)
+    with untouched(trainer) as bench:
+        own = Candidate("yours", bench.plan, bench.configured_options)
+    diagnosis = diagnose(trainer, num_batches=2, time_limit=600, candidates=[own])
     assert diagnosis.settings["reference"] == "likelihood ratio (ddpo), without the share of 1 steps that add no noise"
     assert diagnosis.profile.lr_variance[-1] is None
     assert all(v > 0 for v in diagnosis.profile.lr_variance[:-1])
@@ -102,3 +105,35 @@ def test_no_noise_at_the_first_step(make_trainer):
         assert ProfileBuilder(bench, differentiable=False).plans["ho"] == EstimatorPlan(
             4, rest_estimator="lr", silent_estimator="none", silent_steps=(0, 1)
         )
+
+
+@pytest.mark.slow
+def test_candidates_with_other_noise_are_measured_against_their_own_gradient(make_trainer):
+    trainer = make_trainer(reward_function=ink, estimator="rlr", fo_steps=1)
+    with untouched(trainer) as bench:
+        own = Candidate("yours", bench.plan, bench.configured_options)
+        candidates = sampling_candidates(own, bench.schedule, differentiable=True)
+    assert [c.name for c in candidates] == ["rlr K=2, noise in 2 steps", "rlr_black_box", "yours, sample_eta=0.5"]
+    assert [sum(std > 0 for std in c.schedule.stds) for c in candidates] == [2, 2, 4]
+    diagnosis = diagnose(trainer, candidates=[own, *candidates], num_batches=3, time_limit=600)
+    assert {row.name for row in diagnosis.rows if row.sampled_otherwise} == {c.name for c in candidates}
+    assert [row.name for row in diagnosis.rows if row.is_yours] == ["yours"]
+    complete, partial = diagnosis.row("rlr K=2, noise in 2 steps"), diagnosis.row("rlr_black_box")
+    assert complete.is_unbiased
+    assert not partial.is_unbiased
+    assert 0 < partial.captured.value < 1  # the steps without noise are missing
+    assert complete.captured.value == pytest.approx(1, abs=0.5)
+    for c in candidates:  # what stands in the table can be put into a config; last, as a config makes accelerate's state anew
+        assert RLRConfig(use_cpu=True, sample_num_steps=4, **c.options).plan.on_noise(c.schedule.stds) == c.plan
+
+
+@pytest.mark.slow
+def test_no_share_is_told_of_other_noise_for_a_black_box(make_trainer):
+    trainer = make_trainer(reward_function=black_box, estimator="ddpo")
+    with untouched(trainer) as bench:
+        own = Candidate("yours", bench.plan, bench.configured_options)
+        candidates = sampling_candidates(own, bench.schedule, differentiable=False)
+    assert [c.name for c in candidates] == ["rlr_black_box", "yours, sample_eta=0.5"]
+    diagnosis = diagnose(trainer, candidates=[own, *candidates], num_batches=3, time_limit=600)
+    assert diagnosis.row("rlr_black_box").captured.value is None
+    assert diagnosis.row("rlr_black_box").std.value > 0
