@@ -36,7 +36,8 @@ def _left_out(num_steps: int) -> dict[str, Any]:
 _FLOW_SDE = {"sampler": "flow_sde"}  # at its default level, 0.7
 
 # "flow_grpo" is arXiv:2505.05470 with the settings of its SD 3.5 runs on GenEval and OCR: every step but the last, weight 0.04 of the
-# divergence (0.01 on PickScore). "mixgrpo" is arXiv:2507.21802: 4 of 25 steps, which move on by one after 25 rollouts; no divergence.
+# divergence (0.01 on PickScore). Their code divides the latter by a variance per unit of time, so that in nats it is 0.04 times the step's
+# duration, 1 / T on average. "mixgrpo" is arXiv:2507.21802: 4 of 25 steps, which move on by one after 25 rollouts; no divergence.
 # In "rlr" first order takes 30 % of the steps: the low-noise end, where the likelihood ratio is noisiest (docs/estimators.md has the
 # measurement). "rlr_black_box" puts the noise in the first 30 % alone: the last, low-noise steps make the likelihood ratio slow.
 PRESETS: dict[str, Preset] = {
@@ -51,7 +52,7 @@ PRESETS: dict[str, Preset] = {
     "ddpo": Preset(lambda t: {"rest_estimator": "lr"}, advantage="normalize", adv_clip_max=5.0),
     "flow_grpo": Preset(
         _left_out,
-        sampling=lambda t: {**_FLOW_SDE, "noise_steps": max(1, t - 1), "kl_coef": 0.04},
+        sampling=lambda t: {**_FLOW_SDE, "noise_steps": max(1, t - 1), "kl_coef": 0.04 / t},
         advantage="normalize",
         adv_clip_max=5.0,
     ),

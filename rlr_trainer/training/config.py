@@ -160,7 +160,7 @@ class RLRConfig(TrainingArguments):
     kl_coef: float | None = _option(
         None,
         "Weight of the Kullback-Leibler divergence from the reference policy (the model before LoRA, or a copy of it), in units of the "
-        "advantage per nat of the whole chain. 0 only logs the metric kl. Default: neither; flow_grpo: 0.04.",
+        "advantage per nat of the whole chain. 0 only logs the metric kl. Default: neither; flow_grpo: 0.04 / T.",
     )
     ema_decay: float | None = _option(
         None, "Decay of an average of the trained weights, which evaluation, pictures and the saved result then use. Default: none."

@@ -295,7 +295,7 @@ def test_flow_grpo_and_mixgrpo_sample_as_published(make_trainer):
     flow = digits.load_pipeline("digits-flow")
     trainer = make_trainer(estimator="flow_grpo", sample_num_steps=5, sd_pipeline=flow)
     config = trainer.args
-    assert (config.sampler, config.kl_coef, config.clip_range) == ("flow_sde", 0.04, 1e-4)
+    assert (config.sampler, config.kl_coef, config.clip_range) == ("flow_sde", pytest.approx(0.04 / 5), 1e-4)
     at_0_7 = make_schedule(flow.scheduler, SamplerOptions(5, 0.7, "flow_sde", 4))
     assert trainer.parts.schedule.stds == at_0_7.stds
     assert (trainer.plan.scored_steps(), config.advantage_name, config.advantage_limit) == ([0, 1, 2, 3], "normalize", 5.0)
