@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.pipelines import Layout, PipelineAdapter, Policy
+from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import Rewards
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
@@ -156,6 +157,7 @@ def tiny_run(
     eta: float = 1.0,
     first_steps: tuple[int, ...] = (),
     with_reference: bool = False,
+    with_old_policy: bool = False,
     rewards: dict[str, Any] | None = None,
     **options: Any,
 ) -> TinyRun:
@@ -172,8 +174,9 @@ def tiny_run(
     reference = None
     if with_reference:
         reference = ReferencePolicy(sampler.policy, False, own.device, torch.float32, own.accelerator.autocast)
+    old = OldPolicy(sampler.policy, plan.forward.decay, lambda: False) if plan.forward and with_old_policy else None
     size = RolloutOptions(7, batch_size, num_batches, group_size, offload)
     rule = advantages or AdvantageRule("leave_one_out", group_size=group_size)
-    collector = Collector(sampler, scorer, state, source, own, size, rule, reference)
-    updater = Updater(sampler, scorer, state, own, UpdateOptions(batch_size * num_batches, **options), reference)
+    collector = Collector(sampler, scorer, state, source, own, size, rule, reference, old)
+    updater = Updater(sampler, scorer, state, own, UpdateOptions(batch_size * num_batches, **options), reference, old)
     return TinyRun(sampler, scorer, collector, updater, state, own)

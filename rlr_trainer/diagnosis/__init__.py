@@ -53,7 +53,8 @@ def diagnose(
         candidates: plans to compare; None: the configured plan and the usual alternatives.
 
     Raises:
-        ValueError: more than one process; a limit that is not positive; a black-box reward on a chain with a step without noise.
+        ValueError: a loss on the forward process; more than one process; a limit that is not positive; a black-box reward on a chain with
+            a step without noise.
     """
     from rlr_trainer import __version__
 
@@ -61,6 +62,11 @@ def diagnose(
         raise ValueError(f"time_limit={time_limit}: must be a positive number of seconds")
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches={num_batches}: must be at least 1, or None for as many as the time allows")
+    if trainer.plan.forward is not None:
+        raise ValueError(
+            f"diagnose with estimator={trainer.args.estimator!r}: it measures estimates of the reward's gradient, step by step, and a loss on "
+            "the forward process is none; choose another estimator for the diagnosis"
+        )
     with measuring(trainer, time_limit) as (bench, deadline):
         deadline.report("first batch")
         builder, batch, black_box = start_profile(bench)

@@ -96,6 +96,10 @@ class Rollout:
         """The rollout of some rows; `rows` is an index tensor [M]."""
         return map_tensors(self, lambda t: t[rows.to(t.device)] if _has_rows(t, self) else t)
 
+    def sample_alone(self) -> Rollout:
+        """x_0 without the chain that led to it."""
+        return Rollout(self.latents[-1:], (), (), ())
+
     def to(self, device: torch.device | str) -> Rollout:
         """The same rollout on another device."""
         return map_tensors(self, lambda t: t.to(device))

@@ -21,6 +21,7 @@ class PlanDraw:
         score: float [R, T]; weight of the likelihood-ratio term of the step (0: none). A sub-chain has it at its end.
         prediction: float [R, T]; weight of the pathwise term through the one-step prediction.
         zeroth: bool [R, T]; the step is sampled with perturbed parameters.
+        forward: float [R, T]; weight of the loss on the forward process at the noise level of the step.
         first_order: bool [R, T]; the steps whose gradient belongs to the first-order part (for metrics).
         start: int [R]; first step of the sub-chain, -1 where there is none.
     """
@@ -29,6 +30,7 @@ class PlanDraw:
     score: Tensor
     prediction: Tensor
     zeroth: Tensor
+    forward: Tensor
     first_order: Tensor
     start: Tensor
 

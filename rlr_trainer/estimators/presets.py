@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from rlr_trainer.estimators.forward_process import ForwardProcess
+
 
 def _share(share: float, num_steps: int) -> int:
     return max(1, math.ceil(share * num_steps))
@@ -18,7 +20,7 @@ class Preset:
 
     Attributes:
         plan: number of steps T -> options of `EstimatorPlan`.
-        sampling: T -> other options of `RLRConfig`: how the chain is sampled, and the weight of the reference policy.
+        sampling: T -> other options of `RLRConfig`: how the chain is sampled, the weight of the reference policy, the clip range.
         advantage, adv_clip_max: the defaults of these options.
     """
 
@@ -67,4 +69,16 @@ PRESETS: dict[str, Preset] = {
     "full_bp": Preset(lambda t: {"fo_steps": t}),
     "sqdf": Preset(lambda t: {"rest_estimator": "prediction"}),
     "es": Preset(lambda t: {"rest_estimator": "zo"}),
+    "awm": Preset(
+        lambda t: {"forward": ForwardProcess.awm(t)},
+        sampling=lambda t: {"sampler": "ode", "clip_range": 1.0},
+        advantage="normalize",
+        adv_clip_max=5.0,
+    ),
+    "nft": Preset(
+        lambda t: {"forward": ForwardProcess.nft(t)},
+        sampling=lambda t: {"sampler": "ode", "clip_range": None},
+        advantage="normalize",
+        adv_clip_max=5.0,
+    ),
 }

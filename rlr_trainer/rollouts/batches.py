@@ -17,9 +17,9 @@ from rlr_trainer.pipelines import AnyConditioning
 from rlr_trainer.schedules import Schedule
 
 # What a stream of randomness is for; part of its seed.
-NOISE, CHOICES, PERTURBATIONS, EVALUATION, SHUFFLE, WINDOW = range(6)
+NOISE, CHOICES, PERTURBATIONS, EVALUATION, SHUFFLE, WINDOW, FORWARD = range(7)
 # What stays on the CPU, because only numbers of it are asked for.
-_SMALL = ("index", "rewards", "zeroth_advantage", "divergences", "draw", "perturbations")
+_SMALL = ("index", "rewards", "zeroth_advantage", "divergences", "draw", "perturbations", "noise_seeds")
 # What all samples of a rollout share.
 _SHARED = ("schedule",)
 
@@ -37,6 +37,7 @@ class SampledBatch:
         index: int [B], number of the sample in the rollout, over all processes.
         perturbations: of the zeroth-order steps; None if the plan has none.
         divergences: [B, T], of every step from the reference policy; None without one.
+        noise_seeds: int [B], of the noises of a loss on the forward process; None if the plan has none.
     """
 
     rollout: Rollout
@@ -48,6 +49,7 @@ class SampledBatch:
     index: Tensor
     perturbations: Perturbations | None = None
     divergences: Tensor | None = None
+    noise_seeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -20,10 +20,11 @@ from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.estimators.prediction import Predictions, control_terms
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps
+from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import RewardError
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
-from rlr_trainer.rollouts.batches import CHOICES, NOISE, PERTURBATIONS, WINDOW, RolloutSummary, SampledBatch, ScoredBatch
+from rlr_trainer.rollouts.batches import CHOICES, FORWARD, NOISE, PERTURBATIONS, WINDOW, RolloutSummary, SampledBatch, ScoredBatch
 from rlr_trainer.rollouts.predictions import predict
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts, PromptRow
@@ -66,6 +67,7 @@ class Collector:
         processes: of the run, which share the rollout.
         options, advantages: how much, and how rewards become advantages.
         reference: the reference policy, or None.
+        old_policy: the one that samples, where it is not the present one.
         windows: the schedules of the rollouts where each has noise in a window of its own; None where all have the sampler's.
     """
 
@@ -77,6 +79,7 @@ class Collector:
     options: RolloutOptions
     advantages: AdvantageRule
     reference: ReferencePolicy | None = None
+    old_policy: OldPolicy | None = None
     windows: NoiseWindows | None = None
 
     @property
@@ -202,7 +205,7 @@ class Collector:
         chain = self.sampler.chain(model, conditioning, schedule)
         choices = seeded_generator(seed, CHOICES, rollout_number, number)
         draw = plan.draw(total, choices, shared=True, start_probabilities=self.plan_state.start_probabilities())
-        perturbations, step_function = None, None
+        perturbations, step_function = None, None if self.old_policy is None else self.old_policy.steps_of(chain)
         if plan.uses_zeroth_order:
             of_batch = mix_seed(seed, PERTURBATIONS, rollout_number, number)
             everyone = Perturbations.assign(total, of_batch, plan.zo_scale, plan.zo_num_perturbations, plan.zo_antithetic)
@@ -210,7 +213,10 @@ class Collector:
             step_function = perturbed_steps(chain, chain.parameters(), draw.zeroth, perturbations)
         noise_index = index // 2 if self.paired else index
         generators = [seeded_generator(seed, NOISE, rollout_number, i) for i in noise_index.tolist()]
-        rollout = sample_chain(chain, size, generators, step_function=step_function, on_step=on_step)
+        rollout, seeds = sample_chain(chain, size, generators, step_function=step_function, on_step=on_step), None
+        if plan.forward is not None:
+            rollout = rollout.sample_alone()
+            seeds = torch.tensor([mix_seed(seed, FORWARD, rollout_number, i) for i in index.tolist()])
         return SampledBatch(
             rollout=rollout,
             schedule=schedule,
@@ -221,6 +227,7 @@ class Collector:
             index=index,
             perturbations=perturbations,
             divergences=None if self.reference is None else step_divergences(rollout, self.reference.steps_of(chain)),
+            noise_seeds=seeds,
         )
 
     def _take_prompts(self) -> list[PromptRow]:

@@ -80,7 +80,8 @@ class RLRConfig(TrainingArguments):
     # ---- estimator ----
     estimator: str = _option(
         "rlr",
-        "Preset plan: rlr, rlr_black_box, rlr_paper, ddpo, flow_grpo, mixgrpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md).",
+        "Preset plan: rlr, rlr_black_box, rlr_paper, ddpo, flow_grpo, mixgrpo, draft, alignprop, full_bp, sqdf, es, awm or nft "
+        "(docs/estimators.md).",
     )
     fo_steps: int | str | list[int] | tuple[int, int] | None = _option(
         None,
@@ -120,16 +121,26 @@ class RLRConfig(TrainingArguments):
     fo_weight: float | None = _option(None, "Factor on the first-order part; the sum is the gradient only at 1. Default: 1.")
     ho_weight: float | None = _option(None, "Factor on the half-order part. Default: 1.")
     rest_weight: float | None = _option(None, "Factor on the part of the remaining steps. Default: 1.")
+    forward_times: int | None = _option(
+        None,
+        "Noise levels at which awm and nft match every sample. Default: 6 for awm, 99 % of the steps for nft, as their authors.",
+    )
+    nft_beta: float | None = _option(None, "nft: how far its two implicit policies are from the old one. Default: 1.")
+    old_policy_decay: list[float] | str | tuple[float, float, float] | None = _option(
+        None,
+        "nft: [flat, rate, limit]: the old policy, which samples, keeps min(rate * (n - flat), limit) of itself after n updates, and takes the "
+        "rest from the trained one. Default: 0,0.001,0.5; its authors also use 75,0.0075,0.999.",
+    )
     recompute: str = _option("recursive", "recursive: memory of one step for any K and h; graph: one graph per segment.")
 
     # ---- reward and advantage ----
     advantage: str | None = _option(
         None,
-        "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for ddpo, flow_grpo, mixgrpo and "
-        "rlr_black_box.",
+        "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for ddpo, flow_grpo, mixgrpo, rlr_black_box, awm "
+        "and nft.",
     )
     adv_clip_max: float | None = _option(
-        None, "Limit of the advantage's magnitude. Default: none; 5 for ddpo, flow_grpo, mixgrpo and rlr_black_box."
+        None, "Limit of the advantage's magnitude. Default: none; 5 for ddpo, flow_grpo, mixgrpo, rlr_black_box, awm and nft."
     )
     reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
     reward_aggregation: str = _option(
@@ -153,7 +164,8 @@ class RLRConfig(TrainingArguments):
 
     # ---- policy-gradient updates ----
     clip_range: float | None = _option(
-        1e-4, "PPO clip range of the ratio of per-entry mean log-densities (as DDPO); none: unclipped."
+        1e-4,
+        "PPO clip range of the ratio of per-entry mean log-densities (as DDPO); none: unclipped. awm: 1 if unset; nft has no ratio.",
     )
     num_inner_epochs: int = _option(1, "Passes over each rollout.")
 
@@ -171,7 +183,7 @@ class RLRConfig(TrainingArguments):
     sampler: str = _option(
         "auto",
         "How the chain is sampled: ddim, ddpm, euler_ancestral, dpm_sde, lcm, tcd, scm, flow_cps, flow_sde, dance_sde or ode, on the time "
-        "steps of the pipeline's scheduler; auto: that of the scheduler, flow_cps for flow models (docs/samplers.md).",
+        "steps of the pipeline's scheduler; auto: that of the scheduler, flow_cps for flow models (docs/samplers.md). awm, nft: ode if unset.",
     )
     sample_eta: float | None = _option(
         None,
@@ -395,6 +407,7 @@ class RLRConfig(TrainingArguments):
         self.ho_start_weights = _numbers("ho_start_weights", self.ho_start_weights, float)
         if self.noise_steps != AUTO:
             self.noise_steps = _numbers("noise_steps", self.noise_steps, int)
+        self.old_policy_decay = _numbers("old_policy_decay", self.old_policy_decay, float)
         self.noise_window_range = _numbers("noise_window_range", self.noise_window_range, int)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -500,20 +513,45 @@ class RLRConfig(TrainingArguments):
                 f"{plan.scored_steps()[-1]} have no likelihood ratio. Set sample_eta above 0 (unset: the sampler's own), or cover every step by "
                 "first order (estimator='full_bp')"
             )
-        single = (
-            plan.rest_estimator == "lr" and plan.rest_num_steps is None and plan.ho_length <= 1 and not plan.uses_control_variate
-        )
-        if self.noise_steps == AUTO and not (single and plan.silent_estimator != "ho" and plan.fo_range[0] == plan.fo_range[1]):
-            raise PlanError(
-                f"noise_steps='auto' with estimator={self.estimator!r} ({plan}): windows are measured for plans of single likelihood-ratio "
-                "steps and first order; give a number, or choose rlr, rlr_black_box or ddpo without sub-chains, subsets of steps, a control "
-                "variate or half-order segments"
-            )
+        self._check_forward(plan)
+        self._check_auto_window(plan)
         if plan.uses_zeroth_order and self.updates_per_rollout > 1:
             raise ValueError(
                 f"a zeroth-order plan needs one update per rollout, but this has {self.updates_per_rollout}: set num_inner_epochs=1 "
                 "and sample_batch_size * sample_num_batches_per_epoch to the samples of one update"
             )
+
+    def _check_auto_window(self, plan: EstimatorPlan) -> None:
+        single = plan.rest_estimator == "lr" and plan.rest_num_steps is None and plan.ho_length <= 1
+        plain = plan.silent_estimator != "ho" and plan.fo_range[0] == plan.fo_range[1] and not plan.uses_control_variate
+        if self.noise_steps == AUTO and not (single and plain):
+            raise PlanError(
+                f"noise_steps='auto' with estimator={self.estimator!r} ({plan}): windows are measured for plans of single likelihood-ratio "
+                "steps and first order; give a number, or choose rlr, rlr_black_box or ddpo without sub-chains, subsets of steps, a control "
+                "variate or half-order segments"
+            )
+
+    def _check_forward(self, plan: EstimatorPlan) -> None:
+        """Refuses what a loss on the forward process would ignore."""
+        if plan.forward is None:
+            return
+        name = f"estimator={self.estimator!r}"
+        refuse(
+            (self.kl_coef is not None, f"kl_coef={self.kl_coef} with {name}: its chain has no density; leave kl_coef unset"),
+            (
+                self.recompute != "recursive",
+                f"recompute={self.recompute!r} with {name}: it has no chain to differentiate; leave it unset",
+            ),
+            (
+                plan.forward.loss == "nft" and self.clip_range is not None,
+                f"clip_range={self.clip_range} with {name}: it has no ratio to clip; leave clip_range unset",
+            ),
+            (
+                plan.forward.loss == "nft" and self.advantage_name not in NORMALIZING_ADVANTAGES,
+                f"advantage={self.advantage_name!r} with {name}: rewards become probabilities in units of their standard deviation; set "
+                "advantage to 'normalize' or 'per_prompt'",
+            ),
+        )
 
 
 def refuse(*conflicts: tuple[bool, str]) -> None:

@@ -26,6 +26,7 @@ from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared
 from rlr_trainer.persistence.weights import Weights
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
 from rlr_trainer.pipelines.average import WeightAverage
+from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import RewardFunction, Rewards
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
@@ -134,7 +135,7 @@ class Parts:
         self._place_frozen_modules(accelerator.device)
         self.average = self._make_average(accelerator)
         self.weights = Weights(self.adapter, self.use_lora, self.average)
-        self.reference = self._make_reference(accelerator)
+        self.reference, self.old_policy = self._make_reference(accelerator), self._make_old_policy(accelerator)
         self.sampler = Sampler(
             self.adapter,
             self.policy,
@@ -158,9 +159,9 @@ class Parts:
         )
         shared = self.sampler, self.scorer, self.plan_state
         self.collector = Collector(
-            *shared, self.prompts, self.processes, options, self.advantage_rule(), self.reference, self.windows
+            *shared, self.prompts, self.processes, options, self.advantage_rule(), self.reference, self.old_policy, self.windows
         )
-        self.updater = Updater(*shared, self.processes, self._update_options(accelerator), self.reference)
+        self.updater = Updater(*shared, self.processes, self._update_options(accelerator), self.reference, self.old_policy)
         eval_scorer = Scorer(self.adapter, self.layout, self.eval_rewards)
         self.evaluator = Evaluator(
             self.sampler.apart(), eval_scorer, self.processes, config.sample_batch_size, self.weights.averaged
@@ -179,8 +180,8 @@ class Parts:
         """What watches every run, in the order in which it must be told. `fixed_samples` makes the pictures that `trackers` get."""
         every, files, termination = self.config.log_images_steps, self.run_files, self.termination
         log = SampleLog(fixed_samples, every, lambda: files.seconds, trackers, lambda: termination.stopped)
-        average = [self.average] if self.average is not None else []
-        return [*average, *([log] if self.config.num_log_images else []), files, termination]
+        followers = [follower for follower in (self.average, self.old_policy) if follower is not None]
+        return [*followers, *([log] if self.config.num_log_images else []), files, termination]
 
     def choose(self, **chosen: int) -> None:
         """Takes up the configured plan, with values that were chosen for "auto"."""
@@ -202,6 +203,8 @@ class Parts:
             self.chosen.clear()
             self.reasons.clear()
             self.choose()
+        if self.old_policy is not None:
+            self.old_policy.forget()
         self.queue.fill([], [])
         self.metrics.values.clear()
         self.updater.reset()
@@ -330,6 +333,18 @@ class Parts:
         device, checkpointing = accelerator.device, bool(config.gradient_checkpointing)
         return ReferencePolicy(self.policy, self.use_lora, device, self._frozen_dtype, accelerator.autocast, checkpointing)
 
+    def _make_old_policy(self, accelerator: Any) -> OldPolicy | None:
+        """The policy that samples, where a loss on the forward process asks for it and it is not always the present one."""
+        forward = self.plan.forward
+        if forward is None or not (forward.averages or self.config.updates_per_rollout > 1):
+            return None
+        if any(getattr(accelerator.state, f"{kind}_plugin", None) is not None for kind in ("fsdp", "deepspeed")):
+            raise ValueError(
+                f"estimator={self.config.estimator!r} with FSDP or DeepSpeed: the old policy's sharded weights are not kept; use plain data "
+                "parallelism, or estimator='awm' with one update per rollout"
+            )
+        return OldPolicy(self.policy, forward.decay, lambda: bool(self.queue))
+
     def _update_options(self, accelerator: Any) -> UpdateOptions:
         config = self.config
         sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
@@ -338,6 +353,7 @@ class Parts:
         return UpdateOptions(
             samples=config.per_device_train_batch_size * config.gradient_accumulation_steps,
             clip_range=config.clip_range,
+            advantage_limit=config.advantage_limit,
             kl_coef=config.kl_coef,
             recompute=config.recompute,
             half_precision=config.fp16,
@@ -355,6 +371,7 @@ class Parts:
             "pictures": self.pictures,
             "statistics": self.statistics,
             "average": self.average,
+            "old_policy": self.old_policy,
         }
         return {name: part for name, part in parts.items() if part is not None}
 

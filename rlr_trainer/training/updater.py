@@ -14,12 +14,14 @@ from torch.distributed.tensor import DTensor
 
 from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.divergence import Penalty
+from rlr_trainer.estimators.forward_process import Matching, MatchingResult
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE
 from rlr_trainer.estimators.sweep import Feedback, Sweep, SweepResult
 from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.pipelines import PipelineChain
+from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rollouts.batches import ScoredBatch
 from rlr_trainer.rollouts.processes import Processes
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # (surrogate of one backward pass, whether it ends the update) -> what the gradients were multiplied by
 Backward = Callable[[Tensor, bool], float]
+# (steps of one backward pass, whether it is the micro-batch's last) -> its context
+Scope = Callable[[list[int], bool], contextlib.AbstractContextManager]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,7 @@ class UpdateOptions:
     Attributes:
         samples: of one update, per process.
         clip_range: of the ratio, once the weights are not those that sampled; None is unclipped.
+        advantage_limit: of the advantage's magnitude, for losses on the forward process.
         kl_coef: weight of the divergence from the reference policy; None or 0 for none.
         recompute: see `Sweep`.
         half_precision: fp16, where rewards of predictions get a loss scale.
@@ -48,6 +53,7 @@ class UpdateOptions:
 
     samples: int
     clip_range: float | None = None
+    advantage_limit: float | None = None
     kl_coef: float | None = None
     recompute: str = "recursive"
     half_precision: bool = False
@@ -69,9 +75,10 @@ class Updater:
         processes: Processes,
         options: UpdateOptions,
         reference: ReferencePolicy | None = None,
+        old_policy: OldPolicy | None = None,
     ) -> None:
         self.sampler, self.scorer, self.plan_state, self.processes = sampler, scorer, plan_state, processes
-        self.options, self.reference = options, reference
+        self.options, self.reference, self.old_policy = options, reference, old_policy
         self._params: Mapping[str, nn.Parameter] = sampler.policy.trainable_parameters()
         self._meter = GradientMeter(self._params)
         self._zeroth: dict[str, Tensor] = {}
@@ -135,15 +142,20 @@ class Updater:
                 if not ends:
                     stack.enter_context(self.processes.accelerator.no_sync(model))
                 if self.options.measure_parts:
-                    part = "fo" if bool(is_first_order[:, steps[-1]].any()) else "ho"
+                    part = "forward" if self.plan.forward else "fo" if bool(is_first_order[:, steps[-1]].any()) else "ho"
                     stack.enter_context(self._meter.measuring(steps[0], part, factor))
                 yield
 
+        def differentiate(surrogate: Tensor) -> float:
+            return backward(_with_graph(surrogate), ends)
+
+        if self.plan.forward is not None:
+            return self._metrics(batch, self._matching(chain, differentiate, scope, on_policy, batch), clip_range)
         sweep = Sweep.of_plan(
             self.plan,
             chain,
             chain.parameters(),
-            lambda surrogate: backward(_with_graph(surrogate), ends),
+            differentiate,
             self.scorer.differentiable(batch.prompts, batch.metadata),
             reward_loss_scale=FP16_LOSS_SCALE if self.options.half_precision else 1.0,
             scope=scope,
@@ -153,6 +165,25 @@ class Updater:
         )
         result = sweep.run(batch.rollout, batch.draw, self._feedback(chain, batch))
         return self._metrics(batch, result, clip_range)
+
+    def _matching(
+        self, chain: PipelineChain, backward: Callable[[Tensor], float], scope: Scope, on_policy: bool, batch: ScoredBatch
+    ) -> MatchingResult:
+        """The gradient of a loss on the forward process, of a micro-batch."""
+        forward, old, live, limit = self.plan.forward, self.old_policy, chain.parameters(), self.options.advantage_limit
+        assert forward is not None and batch.noise_seeds is not None
+        matching = Matching(
+            forward,
+            chain.forward_schedule,
+            lambda step, x: chain.output(step, x, live),
+            None if old is None or (on_policy and not forward.averages) else old.output_of(chain),
+            backward,
+            scope,
+            1.0 if limit is None else limit,
+            None if on_policy else self.options.clip_range,
+        )
+        share = torch.where(batch.scale == 0, 0.0, self._share)  # without a reward a sample says nothing
+        return matching.run(batch.rollout.sample, batch.draw.forward, batch.advantage, share, batch.noise_seeds)
 
     def finish(self, batch: ScoredBatch, factor: float = 1.0, where: str = "the update") -> dict[str, float]:
         """Completes the update after its last micro-batch, `batch`: adds the zeroth-order part, times `factor`, to `.grad`.
@@ -199,6 +230,8 @@ class Updater:
     def _has_signal(self, batch: ScoredBatch) -> bool:
         """Whether the rewards of a micro-batch ask for any change by backward passes."""
         gradient = batch.reward_gradient
+        if self.plan.forward is not None:
+            return bool((batch.advantage.abs() > 1e-5).any())  # NFT's r rounds much smaller ones to one half
         scored = bool(batch.draw.score.any()) and bool(batch.advantage.any())
         return scored or (self.plan.fo_range[0] > 0 and gradient is not None and bool(gradient.any()))
 
@@ -217,7 +250,7 @@ class Updater:
             penalty=penalty,
         )
 
-    def _metrics(self, batch: ScoredBatch, result: SweepResult, clip_range: float | None) -> dict[str, float]:
+    def _metrics(self, batch: ScoredBatch, result: SweepResult | MatchingResult, clip_range: float | None) -> dict[str, float]:
         objective = result.objective
         if self.plan.fo_range[1] > 0:
             objective += float(batch.rewards.nansum()) * self._share
