@@ -23,7 +23,7 @@ from rlr_trainer.training.trl import names as replaced
 logger = logging.getLogger(__name__)
 
 NORMALIZING_ADVANTAGES = ("normalize", "per_prompt")
-AUTO = "auto"  # value of fo_steps and ho_length: measure and choose
+AUTO = "auto"  # value of noise_steps, fo_steps and ho_length: measure and choose
 CHOICES = {
     "recompute": ("recursive", "graph", "keep", "auto"),
     "noise_window": NOISE_WINDOWS,
@@ -196,8 +196,9 @@ class RLRConfig(TrainingArguments):
     )
     noise_steps: list[int] | str | int | tuple[int, int] | None = _option(
         None,
-        "Steps that add noise: n for the first n, or [first, last]; the others are deterministic. Default: all; rlr_black_box: the first "
-        "three of ten; flow_grpo: all but the last; mixgrpo: 4 of 25.",
+        "Steps that add noise: n for the first n, [first, last], or 'auto' to choose n, and with fo_steps='auto' K, by a measurement that costs "
+        "about five updates; the others are deterministic. Default: all; rlr_black_box: the first three of ten; flow_grpo: all but the last; "
+        "mixgrpo: 4 of 25.",
     )
     noise_window: str = _option(
         "fixed",
@@ -333,9 +334,13 @@ class RLRConfig(TrainingArguments):
 
     @property
     def sampler_options(self) -> SamplerOptions:
-        """How the chain is sampled."""
-        noise_steps: Any = self.noise_steps if self.noise_window == "fixed" else self.noise_windows[0]
-        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, noise_steps)
+        """How the chain is sampled, see `make_sampler_options`."""
+        return self.make_sampler_options()
+
+    def make_sampler_options(self, **chosen: Any) -> SamplerOptions:
+        """How the chain is sampled, with the `noise_steps` of `chosen`; while they are "auto" and not chosen, every step adds noise."""
+        noise_steps = chosen.get("noise_steps", self.noise_steps) if self.noise_window == "fixed" else self.noise_windows[0]
+        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, None if noise_steps == AUTO else noise_steps)
 
     @property
     def noise_windows(self) -> list[tuple[int, int]]:
@@ -405,7 +410,8 @@ class RLRConfig(TrainingArguments):
         if self.ho_start not in NAMED_STARTS:
             self.ho_start = _numbers("ho_start", self.ho_start, int)
         self.ho_start_weights = _numbers("ho_start_weights", self.ho_start_weights, float)
-        self.noise_steps = _numbers("noise_steps", self.noise_steps, int)
+        if self.noise_steps != AUTO:
+            self.noise_steps = _numbers("noise_steps", self.noise_steps, int)
         self.old_policy_decay = _numbers("old_policy_decay", self.old_policy_decay, float)
         self.noise_window_range = _numbers("noise_window_range", self.noise_window_range, int)
         for name, choices in CHOICES.items():
@@ -515,10 +521,21 @@ class RLRConfig(TrainingArguments):
         self._check_forward(plan)
         if self.recompute == "keep" and (reason := keeping.obstacle(self, plan)):
             raise ValueError(f"recompute='keep' with {reason}, or set recompute='recursive'")
+        self._check_auto_window(plan)
         if plan.uses_zeroth_order and self.updates_per_rollout > 1:
             raise ValueError(
                 f"a zeroth-order plan needs one update per rollout, but this has {self.updates_per_rollout}: set num_inner_epochs=1 "
                 "and sample_batch_size * sample_num_batches_per_epoch to the samples of one update"
+            )
+
+    def _check_auto_window(self, plan: EstimatorPlan) -> None:
+        single = plan.rest_estimator == "lr" and plan.rest_num_steps is None and plan.ho_length <= 1
+        plain = plan.silent_estimator != "ho" and plan.fo_range[0] == plan.fo_range[1] and not plan.uses_control_variate
+        if self.noise_steps == AUTO and not (single and plain):
+            raise PlanError(
+                f"noise_steps='auto' with estimator={self.estimator!r} ({plan}): windows are measured for plans of single likelihood-ratio "
+                "steps and first order; give a number, or choose rlr, rlr_black_box or ddpo without sub-chains, subsets of steps, a control "
+                "variate or half-order segments"
             )
 
     def _check_forward(self, plan: EstimatorPlan) -> None:
