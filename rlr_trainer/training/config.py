@@ -124,7 +124,7 @@ class RLRConfig(TrainingArguments):
     rest_weight: float | None = _option(None, "Factor on the part of the remaining steps. Default: 1.")
     forward_times: int | None = _option(
         None,
-        "Noise levels at which awm and nft match every sample. Default: 6 for awm; for nft 0.99 of the steps, rounded down; both as their authors.",
+        "Noise levels at which awm and nft match every sample. Default, as their authors: 6 for awm; for nft 0.99 of the steps, rounded down.",
     )
     nft_beta: float | None = _option(None, "nft: how far its two implicit policies are from the old one. Default: 1.")
     old_policy_decay: list[float] | str | tuple[float, float, float] | None = _option(
