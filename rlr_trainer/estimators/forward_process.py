@@ -150,9 +150,10 @@ class ForwardSchedule(Protocol):
 
 @dataclasses.dataclass
 class MatchingResult:
-    """What was seen: the weighted surrogates summed over samples and steps, and step -> log-ratio [N] for AWM."""
+    """What was seen: the weighted surrogates summed over samples and steps, and step -> log-ratio [N] for AWM. It has no divergence."""
 
-    objective: float = 0.0
+    scored: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
+    divergence: float = 0.0
     log_ratios: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
 
@@ -194,7 +195,7 @@ class Matching:
             with self.scope([step], number == len(steps) - 1):
                 surrogate = self._surrogate(step, clean, advantage, draw_noises(clean, seeds, step), result)
                 total = (weights[:, step].to(surrogate) * share * surrogate).sum()
-                result.objective += float(total.detach())
+                result.scored = result.scored + total.detach()
                 self.backward(total)
         return result
 

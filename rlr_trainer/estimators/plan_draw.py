@@ -42,6 +42,14 @@ class PlanDraw:
         """The steps that any row differentiates, in the order of generation."""
         return (self.pathwise | (self.score != 0) | (self.prediction != 0)).any(0).nonzero()[:, 0].tolist()
 
+    def visited_steps(self, penalized: Sequence[bool] = ()) -> list[int]:
+        """The steps that a sweep differentiates: the active ones, and those on which there is a penalty (T of them, or none)."""
+        return sorted({*self.active_steps(), *(step for step, asked in enumerate(penalized) if asked)})
+
+    def carries(self, step: int) -> bool:
+        """Whether the adjoint of a step's input matters: to the step before, if that is pathwise for any row."""
+        return step > 0 and bool(self.pathwise[:, step - 1].any())
+
     def scored_steps(self) -> list[int]:
         """The steps that any row scores, in the order of generation."""
         return (self.score != 0).any(0).nonzero()[:, 0].tolist()

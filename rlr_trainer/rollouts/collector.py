@@ -16,15 +16,19 @@ from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.chain import mix_seed, sample_chain, seeded_generator
 from rlr_trainer.estimators.divergence import leave_one_out_to_go, step_divergences
 from rlr_trainer.estimators.first_order import NonDifferentiableRewardError
+from rlr_trainer.estimators.kept_steps import KeptSteps
 from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.estimators.prediction import Predictions, control_terms
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps
+from rlr_trainer.pipelines import PipelineChain
 from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import RewardError
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
 from rlr_trainer.rollouts.batches import CHOICES, FORWARD, NOISE, PERTURBATIONS, WINDOW, RolloutSummary, SampledBatch, ScoredBatch
+from rlr_trainer.rollouts.graph_keeping import GraphKeeping
 from rlr_trainer.rollouts.predictions import predict
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts, PromptRow
@@ -69,6 +73,8 @@ class Collector:
         reference: the reference policy, or None.
         old_policy: the one that samples, where it is not the present one.
         windows: the schedules of the rollouts where each has noise in a window of its own; None where all have the sampler's.
+        keeping: whether graphs are kept for the update.
+        penalized: whether the update has a penalty on every step with noise.
     """
 
     sampler: Sampler
@@ -81,6 +87,8 @@ class Collector:
     reference: ReferencePolicy | None = None
     old_policy: OldPolicy | None = None
     windows: NoiseWindows | None = None
+    keeping: GraphKeeping = dataclasses.field(default_factory=GraphKeeping)
+    penalized: bool = False
 
     @property
     def plan(self) -> EstimatorPlan:
@@ -213,7 +221,11 @@ class Collector:
             step_function = perturbed_steps(chain, chain.parameters(), draw.zeroth, perturbations)
         noise_index = index // 2 if self.paired else index
         generators = [seeded_generator(seed, NOISE, rollout_number, i) for i in noise_index.tolist()]
-        rollout, seeds = sample_chain(chain, size, generators, step_function=step_function, on_step=on_step), None
+        kept, seeds = self._kept_steps(chain, draw, size), None
+        if kept is not None:
+            params = chain.parameters()
+            step_function = kept.recording(lambda step, x: chain.transition(step, x, params))
+        rollout = sample_chain(chain, size, generators, step_function=step_function, on_step=on_step)
         if plan.forward is not None:
             rollout = rollout.sample_alone()
             seeds = torch.tensor([mix_seed(seed, FORWARD, rollout_number, i) for i in index.tolist()])
@@ -228,7 +240,15 @@ class Collector:
             perturbations=perturbations,
             divergences=None if self.reference is None else step_divergences(rollout, self.reference.steps_of(chain)),
             noise_seeds=seeds,
+            kept=kept,
         )
+
+    def _kept_steps(self, chain: PipelineChain, draw: PlanDraw, size: int) -> KeptSteps | None:
+        if self.keeping.keep is False:
+            return None
+        params, stds = chain.parameters(), chain.schedule.stds if self.penalized else ()
+        noise = chain.initial(size, seeded_generator(self.options.seed))  # to measure with
+        return self.keeping.steps_of(draw, stds, lambda step, x: chain.transition(step, x, params), noise)
 
     def _take_prompts(self) -> list[PromptRow]:
         """One row per sample of the rollout, over all processes."""

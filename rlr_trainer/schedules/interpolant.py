@@ -134,4 +134,4 @@ class InterpolantSchedule:
         """Mean [N, ...] and std (a scalar tensor) of the next latent."""
         clean, noise = self.clean_and_noise(step, x, output)
         mean = self.next_signal[step] * clean + self.direction[step] * noise
-        return mean, torch.tensor(self.stds[step], dtype=x.dtype, device=x.device)
+        return mean, torch.full((), self.stds[step], dtype=x.dtype, device=x.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlr_trainer.estimators.advantages import Advantages
+from rlr_trainer.estimators.chain import to_device
 from rlr_trainer.estimators.divergence import Penalty
 from rlr_trainer.estimators.forward_process import Matching, MatchingResult
 from rlr_trainer.estimators.plan import EstimatorPlan
@@ -27,7 +28,7 @@ from rlr_trainer.rollouts.batches import ScoredBatch
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
-from rlr_trainer.training.meters import GradientMeter
+from rlr_trainer.training.meters import GradientMeter, squared_norms
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class Updater:
         """
         chain = self.sampler.chain(model, batch.conditioning, batch.schedule)
         clip_range = None if on_policy else self.options.clip_range
-        is_first_order = batch.draw.first_order
+        is_first_order: list[bool] = batch.draw.first_order.any(0).tolist()
         ends = ends_update  # whether the present backward pass ends the update
 
         @contextlib.contextmanager
@@ -142,7 +143,7 @@ class Updater:
                 if not ends:
                     stack.enter_context(self.processes.accelerator.no_sync(model))
                 if self.options.measure_parts:
-                    part = "forward" if self.plan.forward else "fo" if bool(is_first_order[:, steps[-1]].any()) else "ho"
+                    part = "forward" if self.plan.forward else "fo" if is_first_order[steps[-1]] else "ho"
                     stack.enter_context(self._meter.measuring(steps[0], part, factor))
                 yield
 
@@ -163,7 +164,7 @@ class Updater:
             clip_range=clip_range,
             mean_density=True,
         )
-        result = sweep.run(batch.rollout, batch.draw, self._feedback(chain, batch))
+        result = sweep.run(batch.rollout, batch.draw, self._feedback(chain, batch), batch.kept)
         return self._metrics(batch, result, clip_range)
 
     def _matching(
@@ -204,7 +205,7 @@ class Updater:
             for name, term in self._zeroth.items():
                 gradient = self._params[name].grad
                 self._params[name].grad = factor * term if gradient is None else gradient.add_(term, alpha=factor)
-            norms["zo"] = sum(float(term.square().sum()) for term in self._zeroth.values()) ** 0.5
+            norms["zo"] = sum(squared_norms(self._zeroth)) ** 0.5
             self._zeroth = {}
         if abs(factor) == 1:  # with a loss scale an overflow is usual: the scaler skips the update and lowers the scale
             check_norm(self.sampler.policy.trainable_parameters(), where)
@@ -251,17 +252,19 @@ class Updater:
         )
 
     def _metrics(self, batch: ScoredBatch, result: SweepResult | MatchingResult, clip_range: float | None) -> dict[str, float]:
-        objective = result.objective
-        if self.plan.fo_range[1] > 0:
-            objective += float(batch.rewards.nansum()) * self._share
-        metrics = {"loss": -objective * self.options.samples / len(batch)}  # as if the micro-batch were the whole update
+        numbers: dict[str, Tensor] = {"objective": result.scored, "divergence": torch.as_tensor(result.divergence)}
         if result.log_ratios:
             ratio = torch.stack(list(result.log_ratios.values())).exp()  # [scored steps, B]
             deviation = (ratio - 1).abs()
-            metrics["ratio/mean"] = float(ratio.mean())
-            metrics["ratio/max_abs_dev"] = float(deviation.max())
-            metrics["clip_ratio"] = float((deviation > clip_range).float().mean()) if clip_range else 0.0
-        return metrics
+            numbers["ratio/mean"], numbers["ratio/max_abs_dev"] = ratio.mean(), deviation.max()
+            numbers["clip_ratio"] = (deviation > clip_range).float().mean() if clip_range else torch.zeros(())
+        # one question to the device for all of them
+        told = torch.stack([to_device(number, self.processes.device) for number in numbers.values()]).tolist()
+        metrics = dict(zip(numbers, told, strict=True))
+        objective = metrics.pop("objective") + metrics.pop("divergence")
+        if self.plan.fo_range[1] > 0:
+            objective += float(batch.rewards.nansum()) * self._share
+        return {"loss": -objective * self.options.samples / len(batch), **metrics}  # as if the micro-batch were the whole update
 
 
 def _with_graph(surrogate: Tensor) -> Tensor:

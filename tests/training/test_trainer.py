@@ -447,16 +447,63 @@ def test_fp16_needs_an_accelerator(make_trainer):
 
 def test_auto_chooses_before_the_first_update_and_keeps_it(make_trainer, pipeline, monkeypatch, caplog):
     options = {"fo_steps": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    monkeypatch.setattr(running, "_measured", lambda trainer, name: {"fo_steps": 3}[name])
+    monkeypatch.setattr(running, "_measured", lambda trainer, name: ({name: 3}, "for a test"))
     trainer = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
     trainer.train()
     assert trainer.plan.fo_steps == 3
     assert trainer.args.fo_steps == "auto"
-    assert "fo_steps='auto': chose K = 3 of 4 steps" in caplog.text
+    assert "fo_steps='auto': chose fo_steps = 3 of 4 steps" in caplog.text
     resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
     monkeypatch.setattr(running, "_measured", lambda *arguments: pytest.fail("chose anew"))
     resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-1"))
     assert resumed.plan == trainer.plan
+
+
+def test_a_noise_window_is_chosen_with_k_and_lasts(make_trainer, pipeline, monkeypatch, caplog):
+    options = {"noise_steps": "auto", "fo_steps": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    seen = []
+
+    def measured(trainer, name):
+        seen.append((name, trainer.parts.schedule.stds))
+        return {"noise_steps": 2, "fo_steps": 2}, "for a test"
+
+    monkeypatch.setattr(running, "_measured", measured)
+    trainer = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
+    trainer.train()
+    ((name, stds),) = seen  # K is not asked for again
+    assert name == "noise_steps"
+    assert all(stds)  # every step of the measured chain has noise
+    for sampler in (trainer.parts.sampler, trainer.parts.evaluator.sampler):
+        assert sampler.schedule.stds == (*stds[:2], 0.0, 0.0)
+    assert trainer.plan.fo_steps == 2
+    assert "noise_steps='auto': chose noise_steps = 2, fo_steps = 2 of 4 steps, for a test" in caplog.text
+    output = Path(trainer.args.output_dir)
+    assert json.loads((output / "run.json").read_text())["chosen"]["noise_steps"] == {"value": 2, "reason": "for a test"}
+    assert json.loads((output / "checkpoint-1" / "rlr_config.json").read_text())["noise_steps"] == 2  # for `rlr-trainer sample`
+    resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
+    monkeypatch.setattr(running, "_measured", lambda *arguments: pytest.fail("chose anew"))
+    resumed.train(resume_from_checkpoint=str(output / "checkpoint-1"))
+    assert resumed.plan == trainer.plan
+    assert resumed.parts.sampler.schedule.stds == trainer.parts.sampler.schedule.stds
+    monkeypatch.setattr(running, "_measured", measured)
+    trainer.train()  # anew: measured anew, on a chain with noise in all steps
+    assert seen[1] == seen[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "es"},
+        {"ho_length": 2},
+        {"control_variate": True},
+        {"rest_num_steps": 1},
+        {"silent_estimator": "ho"},
+        {"estimator": "draft"},
+    ],
+)
+def test_windows_are_measured_for_plans_that_have_one(options):
+    with pytest.raises(PlanError, match="noise_steps='auto' with estimator=.*give a number"):
+        RLRConfig(use_cpu=True, noise_steps="auto", **options)
 
 
 def test_auto_sub_chain_length_needs_a_budget():
