@@ -206,7 +206,7 @@ def run_table(model: str, size: Size, device: torch.device, time_limit: float, s
 
 
 def _expected_seconds(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
-    """By the same plan with fewer steps, else by no more than what has been spent."""
+    """By the same plan with fewer steps; 0 where there is none, so the first rows of a table can overrun the limit."""
     same = [r for r in rows if (r["plan"], r["recompute"]) == (row["plan"], row["recompute"])]
     return max((r["seconds"] * row["T"] / r["T"] for r in same if "seconds" in r), default=0.0)
 
