@@ -64,6 +64,12 @@ PLANS: dict[str, dict[str, Any]] = {
     "mixgrpo, window moves every 4 rollouts": {"estimator": "mixgrpo", "noise_window_rollouts": 4},
     "rlr_black_box, random window": {"estimator": "rlr_black_box", "noise_window": "random"},
     "es": {"estimator": "es"},
+    "awm": {"estimator": "awm"},
+    "awm, lr 1e-2": {"estimator": "awm", "learning_rate": 1e-2},
+    "awm, 4 times, lr 1e-2": {"estimator": "awm", "forward_times": 4, "learning_rate": 1e-2},
+    "nft": {"estimator": "nft"},
+    "nft, lr 1e-2": {"estimator": "nft", "learning_rate": 1e-2},
+    "nft, 4 times, lr 1e-2": {"estimator": "nft", "forward_times": 4, "learning_rate": 1e-2},
 }
 TARGET = 7
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.pipelines import Layout, PipelineAdapter, Policy
+from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import Rewards
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
 from rlr_trainer.rollouts.collector import Collector, RolloutOptions
+from rlr_trainer.rollouts.graph_keeping import GraphKeeping
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import FunctionPrompts
 from rlr_trainer.rollouts.sampler import Sampler
@@ -156,7 +158,9 @@ def tiny_run(
     eta: float = 1.0,
     first_steps: tuple[int, ...] = (),
     with_reference: bool = False,
+    with_old_policy: bool = False,
     rewards: dict[str, Any] | None = None,
+    keeping: GraphKeeping | None = None,
     **options: Any,
 ) -> TinyRun:
     """The parts of a trainer; `options` are those of `UpdateOptions`, `rewards` those of `Rewards`."""
@@ -172,8 +176,11 @@ def tiny_run(
     reference = None
     if with_reference:
         reference = ReferencePolicy(sampler.policy, False, own.device, torch.float32, own.accelerator.autocast)
+    old = OldPolicy(sampler.policy, plan.forward.decay, lambda: False) if plan.forward and with_old_policy else None
     size = RolloutOptions(7, batch_size, num_batches, group_size, offload)
     rule = advantages or AdvantageRule("leave_one_out", group_size=group_size)
-    collector = Collector(sampler, scorer, state, source, own, size, rule, reference)
-    updater = Updater(sampler, scorer, state, own, UpdateOptions(batch_size * num_batches, **options), reference)
+    penalized = bool(options.get("kl_coef"))
+    shared = sampler, scorer, state, source, own, size, rule, reference, old
+    collector = Collector(*shared, keeping=keeping or GraphKeeping(False), penalized=penalized)
+    updater = Updater(sampler, scorer, state, own, UpdateOptions(batch_size * num_batches, **options), reference, old)
     return TinyRun(sampler, scorer, collector, updater, state, own)

@@ -1,4 +1,4 @@
-"""Chooses K (fo_steps="auto") and h (ho_length="auto") from measurements: the rules, and what measures for them."""
+"""Chooses a noise window, K and h ("auto" in noise_steps, fo_steps and ho_length) from measurements: the rules, and what measures for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlr_trainer.diagnosis.plans import LONG_FO_SHARE
-from rlr_trainer.diagnosis.step_profile import Deadline, VarianceProfile, build_profile, measure_step_costs
+from rlr_trainer.diagnosis.step_profile import (
+    Deadline,
+    VarianceProfile,
+    add_batches,
+    build_profile,
+    measure_step_costs,
+    start_profile,
+)
+from rlr_trainer.diagnosis.windows import Window, choose_window, measured_windows
 from rlr_trainer.diagnosis.workbench import Workbench, untouched
 
 # variances this close (relative) count as equal: measured from few batches they differ by as much by chance
@@ -37,6 +45,39 @@ def auto_fo_steps(trainer: Any, *, num_batches: int = 16, time_limit: float = AU
     if not possible:
         raise ValueError(_too_few("fo_steps", profile, time_limit))
     return choose_fo_steps(variances, max(possible[0], int(LONG_FO_SHARE * (len(variances) - 1))))
+
+
+def auto_noise_steps(trainer: Any, *, time_limit: float = AUTO_SECONDS) -> tuple[Window, list[Window]]:
+    """Which of the first steps should add noise, and with them K (`choose_window`); and the windows that it was chosen from.
+
+    K is that of the plan; where `fo_steps` is "auto" it is T - n, so that every step is covered, and at most half of the chain. A plan
+    without `silent_estimator` leaves no step out either. The measurement costs about five updates: a batch of a differentiable reward, on
+    which both kinds of share are measured, counts as two.
+
+    Args:
+        trainer: the `RLRTrainer`. Black-box rewards are welcome.
+        time_limit: seconds after which it ends, but not before two batches.
+
+    Raises:
+        ValueError: the first step adds no noise; no window fits the plan; more than one process.
+    """
+    with measuring(trainer, time_limit) as (bench, deadline):
+        builder, batch, _ = start_profile(bench)
+        add_batches(builder, batch, deadline, 2 if builder.differentiable else 4, least=2)
+    chosen_k, plan = trainer.args.fo_steps == "auto", bench.plan
+    covers_all = chosen_k and builder.differentiable
+    limit = LONG_FO_SHARE * plan.num_steps if covers_all else plan.num_steps
+    windows = [
+        window
+        for window in measured_windows(builder, batch.reward_seconds)
+        if window.fo_steps <= limit and (window.covered == plan.num_steps or not (covers_all or plan.silent_estimator is None))
+    ]
+    if not windows:
+        raise ValueError(
+            f"noise_steps='auto': no window of the first steps fits the plan ({plan}) on a chain whose steps add noise of {bench.stds}; set "
+            "silent_estimator='none' to allow steps that are left out, or give noise_steps"
+        )
+    return choose_window(windows), windows
 
 
 def auto_ho_length(

@@ -30,6 +30,7 @@ class Measured:
     is_composed: bool  # put together from the per-step shares that all such plans have in common
     control_scale: ControlVariateScale | None
     gradients: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # batch number -> update [P]
+    own_reference: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # of a sampler of its own; empty for the run's
     sweep_seconds: list[float] = dataclasses.field(default_factory=list)  # without sampling and reward
     sample_seconds: list[float] = dataclasses.field(default_factory=list)
     sweep_bytes: int = 0  # most memory of an update beyond weights and rollouts; 0: not measured
@@ -41,14 +42,15 @@ def is_composable(plan: EstimatorPlan) -> bool:
     low, high = plan.fo_range
     rest_lr = plan.rest_estimator == "lr" and plan.rest_num_steps is None and plan.ho_length <= 1 and not plan.control_variate
     rest_none = plan.rest_estimator == "none" and plan.ho_length == 0
-    return low == high and (rest_lr or rest_none) and plan.fo_weight == plan.ho_weight == plan.rest_weight == 1
+    segments = plan.silent_estimator == "ho" and bool(plan.silent_steps)
+    return low == high and (rest_lr or rest_none) and not segments and plan.fo_weight == plan.ho_weight == plan.rest_weight == 1
 
 
 def compose(plan: EstimatorPlan, first_order: Tensor, ratio: Tensor) -> Tensor:
-    """The update [P] of a composable plan, from the shares of every step, [T, P]."""
+    """The update [P] of a composable plan, from the shares of every step, [T, P]. Steps without noise have no likelihood-ratio share."""
     before = plan.num_steps - plan.fo_range[0]
     update = first_order[before:].sum(0)
-    return update + ratio[:before].sum(0) if plan.rest_estimator == "lr" else update
+    return update + ratio[:before].nansum(0) if plan.rest_estimator == "lr" else update
 
 
 class Comparison:
@@ -61,7 +63,10 @@ class Comparison:
     def __init__(self, builder: ProfileBuilder, candidates: list[Candidate]) -> None:
         self.builder, self.bench = builder, builder.bench
         composes = self.bench.recompute == "recursive"  # otherwise time and memory would not be those of the plan
-        self.measured = [Measured(c, composes and is_composable(c.plan), self.bench.control_scale(c.plan)) for c in candidates]
+        self.measured = [
+            Measured(c, composes and c.schedule is None and is_composable(c.plan), self.bench.control_scale(c.plan))
+            for c in candidates
+        ]
         self.reference: dict[int, Tensor] = {}  # batch number -> update [P]
         self.rollout_bytes = 0
 
@@ -112,17 +117,25 @@ class Comparison:
         deadline.report(f"batch {batch.number + 1}, {entry.candidate.name}")
         fitted = scale is None or int(scale.counts.max()) >= FITTED
         with measuring_memory(self.bench.device) if warm_up else contextlib.nullcontext() as meter:
-            # a plan that perturbs parameters needs rollouts of its own, from the same noise
-            own = self.bench.collect(batch.number, plan) if plan.uses_zeroth_order else batch
+            own = self._batch_of(entry, batch)
             gradient, seconds = self.bench.update(plan, own, scale)
             if meter is not None:
                 entry.sweep_bytes = meter.peak()
+        if entry.candidate.schedule is not None and self.builder.differentiable:
+            entry.own_reference[batch.number] = self.bench.update(self.builder.reference, own)[0]
         if not warm_up:
             entry.sweep_seconds.append(seconds)
             entry.sample_seconds.append(own.sample_seconds)
         if fitted:
             entry.gradients[batch.number] = gradient
         entry.cost = self.bench.clock() - started
+
+    def _batch_of(self, entry: Measured, batch: Batch) -> Batch:
+        """The shared batch, or for a plan that perturbs parameters or is sampled otherwise one of its own, from the same noise."""
+        plan, schedule = entry.candidate.plan, entry.candidate.schedule
+        if schedule is None:
+            return self.bench.collect(batch.number, plan) if plan.uses_zeroth_order else batch
+        return self.bench.collect(batch.number, self.builder.reference if self.builder.differentiable else plan, schedule)
 
     def seconds(self, entry: Measured, costs: Mapping[str, StepCost]) -> float | None:
         """Wall time of one update: sampling, reward and backward sweep; medians. Of composed plans the sum of their steps' times."""
@@ -144,16 +157,25 @@ class Comparison:
 
     def products(self, entry: Measured) -> Products:
         """Of the updates of a candidate and of the reference on the same batches."""
-        updates = self.reference if entry.candidate.plan == self.builder.reference else entry.gradients
+        updates = self.reference if self.is_reference(entry) else entry.gradients
+        reference = entry.own_reference or self.reference
         if not updates:
             return Products.of(*torch.zeros(2, 0, self.bench.reader.size))
-        return Products.of(torch.stack(list(updates.values())), torch.stack([self.reference[number] for number in updates]))
+        return Products.of(torch.stack(list(updates.values())), torch.stack([reference[number] for number in updates]))
+
+    def is_reference(self, entry: Measured) -> bool:
+        """Whether it is what the others are compared with."""
+        return entry.candidate.plan == self.builder.reference and entry.candidate.schedule is None
+
+    def has_reference(self, entry: Measured) -> bool:
+        """Whether its share of a gradient can be told: not for a sampler of its own with a black-box reward."""
+        return entry.candidate.schedule is None or self.builder.differentiable
 
 
 def _steps_by_kind(plan: EstimatorPlan) -> dict[str, int]:
     """First-order and likelihood-ratio steps of a composable plan."""
     first = plan.fo_range[0]
-    return {"fo": first, "ho": plan.num_steps - first if plan.rest_estimator == "lr" else 0}
+    return {"fo": first, "ho": len(plan.scored_steps())}
 
 
 def _reward_kind(plan: EstimatorPlan) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
+from rlr_trainer.estimators.plan import PLAN_OPTIONS, EstimatorPlan, PlanError
+from rlr_trainer.schedules import Schedule
 
 YOURS = "yours"
 LONG_FO_SHARE = 0.5  # first-order steps on more than this share of the chain count as long; docs/diagnostics.md says why
@@ -15,11 +17,15 @@ LONG_FO_SHARE = 0.5  # first-order steps on more than this share of the chain co
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A plan under a short, unique name, with the options of `RLRConfig` that make it."""
+    """A plan under a short, unique name, with the options of `RLRConfig` that make it.
+
+    `schedule` is None where it is sampled as the run is; else the steps of a sampler that its options change.
+    """
 
     name: str
     plan: EstimatorPlan
     options: dict[str, Any]
+    schedule: Schedule | None = None
 
     @property
     def only_smoothed(self) -> bool:
@@ -35,6 +41,31 @@ def zeroth_order_options(given: Mapping[str, Any], batch_size: int, group_size: 
     largest = min(options["zo_num_perturbations"], directions)
     options["zo_num_perturbations"] = max(n for n in range(1, largest + 1) if directions % n == 0)
     return options
+
+
+def sampling_candidates(
+    own: Candidate, make_schedule: Callable[[Mapping[str, Any]], Schedule], differentiable: bool
+) -> list[Candidate]:
+    """Plans that need other noise than the run's: in a window, and at another level.
+
+    `make_schedule` takes `noise_steps` and `sample_eta`, and raises ValueError where the sampler cannot have them.
+    """
+    num_steps, found = own.plan.num_steps, []
+    half = math.ceil(0.5 * num_steps)
+    tail = {"estimator": "rlr", "fo_steps": num_steps - half, "ho_length": 1}
+    kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    if differentiable:
+        kinds[f"rlr K={num_steps - half}, noise in {half} steps"] = tail, {"noise_steps": half}
+    kinds["rlr_black_box"] = {"estimator": "rlr_black_box"}, {"noise_steps": math.ceil(0.3 * num_steps)}
+    eta = 0.25 if own.options.get("sample_eta") == 0.5 else 0.5
+    kinds[f"{YOURS}, sample_eta={eta}"] = own.options, {"sample_eta": eta}
+    for name, (options, sampling) in kinds.items():
+        with contextlib.suppress(ValueError):  # a sampler without such a window or level
+            schedule = make_schedule(sampling)
+            of_plan = {key: value for key, value in options.items() if key in PLAN_OPTIONS}
+            plan = EstimatorPlan.from_preset(options["estimator"], num_steps, **of_plan).on_noise(schedule.stds)
+            found.append(Candidate(name, plan, options | sampling, schedule))
+    return found
 
 
 def default_candidates(

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlr_trainer.diagnosis.statistics import MINIMUM_BATCHES, Estimate, RelativeBias
 from rlr_trainer.diagnosis.step_profile import StepCost, VarianceProfile
+from rlr_trainer.diagnosis.windows import Window, choose_window
 
 MEGABYTE = 2**20
 TIE = 2.0  # standard errors within which two plans count as equally good
@@ -20,6 +21,7 @@ class PlanRow:
 
     Attributes:
         name, options, is_yours: the plan, the options of `RLRConfig` that make it, whether it is the configured one.
+        sampled_otherwise: whether its options change the sampler: then its columns are relative to the gradient under that sampler.
         fo_steps, ho_length, fo_share: K (the largest, if random), h, and K / T.
         biases, only_smoothed: why it is biased by construction, and whether zeroth order's smoothing is the only reason.
         num_batches: updates measured.
@@ -36,6 +38,7 @@ class PlanRow:
     name: str
     options: dict[str, Any]
     is_yours: bool
+    sampled_otherwise: bool
     fo_steps: int
     ho_length: int
     fo_share: float
@@ -84,6 +87,7 @@ class Diagnosis:
     Attributes:
         rows: one per plan, most signal per second first.
         profile: noise of every step's share.
+        windows: noise in the first steps alone; empty where fewer than two batches were measured or the first step adds no noise.
         step_costs: time and memory of one step of each kind; see `measure_step_costs`.
         recommendation: what to use.
         settings, versions: what was measured, on what, with which packages.
@@ -92,6 +96,7 @@ class Diagnosis:
 
     rows: list[PlanRow]
     profile: VarianceProfile
+    windows: list[Window]
     step_costs: dict[str, StepCost]
     recommendation: Recommendation
     settings: dict[str, Any]
@@ -116,6 +121,8 @@ class Diagnosis:
     def table(self) -> str:
         """As text: the comparison, the steps, the recommendation."""
         lines = [*_align(_plan_cells(self.rows)), "", *LEGEND, "", *_align(_step_cells(self.profile)), ""]
+        if self.windows:
+            lines += [*_align(_window_cells(self.windows)), *WINDOW_LEGEND, ""]
         lines += [*_align(_cost_cells(self.step_costs)), "", self.recommendation.reason]
         lines += [f"- {remark}" for remark in [*self.recommendation.remarks, *self.notes]]
         return "\n".join(lines)
@@ -126,6 +133,12 @@ LEGEND = (
     "not tell. captured: share of the reference in the mean update. std: of one update (x?: mostly of a single batch). s, MB: of one",
     "update, memory beyond the weights. signal/s: squared signal-to-noise ratio gained per second; x yours: over that of the configured",
     "plan. n: updates measured.",
+)
+
+
+WINDOW_LEGEND = (
+    "K: first-order steps at the end. The variance is measured with noise in every step. x all: merit over that of the largest window with",
+    "the same K, if every covered step contributes the same share of the gradient's square, which is assumed, not measured.",
 )
 
 
@@ -154,6 +167,17 @@ def _step_cells(profile: VarianceProfile) -> list[list[str]]:
     totals = map(Estimate, profile.total_variance, profile.total_variance_error)
     lines = zip([*steps, [""] * 4], totals, strict=True)
     return [header] + [[*line, str(k), format_estimate(total)] for k, (line, total) in enumerate(lines)]
+
+
+def _window_cells(windows: list[Window]) -> list[list[str]]:
+    header = ["noise in the first", "K", "std", "s", "x all"]
+    chosen, cells = choose_window(windows), [header]
+    for window in windows:
+        widest = max((w for w in windows if w.fo_steps == windows[0].fo_steps), key=lambda w: w.noise_steps)
+        name = f"{window.noise_steps}{' (best)' if window is chosen else ''}"
+        numbers = (window.variance**0.5, window.seconds, window.merit / widest.merit)
+        cells.append([name, str(window.fo_steps), *map(_number, numbers)])
+    return cells
 
 
 def _cost_cells(costs: dict[str, StepCost]) -> list[list[str]]:

@@ -28,7 +28,7 @@ from rlr_trainer.diagnosis.statistics import (
     reference_square,
     total_variance,
 )
-from rlr_trainer.diagnosis.step_profile import StepCost
+from rlr_trainer.diagnosis.step_profile import ProfileBuilder, StepCost
 
 DETECTABLE = 0.5  # relative bias that must not go unseen where the report says "none seen"
 CONTRADICTION = 4.0  # standard errors of bias that it takes to doubt a plan which is unbiased by construction
@@ -51,19 +51,22 @@ def evaluate(comparison: Comparison, costs: Mapping[str, StepCost]) -> list[Plan
 def _row(comparison: Comparison, entry: Measured, costs: Mapping[str, StepCost]) -> PlanRow:
     candidate, plan = entry.candidate, entry.candidate.plan
     products, seconds = comparison.products(entry), comparison.seconds(entry, costs)
-    is_reference = plan == comparison.builder.reference
+    is_reference, comparable = comparison.is_reference(entry), comparison.has_reference(entry)
     by_construction = not plan.biases() or candidate.only_smoothed  # the captured share is known to be 1
     variance, square = jackknife(total_variance, products), jackknife(reference_square, products)
-    known = square if square.exceeds(GLIMPSED) else UNKNOWN
+    known = square if square.exceeds(GLIMPSED) and comparable else UNKNOWN
     share = EXACTLY_ONE if is_reference else UNKNOWN if known is UNKNOWN else jackknife(captured, products)
     bias = judge_bias(products, DETECTABLE, CONTRADICTION if by_construction else RESOLVED)
+    if not comparable:
+        bias = RelativeBias(None, None, None, "underpowered")
     if is_reference:
         bias = RelativeBias(None, None, 0.0, "reference")
     efficiency = product_of_powers((EXACTLY_ONE if by_construction else share, 2), (variance, -1), (Estimate(seconds, 0.0), -1))
     return PlanRow(
         name=candidate.name,
         options=candidate.options,
-        is_yours=plan == comparison.bench.plan,
+        is_yours=plan == comparison.bench.plan and candidate.schedule is None,
+        sampled_otherwise=candidate.schedule is not None,
         fo_steps=plan.fo_range[1],
         ho_length=plan.ho_length,
         fo_share=plan.fo_range[1] / plan.num_steps,
@@ -96,11 +99,19 @@ def about_reference(comparison: Comparison) -> dict[str, Any]:
     updates = torch.stack(list(comparison.reference.values()))
     square = jackknife(reference_square, Products.of(updates, updates))
     return {
-        "reference": "pathwise (full_bp)" if comparison.builder.differentiable else "likelihood ratio (ddpo)",
+        "reference": _reference_name(comparison.builder),
         "reference_batches": len(updates),
         "reference_norm": math.sqrt(square.value or 0.0) if square.exceeds(GLIMPSED) else None,
         "reference_resolved": square.resolved,
     }
+
+
+def _reference_name(builder: ProfileBuilder) -> str:
+    if builder.differentiable:
+        return "pathwise (full_bp)"
+    return "likelihood ratio (ddpo)" + (
+        f", without the share of {len(builder.silent)} steps that add no noise" if builder.silent else ""
+    )
 
 
 def notes_on_power(rows: Sequence[PlanRow], settings: Mapping[str, Any]) -> list[str]:
@@ -134,7 +145,9 @@ def recommend(rows: list[PlanRow]) -> Recommendation:
     Of plans that are equally good within the errors, the one with the fewest first-order steps. Biased plans are never chosen, nor long
     first order, whose risk (reward hacking) does not show in bias and variance; both are mentioned where they measured better.
     """
-    usable = [row for row in rows if row.efficiency.value is not None and row.num_batches >= MINIMUM_BATCHES]
+    usable = [
+        row for row in rows if row.efficiency.value is not None and row.num_batches >= MINIMUM_BATCHES and not row.sampled_otherwise
+    ]
     wrong = [row.name for row in usable if row.is_unbiased and row.bias.verdict == "biased"]
     sound = [row for row in usable if row.is_unbiased and row.name not in wrong]
     short = [row for row in sound if row.fo_share <= LONG_FO_SHARE]
@@ -160,6 +173,14 @@ def recommend(rows: list[PlanRow]) -> Recommendation:
         remarks.append(
             f"biased alternative: {row.name} has {_times(row, chosen)} and captures {format_estimate(row.captured)} of the gradient, but is "
             f"biased by construction ({'; '.join(row.biases)}); measured bias over the gradient's norm: {format_bias(row.bias)}"
+        )
+    other = [row for row in rows if row.sampled_otherwise and row.num_batches >= MINIMUM_BATCHES]
+    elsewhere = [row for row in other if _efficiency(row) > _efficiency(chosen)]
+    if elsewhere:
+        row = max(elsewhere, key=_efficiency)
+        remarks.append(
+            f"with other noise: {row.name} has {_times(row, chosen)}, each relative to the gradient of the pictures that its own sampler makes; "
+            f"the options are {', '.join(f'{name}={value!r}' for name, value in row.options.items())}"
         )
     if long or biased:
         remarks.append(HACKING)

@@ -103,18 +103,31 @@ class VarianceProfile:
 
 
 class ProfileBuilder:
-    """Takes in batches one by one; `reference` is the plan that others are compared with."""
+    """Takes in batches one by one.
+
+    Attributes:
+        reference: the plan that others are compared with: pathwise, or for a black box the likelihood ratio of the steps with noise.
+        windows: (n, K) of the plans with a likelihood ratio on the first n steps, which have noise, and first order on the last K.
+    """
 
     def __init__(self, bench: Workbench, differentiable: bool) -> None:
         self.bench, self.differentiable = bench, differentiable
         steps = bench.num_steps
-        # K below this would leave a step without noise to the likelihood ratio
-        self.fewest_fo = max((steps - step for step, std in enumerate(bench.stds) if not std > 0), default=0)
-        ratio = EstimatorPlan(steps, fo_steps=self.fewest_fo, rest_estimator="lr")
-        self.plans = {"fo": EstimatorPlan.from_preset("full_bp", steps), "ho": ratio}
+        self.silent = [step for step, std in enumerate(bench.stds) if not std > 0]
+        ratio = EstimatorPlan(steps, rest_estimator="lr", silent_estimator="none" if self.silent else None)
+        # where no step has noise, nothing has a likelihood ratio
+        self.plans = {"fo": EstimatorPlan.from_preset("full_bp", steps)}
+        if len(self.silent) < steps:
+            self.plans["ho"] = ratio.on_noise(bench.stds)
         self.reference = self.plans["fo" if differentiable else "ho"]
         self.shares = {kind: RunningVariance() for kind in ("fo", "ho", "zo")}  # of single steps
         self.combinations = RunningVariance()  # of FO(K) + LR(rest), for every K
+        noisy = self.silent[0] if self.silent else steps
+        fo_steps = bench.plan.fo_range[1] if differentiable else 0
+        self.windows = [(n, min(fo_steps, steps - n)) for n in range(1, noisy + 1)]
+        if fo_steps and noisy:  # and those that first order completes
+            self.windows += [(n, steps - n) for n in range(1, noisy + 1) if (n, steps - n) not in self.windows]
+        self._of_windows = RunningVariance()
         self.seconds: dict[str, list[float]] = {"sample": [], "fo": [], "ho": []}  # sampling; one step's backward pass
 
     @property
@@ -123,10 +136,14 @@ class ProfileBuilder:
 
     def add(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Takes in a batch of the reference plan; returns the pathwise and likelihood-ratio shares, [T, P] each, NaN where there are none."""
-        ratio = self._measure("ho", batch)
-        first_order = self._measure("fo", batch) if self.differentiable else torch.full_like(ratio, math.nan)
+        absent = torch.full((self.bench.num_steps, self.bench.reader.size), math.nan)
+        ratio = self._measure("ho", batch) if "ho" in self.plans else absent
+        first_order = self._measure("fo", batch) if self.differentiable else absent
         steps = len(ratio)
-        self.combinations.add(torch.stack([ratio[: steps - k].sum(0) + first_order[steps - k :].sum(0) for k in range(steps + 1)]))
+        before, after = _sums(ratio), _sums(first_order.flip(0))  # of the first n steps; of the last K
+        self.combinations.add(torch.stack([before[steps - k] + after[k] for k in range(steps + 1)]))
+        if self.windows:
+            self._of_windows.add(torch.stack([before[n] + after[k] for n, k in self.windows]))
         self.seconds["sample"].append(batch.sample_seconds)
         return first_order, ratio
 
@@ -140,11 +157,20 @@ class ProfileBuilder:
 
     def _measure(self, kind: str, batch: Batch) -> Tensor:
         shares, seconds = self.bench.step_shares(self.plans[kind], batch)
-        if kind == "ho" and self.fewest_fo:
-            shares[-self.fewest_fo :] = math.nan
+        if kind == "ho":
+            shares[self.silent] = math.nan
         self.shares[kind].add(shares)
-        self.seconds[kind].append(seconds / self.bench.num_steps)
+        self.seconds[kind].append(seconds / (self.bench.num_steps - (len(self.silent) if kind == "ho" else 0)))
         return shares
+
+    def step_variances(self) -> list[float]:
+        """Total variance of every step's likelihood-ratio share in one update; NaN for steps without noise. From two batches on."""
+        moments = self.shares["ho"]
+        return moments.value().tolist() if moments.count else [math.nan] * self.bench.num_steps
+
+    def window_variances(self) -> list[float]:
+        """Total variance of one update of every window; from two batches on."""
+        return self._of_windows.value().tolist() if self.windows else []
 
     def build(self) -> VarianceProfile:
         """The profile of what was taken in."""
@@ -154,6 +180,11 @@ class ProfileBuilder:
         total, error = (_finite(values * samples) for values in (self.combinations.value(), self.combinations.error()))
         zo_variance = None if None in zo else statistics.fmean(v for v in zo if v is not None)
         return VarianceProfile(self.count, samples, list(self.bench.stds), fo, lr, zo_variance, total, error)
+
+
+def _sums(shares: Tensor) -> Tensor:
+    """Of the first 0, 1, ..., T rows, [T + 1, P]."""
+    return torch.cat([torch.zeros_like(shares[:1]), shares.cumsum(0)])
 
 
 def _finite(values: Tensor) -> Numbers:
@@ -172,24 +203,28 @@ def start_profile(bench: Workbench) -> tuple[ProfileBuilder, Batch, str | None]:
         reason = DEAD_GRADIENT
     except NonDifferentiableRewardError:
         reason = BLACK_BOX
+    if not any(bench.stds):
+        raise ValueError(f"{reason}, and no step adds noise, so that only zeroth order covers them: set sample_eta above 0")
     builder = ProfileBuilder(bench, differentiable=False)
-    if builder.fewest_fo:
-        step = bench.num_steps - builder.fewest_fo
-        raise ValueError(f"{reason}, and step {step} adds no noise, so that only zeroth order covers it: set sample_eta above 0")
     return builder, bench.collect(0, builder.reference), reason
 
 
 def build_profile(bench: Workbench, deadline: Deadline, max_batches: int) -> ProfileBuilder:
     """Measures until the deadline or `max_batches`, one batch at least."""
     builder, batch, _ = start_profile(bench)
-    builder.add(batch)
-    cost = deadline.seconds - deadline.left
-    while builder.count < max_batches and deadline.left > cost:
+    add_batches(builder, batch, deadline, max_batches)
+    return builder
+
+
+def add_batches(builder: ProfileBuilder, first: Batch, deadline: Deadline, most: int, least: int = 1) -> None:
+    """Adds a batch and others after it, until the deadline or `most`, but `least` whatever the time."""
+    builder.add(first)
+    cost, bench = deadline.seconds - deadline.left, builder.bench
+    while builder.count < most and (builder.count < least or deadline.left > cost):
         deadline.report("steps")
         started = bench.clock()
         builder.add(bench.collect(builder.count, builder.reference))
         cost = bench.clock() - started
-    return builder
 
 
 def measure_step_costs(bench: Workbench, batch: Batch, differentiable: bool) -> dict[str, StepCost]:

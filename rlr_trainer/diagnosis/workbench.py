@@ -11,7 +11,7 @@ import dataclasses
 import platform
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,10 @@ from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
 from rlr_trainer.rollouts.batches import CHOICES, ScoredBatch
 from rlr_trainer.rollouts.collector import Collector, RolloutOptions
+from rlr_trainer.rollouts.graph_keeping import GraphKeeping
 from rlr_trainer.rollouts.predictions import predict
 from rlr_trainer.rollouts.prompts import PromptRow
+from rlr_trainer.schedules import Schedule
 
 DIAGNOSIS = 1_000  # names the diagnosis's stream of randomness: its batches are none that the training will see
 
@@ -114,7 +116,8 @@ class Workbench:
         self.batch_size: int = self.options.batch_size
         self.num_batches: int = self.options.num_batches  # sampling batches per update
         self.samples_per_update = self.batch_size * self.num_batches
-        self.recompute: str = config.recompute
+        # a batch is differentiated under many plans here, so that no graph is kept from its sampling
+        self.recompute: str = "graph" if config.recompute == "graph" else "recursive"
         self.reader = GradientReader(params)
         self.factor = FP16_LOSS_SCALE if config.fp16 else 1.0  # by which gradients are multiplied
         self._queries = run.scorer.rewards.queries
@@ -157,19 +160,32 @@ class Workbench:
         own = self.run.plan_state.control_scale
         return copy.deepcopy(own) if own is not None and plan == self.plan else ControlVariateScale(self.num_steps)
 
-    def collect(self, number: int, plan: EstimatorPlan) -> Batch:
-        """Samples and scores batch `number`, as `plan` needs it."""
+    def schedule(self, sampling: Mapping[str, Any]) -> Schedule:
+        """The run's sampler, with other `noise_steps`, `sample_eta` or `sampler`.
+
+        Raises:
+            ValueError: the pipeline cannot be sampled so.
+        """
+        sampler, names = self.run.sampler, {"sample_eta": "eta"}
+        changes = {names.get(name, name): value for name, value in sampling.items()}
+        return sampler.adapter.schedule(sampler.layout, dataclasses.replace(self.config.sampler_options, **changes))
+
+    def collect(self, number: int, plan: EstimatorPlan, schedule: Schedule | None = None) -> Batch:
+        """Samples and scores batch `number`, as `plan` needs it; with `schedule` in place of the run's."""
         if self._rows[0] != number:
             self._rows = (number, self._prompts.take(self.samples_per_update // self.options.group_size))
         rows = self._rows[1]
         same_rows: Any = types.SimpleNamespace(take=lambda count: rows[:count])  # however often the batch is sampled
+        sampler = self.run.sampler if schedule is None else dataclasses.replace(self.run.sampler, schedule=schedule)
         collector = dataclasses.replace(
             self.run,
+            sampler=sampler,
             plan_state=self._state_of(plan),
             prompts=same_rows,
             options=self.options,
             advantages=self.advantages,
             reference=None,
+            keeping=GraphKeeping(False),
             windows=None,
         )
         parts, summary = collector.collect(self.model, number)

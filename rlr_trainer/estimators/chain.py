@@ -96,6 +96,10 @@ class Rollout:
         """The rollout of some rows; `rows` is an index tensor [M]."""
         return map_tensors(self, lambda t: t[rows.to(t.device)] if _has_rows(t, self) else t)
 
+    def sample_alone(self) -> Rollout:
+        """x_0 without the chain that led to it."""
+        return Rollout(self.latents[-1:], (), (), ())
+
     def to(self, device: torch.device | str) -> Rollout:
         """The same rollout on another device."""
         return map_tensors(self, lambda t: t.to(device))
@@ -142,11 +146,16 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
     """Standard normal noise of the shape, dtype and device of `like` [N, ...], drawn on the generators' device."""
     if generator is None or isinstance(generator, torch.Generator):
         device = like.device if generator is None else generator.device
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+        return to_device(torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device), like.device)
     if len(generator) != like.shape[0]:
         raise ValueError(f"generator: got {len(generator)} generators for {like.shape[0]} samples; pass one per sample")
     rows = [torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator]
-    return torch.stack(rows).to(like.device)
+    return to_device(torch.stack(rows), like.device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; the host does not wait for what a CUDA device has still to do."""
+    return tensor.to(device, non_blocking=device.type == "cuda")  # from pageable memory, which CUDA copies aside before it returns
 
 
 def next_latent(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
@@ -190,19 +199,28 @@ def sample_chain(
     latents, steps = [x], []
     for step in range(chain.num_steps):
         mean, std = run_step(step, x)
-        for name, tensor in (("mean", mean), ("std", std)):
-            if not torch.isfinite(tensor).all():
-                raise FloatingPointError(
-                    f"step {step} of {chain.num_steps}: the {name} of the next latent, shape {tuple(tensor.shape)}, has non-finite values; "
-                    "lower the learning rate or the guidance scale, or use a wider precision (bf16 or float32 instead of fp16)"
-                )
         noise = draw_noise(mean[::repeats], generator).repeat_interleave(repeats, 0)
         x = next_latent(mean, std, noise)
         latents.append(x)
         steps.append((noise, mean, std))
         if on_step is not None:
             on_step(step)
-    return Rollout(tuple(latents), *zip(*steps, strict=True))
+    rollout = Rollout(tuple(latents), *zip(*steps, strict=True))
+    _check_finite(rollout)
+    return rollout
+
+
+def _check_finite(rollout: Rollout) -> None:
+    """Refuses means and deviations that are not finite. Of all steps at once: a check in every step would make the host wait for the device."""
+    tensors = [(name, pair[i]) for pair in zip(rollout.means, rollout.stds, strict=True) for i, name in enumerate(("mean", "std"))]
+    finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in tensors]).tolist()
+    if not all(finite):
+        number = finite.index(False)
+        name, tensor = tensors[number]
+        raise FloatingPointError(
+            f"step {number // 2} of {rollout.num_steps}: the {name} of the next latent, shape {tuple(tensor.shape)}, has non-finite values; "
+            "lower the learning rate or the guidance scale, or use a wider precision (bf16 or float32 instead of fp16)"
+        )
 
 
 def as_rows(per_sample: Tensor, like: Tensor) -> Tensor:
@@ -224,12 +242,13 @@ def gaussian_log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def gaussian_log_ratio(x: Tensor, mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor) -> Tensor:
     """log N(x; mean, std^2) - log N(x; old_mean, old_std^2), shape [N].
 
-    With equal standard deviations in factored form, (new - old)(2x - new - old) / (2 std^2): subtracting two sums of thousands of
-    terms would cost three digits, and the ratio would not be exactly 1 for equal means.
+    In factored form, (new - old)(2x - new - old) / (2 std^2), and what other deviations add: subtracting two sums of thousands of terms
+    would cost three digits. With equal deviations the addition is exactly 0, and for equal means the ratio exactly 1. There is no
+    branch, because the host would have to wait for a device to tell whether the deviations are equal.
     """
-    if std.requires_grad or not torch.equal(*torch.broadcast_tensors(std, old_std)):
-        return gaussian_log_density(x, mean, std) - gaussian_log_density(x, old_mean, old_std)
-    return sum_over_latent((mean - old_mean) * (2 * x - mean - old_mean) / (2 * std**2))
+    shift = (mean - old_mean) * (2 * x - mean - old_mean) / (2 * std**2)
+    spread = (x - old_mean) ** 2 * (1 / (2 * old_std**2) - 1 / (2 * std**2)) - torch.log(std / old_std)
+    return sum_over_latent(shift + spread)
 
 
 class PerSampleChain:

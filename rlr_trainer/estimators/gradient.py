@@ -122,6 +122,11 @@ def estimate_gradient(
 def _check_arguments(chain: DenoisingChain, plan: EstimatorPlan, advantage: str, reference: Parameters | None) -> None:
     if plan.num_steps != chain.num_steps:
         raise ValueError(f"plan.num_steps={plan.num_steps} but the chain has {chain.num_steps} steps; make the plan for it")
+    if plan.forward is not None:
+        raise PlanError(
+            f"estimate_gradient with a loss on the forward process ({plan.forward.loss!r}): a chain of one's own says nothing of it; use "
+            "another plan, or RLRTrainer"
+        )
     if advantage not in ADVANTAGES:
         raise ValueError(f"advantage={advantage!r}: must be one of {', '.join(ADVANTAGES)}")
     if reference is not None and plan.uses_zeroth_order:

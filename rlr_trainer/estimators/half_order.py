@@ -41,11 +41,15 @@ def likelihood_ratio(
     log_ratio = gaussian_log_ratio(x_next, mean, std, old_mean, old_std)
     entries = mean[0].numel() if mean_density else 1
     log_ratio = log_ratio / entries
-    ratio = log_ratio.exp()
+    return entries * clipped_surrogate(advantage, log_ratio.exp(), clip_range), log_ratio.detach()
+
+
+def clipped_surrogate(advantage: Tensor, ratio: Tensor, clip_range: float | None) -> Tensor:
+    """advantage * ratio [N]; with a range, PPO's (arXiv:1707.06347, eq. 7): no gain from a ratio that is already out of it."""
     surrogate = advantage * ratio
-    if clip_range is not None:
-        surrogate = torch.minimum(surrogate, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
-    return entries * surrogate, log_ratio.detach()
+    if clip_range is None:
+        return surrogate
+    return torch.minimum(surrogate, advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def is_clipped(advantage: Tensor, ratio: Tensor, clip_range: float | None) -> Tensor:

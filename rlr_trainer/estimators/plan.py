@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlr_trainer.estimators.forward_process import ForwardProcess
 from rlr_trainer.estimators.plan_draw import PlanDraw, inverse_inclusion_weights, with_segments
 from rlr_trainer.estimators.presets import PRESETS
 
@@ -53,6 +54,7 @@ class EstimatorPlan:
         silent_estimator: of likelihood-ratio terms on steps without noise: None refuses them, "none" leaves their share out (biased), "ho"
             covers them by half-order segments: pathwise back from the next step with noise, or from the first-order tail (unbiased).
         silent_steps: the steps without noise, which `on_noise` fills in.
+        forward: a loss on the forward process in place of all of these, which then keep their defaults; None for none.
     """
 
     num_steps: int
@@ -72,6 +74,7 @@ class EstimatorPlan:
     zo_antithetic: bool = True
     silent_estimator: str | None = None
     silent_steps: tuple[int, ...] = ()
+    forward: ForwardProcess | None = None
 
     def __post_init__(self) -> None:
         for name in ("fo_steps", "ho_start", "ho_start_weights", "rest_step_weights"):
@@ -95,7 +98,15 @@ class EstimatorPlan:
         if unknown:
             raise PlanError(f"unknown plan option {', '.join(unknown)}; the options are {', '.join(sorted(PLAN_OPTIONS))}")
         given = {key: value for key, value in options.items() if value is not None}
-        chosen = PRESETS[name].plan(num_steps) | given
+        chosen = PRESETS[name].plan(num_steps)
+        if "forward" in chosen:
+            return cls(num_steps, forward=_with_options(name, chosen["forward"], given))
+        for option in FORWARD_OPTIONS & given.keys():
+            raise PlanError(
+                f"{option}={given[option]!r}: is of losses on the forward process, which estimator={name!r} has not; leave it unset, or choose "
+                "estimator='awm' or 'nft'"
+            )
+        chosen = chosen | given
         if "ho_length" not in given:
             # A preset must fit any chain and any K: its sub-chain shrinks; only an explicit h that is too long is an error.
             left = num_steps - cls(num_steps, chosen.get("fo_steps", 0)).fo_range[1]
@@ -175,6 +186,8 @@ class EstimatorPlan:
 
     def __str__(self) -> str:
         """In words, for reports and logs."""
+        if self.forward is not None:
+            return str(self.forward)
         low, high = self.fo_range
         parts = []
         if high:
@@ -195,6 +208,10 @@ class EstimatorPlan:
 
     def biases(self) -> list[str]:
         """Why the expected estimate differs from the gradient of the reward; empty for an unbiased plan."""
+        if self.forward is not None:
+            return [
+                f"estimator={self.forward.loss!r} matches samples by their reward on the forward process, which is no gradient of it"
+            ]
         rest = self.rest_estimator if self.num_rest_steps else None
         reasons = {
             "none": f"rest_estimator='none' leaves {self.num_rest_steps} of {self.num_steps} steps without an estimate",
@@ -272,13 +289,65 @@ class EstimatorPlan:
             score=score,
             prediction=prediction,
             zeroth=rest if self.rest_estimator == "zo" else torch.zeros_like(rest),
+            forward=zeros if self.forward is None else self._forward_weights(steps.expand(rows, -1), generator),
             first_order=first_order,
             start=start[:, 0],
         )
 
+    def _forward_weights(self, steps: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The mean over a random subset of noise levels: 1 / their number at each, 0 elsewhere. [R, T]."""
+        assert self.forward is not None
+        first, end = self.forward.steps
+        eligible = (steps >= first) & (steps < end)
+        return inverse_inclusion_weights(eligible, self.forward.times, None, generator) / (end - first)
 
+
+# Options of a loss on the forward process -> its attribute.
+FORWARD_OPTIONS = {"forward_times": "times", "nft_beta": "beta", "old_policy_decay": "decay"}
 # What a user may set; the chain says the rest.
-PLAN_OPTIONS = tuple(f.name for f in dataclasses.fields(EstimatorPlan) if f.name not in ("num_steps", "silent_steps"))
+PLAN_OPTIONS = (
+    *(f.name for f in dataclasses.fields(EstimatorPlan) if f.name not in ("num_steps", "silent_steps", "forward")),
+    *FORWARD_OPTIONS,
+)
+
+
+def _with_options(name: str, forward: ForwardProcess, given: dict[str, Any]) -> ForwardProcess:
+    """The loss of a preset with the options that a user gave.
+
+    Raises:
+        PlanError: an option of estimators of steps, or a value that cannot be.
+    """
+    for option in given.keys() - FORWARD_OPTIONS.keys():
+        raise PlanError(
+            f"{option}={given[option]!r}: has no effect with estimator={name!r}, a loss on the forward process that estimates no step of the "
+            "chain; leave it unset, or choose another estimator"
+        )
+    count, beta, decay = forward.steps[1] - forward.steps[0], given.get("nft_beta"), given.get("old_policy_decay")
+    decay = tuple(decay) if isinstance(decay, list) else decay
+    times = given.get("forward_times", forward.times)
+    for option, holds, rule in (
+        (
+            "forward_times",
+            _is_whole(times) and 1 <= times <= count,
+            f"must be a whole number from 1 to {count}, the noise levels it may use",
+        ),
+        ("nft_beta", beta is None or forward.loss == "nft", f"is of estimator='nft', but estimator={name!r}; leave it unset"),
+        ("nft_beta", beta is None or 0 < beta < math.inf, "must be a positive number, for instance 1"),
+        (
+            "old_policy_decay",
+            decay is None or forward.loss == "nft",
+            f"is of estimator='nft', but estimator={name!r}; leave it unset",
+        ),
+        (
+            "old_policy_decay",
+            decay is None or (len(decay) == 3 and min(decay) >= 0 and decay[0] < math.inf and decay[1] < math.inf and decay[2] < 1),
+            "must be three numbers, [flat, rate, limit], none negative, the limit below 1",
+        ),
+    ):
+        if not holds:
+            raise PlanError(f"{option}={given[option]!r}: {rule}")
+    found = {FORWARD_OPTIONS[option]: value for option, value in given.items()}
+    return dataclasses.replace(forward, **found | ({} if decay is None else {"decay": decay}))
 
 
 def _listed(steps: Sequence[int]) -> str:

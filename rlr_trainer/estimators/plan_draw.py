@@ -21,6 +21,7 @@ class PlanDraw:
         score: float [R, T]; weight of the likelihood-ratio term of the step (0: none). A sub-chain has it at its end.
         prediction: float [R, T]; weight of the pathwise term through the one-step prediction.
         zeroth: bool [R, T]; the step is sampled with perturbed parameters.
+        forward: float [R, T]; weight of the loss on the forward process at the noise level of the step.
         first_order: bool [R, T]; the steps whose gradient belongs to the first-order part (for metrics).
         start: int [R]; first step of the sub-chain, -1 where there is none.
     """
@@ -29,6 +30,7 @@ class PlanDraw:
     score: Tensor
     prediction: Tensor
     zeroth: Tensor
+    forward: Tensor
     first_order: Tensor
     start: Tensor
 
@@ -39,6 +41,14 @@ class PlanDraw:
     def active_steps(self) -> list[int]:
         """The steps that any row differentiates, in the order of generation."""
         return (self.pathwise | (self.score != 0) | (self.prediction != 0)).any(0).nonzero()[:, 0].tolist()
+
+    def visited_steps(self, penalized: Sequence[bool] = ()) -> list[int]:
+        """The steps that a sweep differentiates: the active ones, and those on which there is a penalty (T of them, or none)."""
+        return sorted({*self.active_steps(), *(step for step, asked in enumerate(penalized) if asked)})
+
+    def carries(self, step: int) -> bool:
+        """Whether the adjoint of a step's input matters: to the step before, if that is pathwise for any row."""
+        return step > 0 and bool(self.pathwise[:, step - 1].any())
 
     def scored_steps(self) -> list[int]:
         """The steps that any row scores, in the order of generation."""

@@ -11,6 +11,8 @@ Going back from the sample, each step is rerun from its stored latent and differ
 and the gradient with respect to the step's input is the adjoint that the step before receives. So memory is that of one step
 for any K and h. `recompute="graph"` builds the graph of a whole first-order suffix or sub-chain instead: the same gradient for
 the parameters that sampled, in memory that grows with K and h. (Off-policy they differ: this one replays from the first stored latent.)
+Steps whose graphs were kept from sampling (`KeptSteps`) are not run again: the same gradient, in memory that grows with the number of
+visited steps.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from rlr_trainer.estimators.chain import DenoisingChain, Parameters, Rollout, as
 from rlr_trainer.estimators.divergence import Penalty, gaussian_divergence
 from rlr_trainer.estimators.first_order import pathwise
 from rlr_trainer.estimators.half_order import is_clipped, likelihood_ratio
+from rlr_trainer.estimators.kept_steps import KeptSteps
 from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
 from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import ControlVariate, Critic, check_prediction, prediction_critic, prediction_pathwise
@@ -94,10 +97,10 @@ class SweepResult:
     adjoint: Tensor | None = None
 
     @property
-    def objective(self) -> float:
-        """The mean over scored steps of the summed surrogates, plus the penalty's part. First order has no value of its own to add."""
-        scored = torch.stack(list(self.surrogates.values())).sum(1).mean() if self.surrogates else 0.0
-        return float(scored) + float(self.divergence)
+    def scored(self) -> Tensor:
+        """The mean over scored steps of the summed surrogates: with the penalty's part, the objective. First order has no value to add."""
+        values = list(self.surrogates.values())
+        return torch.stack(values).sum(1).mean() if values else torch.zeros(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,29 +147,38 @@ class Sweep:
         critic = prediction_critic(chain, params, reward, reward_loss_scale) if asks else None
         return cls(chain, params, backward, critic=critic, **how)
 
-    def run(self, rollout: Rollout, draw: PlanDraw, feedback: Feedback) -> SweepResult:
+    def run(self, rollout: Rollout, draw: PlanDraw, feedback: Feedback, kept: KeptSteps | None = None) -> SweepResult:
         """Accumulates the gradient of the whole surrogate, summed over the batch.
+
+        `kept` are the graphs of all visited steps, from the sampling of this rollout under the present parameters; they are used up.
 
         Raises:
             FloatingPointError: an adjoint is not finite; names the step.
-            ValueError: first-order steps without `feedback.reward_gradient`.
+            ValueError: first-order steps without `feedback.reward_gradient`; a visited step is not among the `kept` ones.
         """
         if self.recompute not in RECOMPUTE_MODES:
             raise ValueError(f"recompute={self.recompute!r}: must be one of {RECOMPUTE_MODES}")
         if draw.first_order.any() and feedback.reward_gradient is None:
             raise ValueError("the plan has first-order steps but feedback.reward_gradient is None")
-        return _Run(self, rollout, draw, feedback).back()
+        if kept is not None and self.recompute != "recursive":
+            raise ValueError(f"recompute={self.recompute!r} with kept steps: each has a graph of its own; use 'recursive'")
+        return _Run(self, rollout, draw, feedback, kept).back()
 
 
-@dataclasses.dataclass
 class _Run:
     """One run of a sweep."""
 
-    sweep: Sweep
-    rollout: Rollout
-    draw: PlanDraw
-    feedback: Feedback
-    result: SweepResult = dataclasses.field(default_factory=SweepResult)
+    def __init__(self, sweep: Sweep, rollout: Rollout, draw: PlanDraw, feedback: Feedback, kept: KeptSteps | None = None) -> None:
+        self.sweep, self.rollout, self.draw, self.feedback, self.kept = sweep, rollout, draw, feedback, kept
+        self.result = SweepResult()
+        # asked of the device, or brought to it, once and for all steps: a step by itself would make the host wait for the device
+        device = rollout.sample.device
+        self.has_noise: list[bool] = torch.stack([(std > 0).all() for std in rollout.stds]).tolist()
+        self.is_pathwise, self.is_scored, self.asks = (
+            mask.any(0).tolist() for mask in (draw.pathwise, draw.score != 0, draw.prediction != 0)
+        )
+        self.pathwise_rows, self.score, self.prediction = (t.to(device) for t in (draw.pathwise, draw.score, draw.prediction))
+        self._finite: dict[int, Tensor] = {}  # step -> whether the adjoint of its input is
 
     def back(self) -> SweepResult:
         """Differentiates every block, the last steps first."""
@@ -174,16 +186,14 @@ class _Run:
         for number, block in enumerate(blocks):
             with self.sweep.scope(block, number == len(blocks) - 1):
                 self._differentiate(block)
+        self._check_adjoints()
         return self.result
 
     def _blocks(self) -> list[list[int]]:
         """Runs of consecutive steps differentiated in one graph, last first: single steps when recursive."""
-        steps = self.draw.active_steps()
-        if self.feedback.penalty is not None:
-            steps = sorted({*steps, *(step for step in range(self.draw.num_steps) if self._has_noise(step))})
         blocks: list[list[int]] = []
-        for step in reversed(steps):
-            is_linked = bool(blocks) and blocks[-1][0] == step + 1 and bool(self.draw.pathwise[:, step].any())
+        for step in reversed(self.draw.visited_steps([] if self.feedback.penalty is None else self.has_noise)):
+            is_linked = bool(blocks) and blocks[-1][0] == step + 1 and self.is_pathwise[step]
             if is_linked and self.sweep.recompute == "graph":
                 blocks[-1].insert(0, step)
             else:
@@ -191,37 +201,43 @@ class _Run:
         return blocks
 
     def _differentiate(self, block: list[int]) -> None:
-        rollout, pathwise_rows, first, last = self.rollout, self.draw.pathwise, block[0], block[-1]
+        rollout, first, last = self.rollout, block[0], block[-1]
         # The adjoint matters to the step before only if that step is pathwise for some row, and not already in this block.
-        carries = first > 0 and bool(pathwise_rows[:, first - 1].any())
+        carries = first > 0 and self.is_pathwise[first - 1]
         adjoint = self.feedback.reward_gradient if last == rollout.num_steps - 1 else self.result.adjoint
         # before the block's own graph is there: decoder, reward and the network's call for the prediction then have the memory alone
         predictions = {step: self._predict(step) for step in block}
-        start = rollout.latents[first].detach().requires_grad_(carries)
+        kept = None if self.kept is None else self.kept.take(first)
+        start = rollout.latents[first].detach().requires_grad_(carries) if kept is None else kept.x
         x, total = start, torch.zeros((), device=start.device, dtype=start.dtype)
         for step in block:
-            mean, std = self.sweep.chain.transition(step, x, self.sweep.params)
+            mean, std = kept[1:] if kept is not None else self.sweep.chain.transition(step, x, self.sweep.params)
             total = total + self._local_surrogate(step, mean, std, predictions[step])
-            if self.feedback.penalty is not None and self._has_noise(step):
+            if self.feedback.penalty is not None and self.has_noise[step]:
                 total = total - self._penalty(self.feedback.penalty, step, x, mean, std)
-            rows = as_rows(pathwise_rows[:, step], x)
+            rows = as_rows(self.pathwise_rows[:, step], x)
             if step < last:
                 x = torch.where(rows > 0, next_latent(mean, std, rollout.noises[step]), rollout.latents[step + 1])
-            elif adjoint is not None and pathwise_rows[:, step].any():
+            elif adjoint is not None and self.is_pathwise[step]:
                 total = total + pathwise(adjoint * rows, mean, std, rollout.noises[step]).sum()
         factor = self.sweep.backward(total)
         self.result.adjoint = None
         if carries:
             assert start.grad is not None
-            self.result.adjoint = adjoint = start.grad / factor
-            if factor in (1, -1) and not torch.isfinite(adjoint).all():
-                raise FloatingPointError(
-                    f"step {first}: the adjoint, shape {tuple(adjoint.shape)}, has non-finite values; shorten fo_steps or ho_length, or "
-                    "use a wider precision"
-                )
+            self.result.adjoint = start.grad / factor
+            if factor in (1, -1):  # a loss scale may overflow: the scaler then skips the update
+                self._finite[first] = torch.isfinite(self.result.adjoint).all()
 
-    def _has_noise(self, step: int) -> bool:
-        return bool((self.rollout.stds[step] > 0).all())
+    def _check_adjoints(self) -> None:
+        """Refuses adjoints that are not finite; the first of them on the way back is named."""
+        if not self._finite:
+            return
+        for step, finite in zip(self._finite, torch.stack(list(self._finite.values())).tolist(), strict=True):
+            if not finite:
+                raise FloatingPointError(
+                    f"step {step}: the adjoint, shape {tuple(self.rollout.latents[step].shape)}, has non-finite values; shorten fo_steps or "
+                    "ho_length, or use a wider precision"
+                )
 
     def _penalty(self, penalty: Penalty, step: int, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Weighted divergence from the reference policy at x, summed over the batch."""
@@ -233,7 +249,7 @@ class _Run:
 
     def _predict(self, step: int) -> Tensor | None:
         """g [N, ...] at the output of a step; None if the step does not ask. 0 for samples without a reward."""
-        if not bool((self.draw.prediction[:, step] != 0).any()):
+        if not self.asks[step]:
             return None
         if self.sweep.critic is None or self.feedback.scale is None:
             raise ValueError("the plan asks the one-step prediction: it needs a critic and feedback.scale")
@@ -248,18 +264,18 @@ class _Run:
         feedback, total = self.feedback, torch.zeros((), device=mean.device, dtype=mean.dtype)
         if predicted is not None:
             assert feedback.scale is not None
-            weighted = predicted * as_rows(self.draw.prediction[:, step].to(mean) * feedback.scale, predicted)
+            weighted = predicted * as_rows(self.prediction[:, step].to(mean) * feedback.scale, predicted)
             total = prediction_pathwise(weighted, mean, std, self.rollout.noises[step]).sum()
-        return total + self._scored(step, mean, std) if bool((self.draw.score[:, step] != 0).any()) else total
+        return total + self._scored(step, mean, std) if self.is_scored[step] else total
 
     def _scored(self, step: int, mean: Tensor, std: Tensor) -> Tensor:
         """The likelihood-ratio term of one step, and what the control variate adds back, summed over the batch."""
         sweep, rollout, feedback, control = self.sweep, self.rollout, self.feedback, self.feedback.control
-        if not self._has_noise(step):
+        if not self.has_noise[step]:
             raise PlanError(
                 f"step {step} adds no noise (std = 0), so it has no likelihood ratio; cover it by first order (fo_steps)"
             )
-        advantage, score = feedback.advantage, self.draw.score[:, step].to(mean)
+        advantage, score = feedback.advantage, self.score[:, step].to(mean)
         if feedback.penalty is not None:
             advantage = advantage - feedback.penalty.weight * feedback.penalty.to_go[:, step]
         if control is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlr_trainer.estimators.chain import to_device
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
 from rlr_trainer.pipelines.lora import LORA_FILE, load_lora_weights, save_lora_weights
 from rlr_trainer.schedules import SamplerOptions, Schedule, make_schedule
@@ -211,7 +212,7 @@ class PipelineAdapter(abc.ABC):
 
     def predict(self, network: Callable[..., Tensor], x: Tensor, time: float, conditioning: Conditioning) -> Tensor:
         """The guided output of `network` at latents `x` [N, ...] and `Schedule.time`, as the pipeline's own call makes it."""
-        told = torch.tensor(time, device=x.device)
+        told = to_device(torch.tensor(time), x.device)
         positive, negative, batch = conditioning.positive, conditioning.negative, conditioning.batch
         if negative is None:
             return self.call(network, x, told, positive, batch)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rlr_trainer.estimators.chain import Generators, Parameters, draw_noise
+from rlr_trainer.estimators.forward_process import ForwardSchedule
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.conditioning import AnyConditioning
 from rlr_trainer.pipelines.policy import Policy
@@ -64,7 +65,8 @@ class PipelineChain:
         noise = draw_noise(torch.empty(num_samples, *self.layout.shape), generator)
         return self.schedule.init_std * noise.to(self.device)
 
-    def _output(self, step: int, x: Tensor, params: Parameters) -> Tensor:
+    def output(self, step: int, x: Tensor, params: Parameters) -> Tensor:
+        """The network's guided output at `x = latents[step]`, [N, ...]."""
         time, conditioning = self.schedule.time(step), self.conditioning.at(step)
         if params is self.live:
             return self.adapter.predict(self.model, x, time, conditioning)
@@ -81,8 +83,22 @@ class PipelineChain:
 
     def transition(self, step: int, x: Tensor, params: Parameters) -> tuple[Tensor, Tensor]:
         """Mean [N, ...] and standard deviation (a scalar) of the next latent, float32."""
-        return self.schedule.transition(step, x, self._output(step, x, params))
+        return self.schedule.transition(step, x, self.output(step, x, params))
+
+    @property
+    def forward_schedule(self) -> ForwardSchedule:
+        """The forward process at the schedule's noise levels.
+
+        Raises:
+            TypeError: a schedule of one's own that does not know it.
+        """
+        if not isinstance(self.schedule, ForwardSchedule):
+            raise TypeError(
+                f"{type(self.schedule).__name__} says nothing of the forward process; give it noise_level, noised, target and denoised "
+                "(estimators/forward_process.py), or choose another estimator than awm and nft"
+            )
+        return self.schedule
 
     def predict_clean(self, step: int, x: Tensor, params: Parameters) -> Tensor:
         """The network's one-step prediction of the clean latent, [N, ...]."""
-        return self.schedule.clean(step, x, self._output(step, x, params))
+        return self.schedule.clean(step, x, self.output(step, x, params))

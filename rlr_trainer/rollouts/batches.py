@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlr_trainer.estimators.chain import Rollout
+from rlr_trainer.estimators.kept_steps import KeptSteps
 from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import ControlVariate
 from rlr_trainer.estimators.zeroth_order import Perturbations
@@ -17,9 +18,9 @@ from rlr_trainer.pipelines import AnyConditioning
 from rlr_trainer.schedules import Schedule
 
 # What a stream of randomness is for; part of its seed.
-NOISE, CHOICES, PERTURBATIONS, EVALUATION, SHUFFLE, WINDOW = range(6)
+NOISE, CHOICES, PERTURBATIONS, EVALUATION, SHUFFLE, WINDOW, FORWARD = range(7)
 # What stays on the CPU, because only numbers of it are asked for.
-_SMALL = ("index", "rewards", "zeroth_advantage", "divergences", "draw", "perturbations")
+_SMALL = ("index", "rewards", "zeroth_advantage", "divergences", "draw", "perturbations", "noise_seeds")
 # What all samples of a rollout share.
 _SHARED = ("schedule",)
 
@@ -37,6 +38,8 @@ class SampledBatch:
         index: int [B], number of the sample in the rollout, over all processes.
         perturbations: of the zeroth-order steps; None if the plan has none.
         divergences: [B, T], of every step from the reference policy; None without one.
+        noise_seeds: int [B], of the noises of a loss on the forward process; None if the plan has none.
+        kept: the graphs of the visited steps, of the whole batch; None where they are not kept.
     """
 
     rollout: Rollout
@@ -48,6 +51,8 @@ class SampledBatch:
     index: Tensor
     perturbations: Perturbations | None = None
     divergences: Tensor | None = None
+    noise_seeds: Tensor | None = None
+    kept: KeptSteps | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -80,7 +85,8 @@ class ScoredBatch(SampledBatch):
     control: ControlVariate | None = None
 
     def select(self, rows: Tensor) -> ScoredBatch:
-        """Some of the samples."""
+        """Some of the samples; ValueError if graphs are kept, which are of all samples."""
+        self._check_whole()
         picked: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -96,8 +102,10 @@ class ScoredBatch(SampledBatch):
 
     @staticmethod
     def concatenate(parts: Sequence[ScoredBatch]) -> ScoredBatch:
-        """Joins batches of one rollout. Perturbations are of one batch and do not survive."""
+        """Joins batches of one rollout. Perturbations are of one batch and do not survive; ValueError if graphs are kept."""
         joined: dict[str, Any] = {"perturbations": None}
+        for part in parts:
+            part._check_whole()
         for field in dataclasses.fields(ScoredBatch):
             values = [getattr(part, field.name) for part in parts]
             if field.name in _SHARED:
@@ -109,6 +117,12 @@ class ScoredBatch(SampledBatch):
             elif field.name != "perturbations":
                 joined[field.name] = None if values[0] is None else type(values[0]).concatenate(values)
         return ScoredBatch(**joined)
+
+    def _check_whole(self) -> None:
+        if self.kept is not None:
+            raise ValueError(
+                "a sampling batch whose graphs are kept (recompute='keep') is differentiated whole; use recompute='recursive'"
+            )
 
 
 @dataclasses.dataclass

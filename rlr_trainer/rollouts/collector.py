@@ -16,14 +16,19 @@ from rlr_trainer.estimators.advantages import Advantages
 from rlr_trainer.estimators.chain import mix_seed, sample_chain, seeded_generator
 from rlr_trainer.estimators.divergence import leave_one_out_to_go, step_divergences
 from rlr_trainer.estimators.first_order import NonDifferentiableRewardError
+from rlr_trainer.estimators.kept_steps import KeptSteps
 from rlr_trainer.estimators.plan import EstimatorPlan
+from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.estimators.prediction import Predictions, control_terms
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps
+from rlr_trainer.pipelines import PipelineChain
+from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import RewardError
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
-from rlr_trainer.rollouts.batches import CHOICES, NOISE, PERTURBATIONS, WINDOW, RolloutSummary, SampledBatch, ScoredBatch
+from rlr_trainer.rollouts.batches import CHOICES, FORWARD, NOISE, PERTURBATIONS, WINDOW, RolloutSummary, SampledBatch, ScoredBatch
+from rlr_trainer.rollouts.graph_keeping import GraphKeeping
 from rlr_trainer.rollouts.predictions import predict
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts, PromptRow
@@ -66,7 +71,10 @@ class Collector:
         processes: of the run, which share the rollout.
         options, advantages: how much, and how rewards become advantages.
         reference: the reference policy, or None.
+        old_policy: the one that samples, where it is not the present one.
         windows: the schedules of the rollouts where each has noise in a window of its own; None where all have the sampler's.
+        keeping: whether graphs are kept for the update.
+        penalized: whether the update has a penalty on every step with noise.
     """
 
     sampler: Sampler
@@ -77,7 +85,10 @@ class Collector:
     options: RolloutOptions
     advantages: AdvantageRule
     reference: ReferencePolicy | None = None
+    old_policy: OldPolicy | None = None
     windows: NoiseWindows | None = None
+    keeping: GraphKeeping = dataclasses.field(default_factory=GraphKeeping)
+    penalized: bool = False
 
     @property
     def plan(self) -> EstimatorPlan:
@@ -202,7 +213,7 @@ class Collector:
         chain = self.sampler.chain(model, conditioning, schedule)
         choices = seeded_generator(seed, CHOICES, rollout_number, number)
         draw = plan.draw(total, choices, shared=True, start_probabilities=self.plan_state.start_probabilities())
-        perturbations, step_function = None, None
+        perturbations, step_function = None, None if self.old_policy is None else self.old_policy.steps_of(chain)
         if plan.uses_zeroth_order:
             of_batch = mix_seed(seed, PERTURBATIONS, rollout_number, number)
             everyone = Perturbations.assign(total, of_batch, plan.zo_scale, plan.zo_num_perturbations, plan.zo_antithetic)
@@ -210,7 +221,14 @@ class Collector:
             step_function = perturbed_steps(chain, chain.parameters(), draw.zeroth, perturbations)
         noise_index = index // 2 if self.paired else index
         generators = [seeded_generator(seed, NOISE, rollout_number, i) for i in noise_index.tolist()]
+        kept, seeds = self._kept_steps(chain, draw, size), None
+        if kept is not None:
+            params = chain.parameters()
+            step_function = kept.recording(lambda step, x: chain.transition(step, x, params))
         rollout = sample_chain(chain, size, generators, step_function=step_function, on_step=on_step)
+        if plan.forward is not None:
+            rollout = rollout.sample_alone()
+            seeds = torch.tensor([mix_seed(seed, FORWARD, rollout_number, i) for i in index.tolist()])
         return SampledBatch(
             rollout=rollout,
             schedule=schedule,
@@ -221,7 +239,16 @@ class Collector:
             index=index,
             perturbations=perturbations,
             divergences=None if self.reference is None else step_divergences(rollout, self.reference.steps_of(chain)),
+            noise_seeds=seeds,
+            kept=kept,
         )
+
+    def _kept_steps(self, chain: PipelineChain, draw: PlanDraw, size: int) -> KeptSteps | None:
+        if self.keeping.keep is False:
+            return None
+        params, stds = chain.parameters(), chain.schedule.stds if self.penalized else ()
+        noise = chain.initial(size, seeded_generator(self.options.seed))  # to measure with
+        return self.keeping.steps_of(draw, stds, lambda step, x: chain.transition(step, x, params), noise)
 
     def _take_prompts(self) -> list[PromptRow]:
         """One row per sample of the rollout, over all processes."""

@@ -52,6 +52,7 @@ class InterpolantSchedule:
         clip_range: limit of the predicted clean latent, or None.
         noise_follows_clipping: whether x1_hat is what the clipped x0_hat leaves of x, as in DDPM, or the network's own, as in DDIM.
         consistency: T pairs (c_skip, c_out) of a consistency model, or None.
+        noise_std: standard deviation of x1.
     """
 
     times: tuple[float, ...]
@@ -65,6 +66,7 @@ class InterpolantSchedule:
     clip_range: float | None = None
     noise_follows_clipping: bool = False
     consistency: tuple[tuple[float, float], ...] | None = None
+    noise_std: float = 1.0
 
     @property
     def num_steps(self) -> int:
@@ -81,15 +83,7 @@ class InterpolantSchedule:
     def clean_and_noise(self, step: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """x0_hat and x1_hat, [N, ...] each, from the network's output at `x`."""
         signal, sigma = self.signal[step], self.noise[step]
-        output = output.to(torch.promote_types(x.dtype, output.dtype))  # not to round products in half precision
-        if self.prediction_type == "epsilon":
-            clean, noise = (x - sigma * output) / signal, output
-        elif self.prediction_type == "sample":
-            clean, noise = output, (x - signal * output) / sigma
-        elif self.prediction_type == "v_prediction":
-            clean, noise = signal * x - sigma * output, signal * output + sigma * x
-        else:
-            clean, noise = x - sigma * output, x + signal * output
+        clean, noise = self._told(step, x, output)
         if self.clip_range is not None:
             clean = clean.clamp(-self.clip_range, self.clip_range)
             if self.noise_follows_clipping:
@@ -99,8 +93,45 @@ class InterpolantSchedule:
             clean = out * clean + skip * x
         return clean, noise
 
+    def _told(self, step: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """x0_hat and x1_hat as the output says, neither clipped nor made consistent."""
+        signal, sigma = self.signal[step], self.noise[step]
+        output = output.to(torch.promote_types(x.dtype, output.dtype))  # not to round products in half precision
+        if self.prediction_type == "epsilon":
+            return (x - sigma * output) / signal, output
+        if self.prediction_type == "sample":
+            return output, (x - signal * output) / sigma
+        if self.prediction_type == "v_prediction":
+            return signal * x - sigma * output, signal * output + sigma * x
+        return x - sigma * output, x + signal * output
+
+    # ---- the forward process, for losses on it (estimators/forward_process.py) ----
+
+    def noise_level(self, step: int) -> float:
+        """B where a step starts."""
+        return self.noise[step]
+
+    def noised(self, step: int, clean: Tensor, noise: Tensor) -> Tensor:
+        """x = A x0 + B x1 where a step starts, [N, ...], of standard normal noise."""
+        return self.signal[step] * clean + self.noise[step] * self.noise_std * noise
+
+    def target(self, step: int, clean: Tensor, noise: Tensor) -> Tensor:
+        """What the network ought to predict at that x, [N, ...]: x1, x0, A x1 - B x0, or x1 - x0."""
+        noise = self.noise_std * noise
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return clean
+        if self.prediction_type == "v_prediction":
+            return self.signal[step] * noise - self.noise[step] * clean
+        return noise - clean
+
+    def denoised(self, step: int, x: Tensor, output: Tensor) -> Tensor:
+        """x0_hat as the output says, neither clipped nor made consistent: linear in it. [N, ...]."""
+        return self._told(step, x, output)[0]
+
     def transition(self, step: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [N, ...] and std (a scalar tensor) of the next latent."""
         clean, noise = self.clean_and_noise(step, x, output)
         mean = self.next_signal[step] * clean + self.direction[step] * noise
-        return mean, torch.tensor(self.stds[step], dtype=x.dtype, device=x.device)
+        return mean, torch.full((), self.stds[step], dtype=x.dtype, device=x.device)

@@ -91,6 +91,7 @@ def make_schedule(scheduler: Any, options: SamplerOptions, **set_timesteps_argum
         grid.clip_range,
         noise_follows_clipping=name == "ddpm",
         consistency=_consistency(grid) if name == "lcm" else None,
+        noise_std=grid.noise_std,
     )
 
 

@@ -16,15 +16,16 @@ from transformers import TrainingArguments
 from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
 from rlr_trainer.estimators.presets import PRESETS
 from rlr_trainer.schedules import NOISE_WINDOWS, SamplerOptions, window_positions
+from rlr_trainer.training import keeping
 from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
 
 logger = logging.getLogger(__name__)
 
 NORMALIZING_ADVANTAGES = ("normalize", "per_prompt")
-AUTO = "auto"  # value of fo_steps and ho_length: measure and choose
+AUTO = "auto"  # value of noise_steps, fo_steps and ho_length: measure and choose
 CHOICES = {
-    "recompute": ("recursive", "graph"),
+    "recompute": ("recursive", "graph", "keep", "auto"),
     "noise_window": NOISE_WINDOWS,
     "reward_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "on_reward_error": ("raise", "skip"),
@@ -80,7 +81,8 @@ class RLRConfig(TrainingArguments):
     # ---- estimator ----
     estimator: str = _option(
         "rlr",
-        "Preset plan: rlr, rlr_black_box, rlr_paper, ddpo, flow_grpo, mixgrpo, draft, alignprop, full_bp, sqdf or es (docs/estimators.md).",
+        "Preset plan: rlr, rlr_black_box, rlr_paper, ddpo, flow_grpo, mixgrpo, draft, alignprop, full_bp, sqdf, es, awm or nft "
+        "(docs/estimators.md).",
     )
     fo_steps: int | str | list[int] | tuple[int, int] | None = _option(
         None,
@@ -120,16 +122,30 @@ class RLRConfig(TrainingArguments):
     fo_weight: float | None = _option(None, "Factor on the first-order part; the sum is the gradient only at 1. Default: 1.")
     ho_weight: float | None = _option(None, "Factor on the half-order part. Default: 1.")
     rest_weight: float | None = _option(None, "Factor on the part of the remaining steps. Default: 1.")
-    recompute: str = _option("recursive", "recursive: memory of one step for any K and h; graph: one graph per segment.")
+    forward_times: int | None = _option(
+        None,
+        "Noise levels at which awm and nft match every sample. Default, as their authors: 6 for awm; for nft 0.99 of the steps, rounded down.",
+    )
+    nft_beta: float | None = _option(None, "nft: how far its two implicit policies are from the old one. Default: 1.")
+    old_policy_decay: list[float] | str | tuple[float, float, float] | None = _option(
+        None,
+        "nft: [flat, rate, limit]: the old policy, which samples, keeps min(rate * (n - flat), limit) of itself after n updates, and takes the "
+        "rest from the trained one. Default: 0,0.001,0.5; its authors also use 75,0.0075,0.999.",
+    )
+    recompute: str = _option(
+        "recursive",
+        "recursive: memory of one step for any K and h; graph: one graph per segment; keep: the graphs of all visited steps stay from sampling, "
+        "which saves their second forward pass (one update per rollout, one process); auto: keep or recursive, by the memory that is free.",
+    )
 
     # ---- reward and advantage ----
     advantage: str | None = _option(
         None,
-        "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for ddpo, flow_grpo, mixgrpo and "
-        "rlr_black_box.",
+        "none, leave_one_out, normalize or per_prompt. Default: leave_one_out; normalize for ddpo, flow_grpo, mixgrpo, rlr_black_box, awm "
+        "and nft.",
     )
     adv_clip_max: float | None = _option(
-        None, "Limit of the advantage's magnitude. Default: none; 5 for ddpo, flow_grpo, mixgrpo and rlr_black_box."
+        None, "Limit of the advantage's magnitude. Default: none; 5 for ddpo, flow_grpo, mixgrpo, rlr_black_box, awm and nft."
     )
     reward_weights: list[float] | None = _option(None, "One weight per reward function. Default: all 1.")
     reward_aggregation: str = _option(
@@ -153,14 +169,15 @@ class RLRConfig(TrainingArguments):
 
     # ---- policy-gradient updates ----
     clip_range: float | None = _option(
-        1e-4, "PPO clip range of the ratio of per-entry mean log-densities (as DDPO); none: unclipped."
+        1e-4,
+        "PPO clip range of the ratio of per-entry mean log-densities (as DDPO); none: unclipped. awm: 1 if unset; nft has no ratio.",
     )
     num_inner_epochs: int = _option(1, "Passes over each rollout.")
 
     kl_coef: float | None = _option(
         None,
         "Weight of the Kullback-Leibler divergence from the reference policy (the model before LoRA, or a copy of it), in units of the "
-        "advantage per nat of the whole chain. 0 only logs the metric kl. Default: neither; flow_grpo: 0.04.",
+        "advantage per nat of the whole chain. 0 only logs the metric kl. Default: neither; flow_grpo: 0.04 / T.",
     )
     ema_decay: float | None = _option(
         None, "Decay of an average of the trained weights, which evaluation, pictures and the saved result then use. Default: none."
@@ -171,7 +188,7 @@ class RLRConfig(TrainingArguments):
     sampler: str = _option(
         "auto",
         "How the chain is sampled: ddim, ddpm, euler_ancestral, dpm_sde, lcm, tcd, scm, flow_cps, flow_sde, dance_sde or ode, on the time "
-        "steps of the pipeline's scheduler; auto: that of the scheduler, flow_cps for flow models (docs/samplers.md).",
+        "steps of the pipeline's scheduler; auto: that of the scheduler, flow_cps for flow models (docs/samplers.md). awm, nft: ode if unset.",
     )
     sample_eta: float | None = _option(
         None,
@@ -179,8 +196,9 @@ class RLRConfig(TrainingArguments):
     )
     noise_steps: list[int] | str | int | tuple[int, int] | None = _option(
         None,
-        "Steps that add noise: n for the first n, or [first, last]; the others are deterministic. Default: all; rlr_black_box: the first "
-        "three of ten; flow_grpo: all but the last; mixgrpo: 4 of 25.",
+        "Steps that add noise: n for the first n, [first, last], or 'auto' to choose n, and with fo_steps='auto' K, by a measurement that costs "
+        "about five updates; the others are deterministic. Default: all; rlr_black_box: the first three of ten; flow_grpo: all but the last; "
+        "mixgrpo: 4 of 25.",
     )
     noise_window: str = _option(
         "fixed",
@@ -316,9 +334,13 @@ class RLRConfig(TrainingArguments):
 
     @property
     def sampler_options(self) -> SamplerOptions:
-        """How the chain is sampled."""
-        noise_steps: Any = self.noise_steps if self.noise_window == "fixed" else self.noise_windows[0]
-        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, noise_steps)
+        """How the chain is sampled, see `make_sampler_options`."""
+        return self.make_sampler_options()
+
+    def make_sampler_options(self, **chosen: Any) -> SamplerOptions:
+        """How the chain is sampled, with the `noise_steps` of `chosen`; while they are "auto" and not chosen, every step adds noise."""
+        noise_steps = chosen.get("noise_steps", self.noise_steps) if self.noise_window == "fixed" else self.noise_windows[0]
+        return SamplerOptions(self.sample_num_steps, self.sample_eta, self.sampler, None if noise_steps == AUTO else noise_steps)
 
     @property
     def noise_windows(self) -> list[tuple[int, int]]:
@@ -388,7 +410,9 @@ class RLRConfig(TrainingArguments):
         if self.ho_start not in NAMED_STARTS:
             self.ho_start = _numbers("ho_start", self.ho_start, int)
         self.ho_start_weights = _numbers("ho_start_weights", self.ho_start_weights, float)
-        self.noise_steps = _numbers("noise_steps", self.noise_steps, int)
+        if self.noise_steps != AUTO:
+            self.noise_steps = _numbers("noise_steps", self.noise_steps, int)
+        self.old_policy_decay = _numbers("old_policy_decay", self.old_policy_decay, float)
         self.noise_window_range = _numbers("noise_window_range", self.noise_window_range, int)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -494,11 +518,47 @@ class RLRConfig(TrainingArguments):
                 f"{plan.scored_steps()[-1]} have no likelihood ratio. Set sample_eta above 0 (unset: the sampler's own), or cover every step by "
                 "first order (estimator='full_bp')"
             )
+        self._check_forward(plan)
+        if self.recompute == "keep" and (reason := keeping.obstacle(self, plan)):
+            raise ValueError(f"recompute='keep' with {reason}, or set recompute='recursive'")
+        self._check_auto_window(plan)
         if plan.uses_zeroth_order and self.updates_per_rollout > 1:
             raise ValueError(
                 f"a zeroth-order plan needs one update per rollout, but this has {self.updates_per_rollout}: set num_inner_epochs=1 "
                 "and sample_batch_size * sample_num_batches_per_epoch to the samples of one update"
             )
+
+    def _check_auto_window(self, plan: EstimatorPlan) -> None:
+        single = plan.rest_estimator == "lr" and plan.rest_num_steps is None and plan.ho_length <= 1
+        plain = plan.silent_estimator != "ho" and plan.fo_range[0] == plan.fo_range[1] and not plan.uses_control_variate
+        if self.noise_steps == AUTO and not (single and plain):
+            raise PlanError(
+                f"noise_steps='auto' with estimator={self.estimator!r} ({plan}): windows are measured for plans of single likelihood-ratio "
+                "steps and first order; give a number, or choose rlr, rlr_black_box or ddpo without sub-chains, subsets of steps, a control "
+                "variate or half-order segments"
+            )
+
+    def _check_forward(self, plan: EstimatorPlan) -> None:
+        """Refuses what a loss on the forward process would ignore."""
+        if plan.forward is None:
+            return
+        name = f"estimator={self.estimator!r}"
+        refuse(
+            (self.kl_coef is not None, f"kl_coef={self.kl_coef} with {name}: its chain has no density; leave kl_coef unset"),
+            (
+                self.recompute != "recursive",
+                f"recompute={self.recompute!r} with {name}: it has no chain to differentiate; leave it unset",
+            ),
+            (
+                plan.forward.loss == "nft" and self.clip_range is not None,
+                f"clip_range={self.clip_range} with {name}: it has no ratio to clip; leave clip_range unset",
+            ),
+            (
+                plan.forward.loss == "nft" and self.advantage_name not in NORMALIZING_ADVANTAGES,
+                f"advantage={self.advantage_name!r} with {name}: rewards become probabilities in units of their standard deviation; set "
+                "advantage to 'normalize' or 'per_prompt'",
+            ),
+        )
 
 
 def refuse(*conflicts: tuple[bool, str]) -> None:

@@ -53,11 +53,18 @@ class GradientMeter:
 
     def part_norms(self) -> dict[str, float]:
         """Part -> norm of its summed gradient."""
-        return {part: sum(float(t.square().sum()) for t in tensors.values()) ** 0.5 for part, tensors in self.sums.items()}
+        return {part: sum(squared_norms(tensors)) ** 0.5 for part, tensors in self.sums.items()}
 
     def step_norms(self) -> dict[int, float]:
         """Step -> root of the summed squares of its gradients (one per batch of the update)."""
-        return {step: float(total.sqrt()) for step, total in self.squares.items()}
+        if not self.squares:
+            return {}
+        return dict(zip(self.squares, torch.stack(list(self.squares.values())).sqrt().tolist(), strict=True))
+
+
+def squared_norms(tensors: Mapping[str, Tensor]) -> list[float]:
+    """Squared norm of every tensor, asked of the device at once."""
+    return torch.stack([tensor.square().sum() for tensor in tensors.values()]).tolist() if tensors else []
 
 
 class MetricsLog:

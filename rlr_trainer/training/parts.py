@@ -26,6 +26,7 @@ from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared
 from rlr_trainer.persistence.weights import Weights
 from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
 from rlr_trainer.pipelines.average import WeightAverage
+from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rewards.interface import RewardFunction, Rewards
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
@@ -48,6 +49,7 @@ from rlr_trainer.training.checks import (
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
 from rlr_trainer.training.interruption import StopOnTermination
+from rlr_trainer.training.keeping import graph_keeping
 from rlr_trainer.training.meters import MetricsLog
 from rlr_trainer.training.trl import configs, names
 from rlr_trainer.training.updater import UpdateOptions, Updater
@@ -90,6 +92,7 @@ class Parts:
         self.prompts = _prompts(config, prompt_function, train_dataset)
         self.eval_prompts = eval_source(eval_dataset)
         self.chosen: dict[str, int] = {}  # in place of "auto"
+        self.reasons: dict[str, str] = {}  # why
         check_rewards(self.rewards, config, config.plan, config.world_size, same and self.eval_prompts is not None)
         pipeline = load_pipeline(sd_pipeline) if isinstance(sd_pipeline, str | Path) else sd_pipeline
         names.check_pipeline(pipeline)
@@ -133,7 +136,7 @@ class Parts:
         self._place_frozen_modules(accelerator.device)
         self.average = self._make_average(accelerator)
         self.weights = Weights(self.adapter, self.use_lora, self.average)
-        self.reference = self._make_reference(accelerator)
+        self.reference, self.old_policy = self._make_reference(accelerator), self._make_old_policy(accelerator)
         self.sampler = Sampler(
             self.adapter,
             self.policy,
@@ -156,10 +159,21 @@ class Parts:
             prediction_loss_scale=FP16_LOSS_SCALE if config.fp16 else 1.0,
         )
         shared = self.sampler, self.scorer, self.plan_state
+        keeping = graph_keeping(config, self.plan, accelerator, lambda: [*self.policy.parameters(), *self.policy.buffers()])
+        rule, penalized = self.advantage_rule(), bool(config.kl_coef)
         self.collector = Collector(
-            *shared, self.prompts, self.processes, options, self.advantage_rule(), self.reference, self.windows
+            *shared,
+            self.prompts,
+            self.processes,
+            options,
+            rule,
+            self.reference,
+            self.old_policy,
+            self.windows,
+            keeping,
+            penalized,
         )
-        self.updater = Updater(*shared, self.processes, self._update_options(accelerator), self.reference)
+        self.updater = Updater(*shared, self.processes, self._update_options(accelerator), self.reference, self.old_policy)
         eval_scorer = Scorer(self.adapter, self.layout, self.eval_rewards)
         self.evaluator = Evaluator(
             self.sampler.apart(), eval_scorer, self.processes, config.sample_batch_size, self.weights.averaged
@@ -178,21 +192,31 @@ class Parts:
         """What watches every run, in the order in which it must be told. `fixed_samples` makes the pictures that `trackers` get."""
         every, files, termination = self.config.log_images_steps, self.run_files, self.termination
         log = SampleLog(fixed_samples, every, lambda: files.seconds, trackers, lambda: termination.stopped)
-        average = [self.average] if self.average is not None else []
-        return [*average, *([log] if self.config.num_log_images else []), files, termination]
+        followers = [follower for follower in (self.average, self.old_policy) if follower is not None]
+        return [*followers, *([log] if self.config.num_log_images else []), files, termination]
 
     def choose(self, **chosen: int) -> None:
         """Takes up the configured plan, with values that were chosen for "auto"."""
         self.chosen |= chosen
+        if self.config.noise_steps == AUTO:
+            self.schedule = self.adapter.schedule(self.layout, self.config.make_sampler_options(**self.chosen))
+            for sampler in (self.sampler, self.evaluator.sampler):
+                sampler.schedule = self.schedule
         self.plan_state.take(self._on_noise(self.config, self.config.make_plan(**self.chosen)))
 
     def unchosen(self) -> list[str]:
         """The options that are "auto" and for which nothing is chosen yet."""
-        return [name for name in ("fo_steps", "ho_length") if getattr(self.config, name) == AUTO and name not in self.chosen]
+        options = ("noise_steps", "fo_steps", "ho_length")
+        return [name for name in options if getattr(self.config, name) == AUTO and name not in self.chosen]
 
     def begin_anew(self) -> None:
-        """Forgets what a training before has left half done."""
-        self.chosen.clear()
+        """Forgets what a training before has chosen or left half done."""
+        if self.chosen:
+            self.chosen.clear()
+            self.reasons.clear()
+            self.choose()
+        if self.old_policy is not None:
+            self.old_policy.forget()
         self.queue.fill([], [])
         self.metrics.values.clear()
         self.updater.reset()
@@ -222,6 +246,7 @@ class Parts:
             "rewards": self.rewards.names,
             "eval_rewards": self.eval_rewards.names,
             "plan": str(self.plan) + ("" if self.windows is None else FIRST_WINDOW),
+            "chosen": {name: {"value": value, "reason": self.reasons.get(name)} for name, value in self.chosen.items()},
             "options": self.config.rlr_options(),
             "changed": self.config.changed_options(),
             "versions": {"rlr_trainer": __version__} | {name: importlib.metadata.version(name) for name in libraries},
@@ -320,6 +345,18 @@ class Parts:
         device, checkpointing = accelerator.device, bool(config.gradient_checkpointing)
         return ReferencePolicy(self.policy, self.use_lora, device, self._frozen_dtype, accelerator.autocast, checkpointing)
 
+    def _make_old_policy(self, accelerator: Any) -> OldPolicy | None:
+        """The policy that samples, where a loss on the forward process asks for it and it is not always the present one."""
+        forward = self.plan.forward
+        if forward is None or not (forward.averages or self.config.updates_per_rollout > 1):
+            return None
+        if any(getattr(accelerator.state, f"{kind}_plugin", None) is not None for kind in ("fsdp", "deepspeed")):
+            raise ValueError(
+                f"estimator={self.config.estimator!r} with FSDP or DeepSpeed: the old policy's sharded weights are not kept; use plain data "
+                "parallelism, or estimator='awm' with one update per rollout"
+            )
+        return OldPolicy(self.policy, forward.decay, lambda: bool(self.queue))
+
     def _update_options(self, accelerator: Any) -> UpdateOptions:
         config = self.config
         sharded = getattr(accelerator.state, "fsdp_plugin", None) is not None
@@ -328,8 +365,9 @@ class Parts:
         return UpdateOptions(
             samples=config.per_device_train_batch_size * config.gradient_accumulation_steps,
             clip_range=config.clip_range,
+            advantage_limit=config.advantage_limit,
             kl_coef=config.kl_coef,
-            recompute=config.recompute,
+            recompute="graph" if config.recompute == "graph" else "recursive",  # kept graphs come with their batch
             half_precision=config.fp16,
             measure_parts=config.log_estimator_norms and not sharded,
             measure_steps=config.log_step_norms,
@@ -345,6 +383,7 @@ class Parts:
             "pictures": self.pictures,
             "statistics": self.statistics,
             "average": self.average,
+            "old_policy": self.old_policy,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -352,6 +391,7 @@ class Parts:
         return {
             "rollouts_done": self.rollouts_done,
             "chosen": dict(self.chosen),
+            "reasons": dict(self.reasons),
             "reward_queries": self.rewards.queries * self.processes.count,
             "eval_reward_queries": self.evaluator.queries,
         }
@@ -360,6 +400,7 @@ class Parts:
         self.rollouts_done, self.evaluator.queries = state["rollouts_done"], state["eval_reward_queries"]
         self.rewards.queries = state["reward_queries"] // self.processes.count
         # the run goes on with what was chosen at its start
+        self.reasons = state.get("reasons", {})
         self.choose(**{name: value for name, value in state["chosen"].items() if getattr(self.config, name) == AUTO})
         self.queue.fill([], [])
 

@@ -26,7 +26,7 @@ from rlr_trainer.rollouts.collector import Collector
 from rlr_trainer.rollouts.micro_batches import micro_batch_rows
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
-from rlr_trainer.training.config import RLRConfig
+from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import eval_source
 from rlr_trainer.training.parts import FIRST_WINDOW
 
@@ -137,26 +137,33 @@ def _everywhere(trainer: Any, function: Callable[[], Any]) -> Any:
 
 
 def _choose_plan(trainer: Any) -> None:
-    """Replaces "auto" in fo_steps and ho_length by what a measurement on this model and reward finds, and says how the plan is biased."""
-    for name in trainer.parts.unchosen():
-        value = _measured(trainer, name)
-        trainer.parts.choose(**{name: value})
-        logger.warning(
-            "%s='auto': chose %s = %d of %d steps", name, {"fo_steps": "K"}.get(name, "h"), value, trainer.plan.num_steps
-        )
+    """Replaces "auto" by what a measurement on this model and reward finds, and says how the plan is biased."""
+    parts = trainer.parts
+    while parts.unchosen():
+        name = parts.unchosen()[0]
+        chosen, reason = _measured(trainer, name)
+        parts.choose(**chosen)
+        parts.reasons |= dict.fromkeys(chosen, reason)
+        listed = ", ".join(f"{option} = {value}" for option, value in chosen.items())
+        logger.warning("%s='auto': chose %s of %d steps, %s", name, listed, trainer.plan.num_steps, reason)
     for reason in trainer.plan.biases():
         logger.warning("the gradient estimate is biased: %s%s", reason, "" if trainer.parts.windows is None else FIRST_WINDOW)
 
 
-def _measured(trainer: Any, name: str) -> int:
-    """What a diagnosis proposes for an option that is "auto"."""
-    from rlr_trainer.diagnosis import auto_fo_steps, auto_ho_length
+def _measured(trainer: Any, name: str) -> tuple[dict[str, int], str]:
+    """What a diagnosis proposes for an option that is "auto", and why."""
+    from rlr_trainer.diagnosis import auto_fo_steps, auto_ho_length, auto_noise_steps
 
+    if name == "noise_steps":
+        window, windows = auto_noise_steps(trainer)
+        chosen = {"noise_steps": window.noise_steps}
+        return chosen | ({"fo_steps": window.fo_steps} if trainer.args.fo_steps == AUTO else {}), window.reason(windows)
     if name == "fo_steps":
-        return auto_fo_steps(trainer)
-    if trainer.args.recompute == "recursive":
+        return {name: auto_fo_steps(trainer)}, "where the measured variance of first order and likelihood ratio together is least"
+    if trainer.args.recompute in ("recursive", "auto"):
         logger.warning("ho_length='auto': with recompute='recursive' memory is that of one step for any h and does not bind")
-    return auto_ho_length(trainer, float(trainer.args.memory_budget_gb or 0), fo_steps=trainer.plan.fo_range[1])
+    length = auto_ho_length(trainer, float(trainer.args.memory_budget_gb or 0), fo_steps=trainer.plan.fo_range[1])
+    return {name: length}, "by formula (8) of arXiv:2502.00639 with measured noise and memory"
 
 
 def without_an_epoch_too_many(values: tuple[Any, ...], resumed_at: int) -> tuple[Any, ...]:
@@ -243,7 +250,8 @@ def save_files(trainer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = trainer.parts.weights
     (weights.save_result if trainer._writing_to is None else weights.save)(folder)
-    (folder / CONFIG_FILE).write_text(json.dumps(trainer.args.rlr_options(), indent=2, default=str))
+    options = trainer.args.rlr_options() | trainer.parts.chosen  # who samples with the weights needs what "auto" stood for
+    (folder / CONFIG_FILE).write_text(json.dumps(options, indent=2, default=str))
 
 
 def save_model(trainer: Any, save: Callable[..., None], output_dir: str | None, internal: bool) -> None:

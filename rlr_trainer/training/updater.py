@@ -13,24 +13,29 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlr_trainer.estimators.advantages import Advantages
+from rlr_trainer.estimators.chain import to_device
 from rlr_trainer.estimators.divergence import Penalty
+from rlr_trainer.estimators.forward_process import Matching, MatchingResult
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE
 from rlr_trainer.estimators.sweep import Feedback, Sweep, SweepResult
 from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.pipelines import PipelineChain
+from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
 from rlr_trainer.rollouts.batches import ScoredBatch
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
-from rlr_trainer.training.meters import GradientMeter
+from rlr_trainer.training.meters import GradientMeter, squared_norms
 
 logger = logging.getLogger(__name__)
 
 # (surrogate of one backward pass, whether it ends the update) -> what the gradients were multiplied by
 Backward = Callable[[Tensor, bool], float]
+# (steps of one backward pass, whether it is the micro-batch's last) -> its context
+Scope = Callable[[list[int], bool], contextlib.AbstractContextManager]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,7 @@ class UpdateOptions:
     Attributes:
         samples: of one update, per process.
         clip_range: of the ratio, once the weights are not those that sampled; None is unclipped.
+        advantage_limit: of the advantage's magnitude, for losses on the forward process.
         kl_coef: weight of the divergence from the reference policy; None or 0 for none.
         recompute: see `Sweep`.
         half_precision: fp16, where rewards of predictions get a loss scale.
@@ -48,6 +54,7 @@ class UpdateOptions:
 
     samples: int
     clip_range: float | None = None
+    advantage_limit: float | None = None
     kl_coef: float | None = None
     recompute: str = "recursive"
     half_precision: bool = False
@@ -69,9 +76,10 @@ class Updater:
         processes: Processes,
         options: UpdateOptions,
         reference: ReferencePolicy | None = None,
+        old_policy: OldPolicy | None = None,
     ) -> None:
         self.sampler, self.scorer, self.plan_state, self.processes = sampler, scorer, plan_state, processes
-        self.options, self.reference = options, reference
+        self.options, self.reference, self.old_policy = options, reference, old_policy
         self._params: Mapping[str, nn.Parameter] = sampler.policy.trainable_parameters()
         self._meter = GradientMeter(self._params)
         self._zeroth: dict[str, Tensor] = {}
@@ -124,7 +132,7 @@ class Updater:
         """
         chain = self.sampler.chain(model, batch.conditioning, batch.schedule)
         clip_range = None if on_policy else self.options.clip_range
-        is_first_order = batch.draw.first_order
+        is_first_order: list[bool] = batch.draw.first_order.any(0).tolist()
         ends = ends_update  # whether the present backward pass ends the update
 
         @contextlib.contextmanager
@@ -135,15 +143,20 @@ class Updater:
                 if not ends:
                     stack.enter_context(self.processes.accelerator.no_sync(model))
                 if self.options.measure_parts:
-                    part = "fo" if bool(is_first_order[:, steps[-1]].any()) else "ho"
+                    part = "forward" if self.plan.forward else "fo" if is_first_order[steps[-1]] else "ho"
                     stack.enter_context(self._meter.measuring(steps[0], part, factor))
                 yield
 
+        def differentiate(surrogate: Tensor) -> float:
+            return backward(_with_graph(surrogate), ends)
+
+        if self.plan.forward is not None:
+            return self._metrics(batch, self._matching(chain, differentiate, scope, on_policy, batch), clip_range)
         sweep = Sweep.of_plan(
             self.plan,
             chain,
             chain.parameters(),
-            lambda surrogate: backward(_with_graph(surrogate), ends),
+            differentiate,
             self.scorer.differentiable(batch.prompts, batch.metadata),
             reward_loss_scale=FP16_LOSS_SCALE if self.options.half_precision else 1.0,
             scope=scope,
@@ -151,8 +164,27 @@ class Updater:
             clip_range=clip_range,
             mean_density=True,
         )
-        result = sweep.run(batch.rollout, batch.draw, self._feedback(chain, batch))
+        result = sweep.run(batch.rollout, batch.draw, self._feedback(chain, batch), batch.kept)
         return self._metrics(batch, result, clip_range)
+
+    def _matching(
+        self, chain: PipelineChain, backward: Callable[[Tensor], float], scope: Scope, on_policy: bool, batch: ScoredBatch
+    ) -> MatchingResult:
+        """The gradient of a loss on the forward process, of a micro-batch."""
+        forward, old, live, limit = self.plan.forward, self.old_policy, chain.parameters(), self.options.advantage_limit
+        assert forward is not None and batch.noise_seeds is not None
+        matching = Matching(
+            forward,
+            chain.forward_schedule,
+            lambda step, x: chain.output(step, x, live),
+            None if old is None or (on_policy and not forward.averages) else old.output_of(chain),
+            backward,
+            scope,
+            1.0 if limit is None else limit,
+            None if on_policy else self.options.clip_range,
+        )
+        share = torch.where(batch.scale == 0, 0.0, self._share)  # without a reward a sample says nothing
+        return matching.run(batch.rollout.sample, batch.draw.forward, batch.advantage, share, batch.noise_seeds)
 
     def finish(self, batch: ScoredBatch, factor: float = 1.0, where: str = "the update") -> dict[str, float]:
         """Completes the update after its last micro-batch, `batch`: adds the zeroth-order part, times `factor`, to `.grad`.
@@ -173,7 +205,7 @@ class Updater:
             for name, term in self._zeroth.items():
                 gradient = self._params[name].grad
                 self._params[name].grad = factor * term if gradient is None else gradient.add_(term, alpha=factor)
-            norms["zo"] = sum(float(term.square().sum()) for term in self._zeroth.values()) ** 0.5
+            norms["zo"] = sum(squared_norms(self._zeroth)) ** 0.5
             self._zeroth = {}
         if abs(factor) == 1:  # with a loss scale an overflow is usual: the scaler skips the update and lowers the scale
             check_norm(self.sampler.policy.trainable_parameters(), where)
@@ -199,6 +231,8 @@ class Updater:
     def _has_signal(self, batch: ScoredBatch) -> bool:
         """Whether the rewards of a micro-batch ask for any change by backward passes."""
         gradient = batch.reward_gradient
+        if self.plan.forward is not None:
+            return bool((batch.advantage.abs() > 1e-5).any())  # NFT's r rounds much smaller ones to one half
         scored = bool(batch.draw.score.any()) and bool(batch.advantage.any())
         return scored or (self.plan.fo_range[0] > 0 and gradient is not None and bool(gradient.any()))
 
@@ -217,18 +251,20 @@ class Updater:
             penalty=penalty,
         )
 
-    def _metrics(self, batch: ScoredBatch, result: SweepResult, clip_range: float | None) -> dict[str, float]:
-        objective = result.objective
-        if self.plan.fo_range[1] > 0:
-            objective += float(batch.rewards.nansum()) * self._share
-        metrics = {"loss": -objective * self.options.samples / len(batch)}  # as if the micro-batch were the whole update
+    def _metrics(self, batch: ScoredBatch, result: SweepResult | MatchingResult, clip_range: float | None) -> dict[str, float]:
+        numbers: dict[str, Tensor] = {"objective": result.scored, "divergence": torch.as_tensor(result.divergence)}
         if result.log_ratios:
             ratio = torch.stack(list(result.log_ratios.values())).exp()  # [scored steps, B]
             deviation = (ratio - 1).abs()
-            metrics["ratio/mean"] = float(ratio.mean())
-            metrics["ratio/max_abs_dev"] = float(deviation.max())
-            metrics["clip_ratio"] = float((deviation > clip_range).float().mean()) if clip_range else 0.0
-        return metrics
+            numbers["ratio/mean"], numbers["ratio/max_abs_dev"] = ratio.mean(), deviation.max()
+            numbers["clip_ratio"] = (deviation > clip_range).float().mean() if clip_range else torch.zeros(())
+        # one question to the device for all of them
+        told = torch.stack([to_device(number, self.processes.device) for number in numbers.values()]).tolist()
+        metrics = dict(zip(numbers, told, strict=True))
+        objective = metrics.pop("objective") + metrics.pop("divergence")
+        if self.plan.fo_range[1] > 0:
+            objective += float(batch.rewards.nansum()) * self._share
+        return {"loss": -objective * self.options.samples / len(batch), **metrics}  # as if the micro-batch were the whole update
 
 
 def _with_graph(surrogate: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ def row(
 ):  # fmt: skip
     number, known = Estimate(efficiency, error), Estimate(1.0, 0.1)
     return PlanRow(
-        name=name, options={"estimator": name}, is_yours=name == "mine", fo_steps=round(10 * fo_share), ho_length=0,
+        name=name, options={"estimator": name}, is_yours=name == "mine", sampled_otherwise=False, fo_steps=round(10 * fo_share), ho_length=0,
         fo_share=fo_share, biases=list(biases), only_smoothed=False, num_batches=batches,
         bias=RelativeBias(value, None if value is None else 0.02, 0.3, verdict), captured=Estimate(captured, 0.1), std=known,
         largest_share=largest_share, seconds=1.0, peak_bytes=1, efficiency=number,

@@ -96,7 +96,7 @@ def check_resume(make, **options):
 
 
 FLOW = ("flow_grpo", "mixgrpo")
-EVERY_DAY = ("rlr", "rlr_black_box", "rlr_paper", "sqdf")  # one of each kind of estimator
+EVERY_DAY = ("rlr", "rlr_black_box", "rlr_paper", "sqdf", "nft")  # one of each kind of estimator
 
 
 @pytest.mark.parametrize("preset", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS])
@@ -122,6 +122,7 @@ def test_every_preset_goes_on_at_the_end_of_a_rollout(make, preset):
         {"ema_decay": 0.9, "use_lora": False},
         {"gradient_accumulation_steps": 2, "logging_steps": 4},  # a log line that spans the checkpoint
         {"sample_num_batches_per_epoch": 4, "sample_batch_size": 1, "kl_coef": 0.1},
+        {"estimator": "nft", "old_policy_decay": [0, 0.3, 0.5], "use_lora": False},  # half of an old policy is kept
         {"estimator": "ddpo", "silent_estimator": "none", "noise_steps": 1, "noise_window": "random"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),

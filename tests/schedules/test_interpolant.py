@@ -232,3 +232,35 @@ def test_gradients_flow_through_every_sampler(name):
     torch.testing.assert_close(x.grad, torch.full_like(x, of_x))
     torch.testing.assert_close(output.grad, torch.full_like(x, of_output))
     assert not std.requires_grad
+
+
+# ---- the forward process ----
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        *(
+            DDIMScheduler(**STABLE_DIFFUSION, prediction_type=kind, clip_sample=True)
+            for kind in ("epsilon", "sample", "v_prediction")
+        ),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        SCMScheduler(),
+    ],
+    ids=lambda scheduler: (
+        f"{type(scheduler).__name__}-{scheduler.config.prediction_type if 'prediction_type' in scheduler.config else ''}"
+    ),
+)
+def test_the_target_of_the_network_tells_the_clean_latent(scheduler):
+    """Of its forward process x = A x0 + B x1, at every noise level, whatever it predicts; not clipped."""
+    schedule = make_schedule(scheduler, SamplerOptions(4, sampler="ode"))
+    clean, noise = 3 * torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    scale = scheduler.config.get("sigma_data", 1.0)
+    for step in range(4):
+        x = schedule.noised(step, clean, noise)
+        torch.testing.assert_close(x, schedule.signal[step] * clean + schedule.noise_level(step) * scale * noise)
+        target = schedule.target(step, clean, noise)
+        torch.testing.assert_close(schedule.denoised(step, x, target), clean)
+        torch.testing.assert_close(schedule._told(step, x, target)[1], scale * noise)
+        half = schedule.denoised(step, x, target + 1) + schedule.denoised(step, x, target - 1)
+        torch.testing.assert_close(half / 2, clean)  # linear

@@ -37,6 +37,9 @@ CASES = {
     "full_bp": {"options": {"estimator": "full_bp"}},
     "sqdf": {"options": {"estimator": "sqdf"}},
     "es": {"options": {"estimator": "es", "zo_num_perturbations": 2}},
+    "awm": {"options": {"estimator": "awm"}},
+    "awm_off_policy": {"options": {"estimator": "awm", "num_inner_epochs": 2}},
+    "nft": {"options": {"estimator": "nft", "old_policy_decay": [0, 0.5, 0.5]}},
     # the four pictures of a prompt are spread over both processes
     "leave_one_out": {"options": {"estimator": "ddpo", "advantage": "leave_one_out", "num_images_per_prompt": 4, "batch": 4}},
     "per_prompt": {

@@ -295,7 +295,7 @@ def test_flow_grpo_and_mixgrpo_sample_as_published(make_trainer):
     flow = digits.load_pipeline("digits-flow")
     trainer = make_trainer(estimator="flow_grpo", sample_num_steps=5, sd_pipeline=flow)
     config = trainer.args
-    assert (config.sampler, config.kl_coef, config.clip_range) == ("flow_sde", 0.04, 1e-4)
+    assert (config.sampler, config.kl_coef, config.clip_range) == ("flow_sde", pytest.approx(0.04 / 5), 1e-4)
     at_0_7 = make_schedule(flow.scheduler, SamplerOptions(5, 0.7, "flow_sde", 4))
     assert trainer.parts.schedule.stds == at_0_7.stds
     assert (trainer.plan.scored_steps(), config.advantage_name, config.advantage_limit) == ([0, 1, 2, 3], "normalize", 5.0)
@@ -324,6 +324,53 @@ def test_every_window_is_checked_before_the_run(make_trainer):
     make_trainer(**options, noise_window_range=[0, 2])
     with pytest.raises(PlanError, match=r"noise_window='random', noise in steps 1 to 1: step 0 of 4 adds no noise"):
         make_trainer(estimator="draft", fo_steps=3, rest_estimator="lr", noise_steps=1, noise_window="random")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "awm", "kl_coef": 0.1}, "kl_coef=0.1 with estimator='awm': its chain has no density"),
+        ({"estimator": "nft", "recompute": "graph"}, "recompute='graph' with estimator='nft': it has no chain"),
+        ({"estimator": "nft", "clip_range": 0.1}, "clip_range=0.1 with estimator='nft': it has no ratio to clip"),
+        (
+            {"estimator": "nft", "advantage": "leave_one_out"},
+            "advantage='leave_one_out' with estimator='nft': rewards become probabilities",
+        ),
+        ({"estimator": "awm", "fo_steps": 2}, "fo_steps=2: has no effect with estimator='awm'"),
+        ({"estimator": "rlr", "forward_times": 2}, "forward_times=2: is of losses on the forward process"),
+    ],
+)
+def test_losses_on_the_forward_process_refuse_what_they_would_ignore(options, message):
+    with pytest.raises(ValueError, match=message):
+        RLRConfig(output_dir="x", use_cpu=True, **options)
+
+
+def test_losses_on_the_forward_process_sample_without_noise_unless_told(make_trainer):
+    trainer = make_trainer(estimator="awm")
+    assert not any(trainer.parts.schedule.stds) and trainer.args.clip_range == 1
+    assert trainer.parts.old_policy is None  # one update per rollout: the present policy is the one that sampled
+    noisy = make_trainer(estimator="nft", sampler="ddim", old_policy_decay="0,0.5,0.5")
+    assert all(noisy.parts.schedule.stds) and noisy.args.clip_range is None
+    assert noisy.parts.old_policy.decay == (0, 0.5, 0.5)
+    with pytest.raises(ValueError, match="diagnose with estimator='awm'"):
+        trainer.diagnose()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["digits", "digits-flow"])
+@pytest.mark.parametrize("estimator", ["awm", "nft"])
+def test_losses_on_the_forward_process_raise_the_reward(make_trainer, seven, model, estimator):
+    """A seed of the benchmark takes 10 updates from 0.1 to more than 0.45 on digits, to more than 0.4 on digits-flow."""
+    trainer = make_trainer(
+        estimator=estimator, sd_pipeline=digits.load_pipeline(model), sample_num_steps=10, per_device_train_batch_size=32, lora_r=4,
+        learning_rate=1e-2, lr_scheduler_type="constant", max_steps=10, forward_times=4, log_estimator_norms=False,
+    )  # fmt: skip
+    prompts = [digits.PROMPT] * 64
+    before = float(seven(trainer.generate(prompts), prompts, [{}] * 64).mean())
+    trainer.train()
+    after = float(seven(trainer.generate(prompts), prompts, [{}] * 64).mean())
+    assert before < 0.2
+    assert after > 0.3
 
 
 @pytest.mark.parametrize(
@@ -400,16 +447,63 @@ def test_fp16_needs_an_accelerator(make_trainer):
 
 def test_auto_chooses_before_the_first_update_and_keeps_it(make_trainer, pipeline, monkeypatch, caplog):
     options = {"fo_steps": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    monkeypatch.setattr(running, "_measured", lambda trainer, name: {"fo_steps": 3}[name])
+    monkeypatch.setattr(running, "_measured", lambda trainer, name: ({name: 3}, "for a test"))
     trainer = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
     trainer.train()
     assert trainer.plan.fo_steps == 3
     assert trainer.args.fo_steps == "auto"
-    assert "fo_steps='auto': chose K = 3 of 4 steps" in caplog.text
+    assert "fo_steps='auto': chose fo_steps = 3 of 4 steps" in caplog.text
     resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
     monkeypatch.setattr(running, "_measured", lambda *arguments: pytest.fail("chose anew"))
     resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-1"))
     assert resumed.plan == trainer.plan
+
+
+def test_a_noise_window_is_chosen_with_k_and_lasts(make_trainer, pipeline, monkeypatch, caplog):
+    options = {"noise_steps": "auto", "fo_steps": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    seen = []
+
+    def measured(trainer, name):
+        seen.append((name, trainer.parts.schedule.stds))
+        return {"noise_steps": 2, "fo_steps": 2}, "for a test"
+
+    monkeypatch.setattr(running, "_measured", measured)
+    trainer = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
+    trainer.train()
+    ((name, stds),) = seen  # K is not asked for again
+    assert name == "noise_steps"
+    assert all(stds)  # every step of the measured chain has noise
+    for sampler in (trainer.parts.sampler, trainer.parts.evaluator.sampler):
+        assert sampler.schedule.stds == (*stds[:2], 0.0, 0.0)
+    assert trainer.plan.fo_steps == 2
+    assert "noise_steps='auto': chose noise_steps = 2, fo_steps = 2 of 4 steps, for a test" in caplog.text
+    output = Path(trainer.args.output_dir)
+    assert json.loads((output / "run.json").read_text())["chosen"]["noise_steps"] == {"value": 2, "reason": "for a test"}
+    assert json.loads((output / "checkpoint-1" / "rlr_config.json").read_text())["noise_steps"] == 2  # for `rlr-trainer sample`
+    resumed = make_trainer(sd_pipeline=copy.deepcopy(pipeline), **options)
+    monkeypatch.setattr(running, "_measured", lambda *arguments: pytest.fail("chose anew"))
+    resumed.train(resume_from_checkpoint=str(output / "checkpoint-1"))
+    assert resumed.plan == trainer.plan
+    assert resumed.parts.sampler.schedule.stds == trainer.parts.sampler.schedule.stds
+    monkeypatch.setattr(running, "_measured", measured)
+    trainer.train()  # anew: measured anew, on a chain with noise in all steps
+    assert seen[1] == seen[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "es"},
+        {"ho_length": 2},
+        {"control_variate": True},
+        {"rest_num_steps": 1},
+        {"silent_estimator": "ho"},
+        {"estimator": "draft"},
+    ],
+)
+def test_windows_are_measured_for_plans_that_have_one(options):
+    with pytest.raises(PlanError, match="noise_steps='auto' with estimator=.*give a number"):
+        RLRConfig(use_cpu=True, noise_steps="auto", **options)
 
 
 def test_auto_sub_chain_length_needs_a_budget():

@@ -1,5 +1,6 @@
 """The gradient of an update, without a trainer: against plain autograd, and what must not change it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from tiny_adapter import tiny_run
 
 from rlr_trainer.estimators.advantages import ADVANTAGES
 from rlr_trainer.estimators.chain import gaussian_log_density, next_latent
+from rlr_trainer.estimators.forward_process import draw_noises
 from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.estimators.zeroth_order import zeroth_order
 from rlr_trainer.rollouts.advantage_rule import AdvantageRule
@@ -192,3 +194,79 @@ def test_lora_weights_that_no_gradient_reaches_are_said(used, strict, caplog):
     check_lora(weights, strict)
     dead = 2 - len(used)
     assert (f"{dead} of 2 LoRA layers got no gradient" in caplog.text) == (dead > 0)
+
+
+# ---- losses on the forward process ----
+
+
+def matched(run, batch, surrogate):
+    """The gradient of `surrogate(step, x_0, noise, output, schedule)` [N], averaged over the levels drawn and the samples; by autograd."""
+    chain, schedule = run.sampler.chain(run.policy, batch.conditioning), run.sampler.schedule
+    params, clean, total = run.policy.trainable_parameters(), batch.rollout.sample, 0.0
+    steps = batch.draw.forward[0].nonzero()[:, 0].tolist()
+    for step in steps:
+        noise = draw_noises(clean, batch.noise_seeds, step)
+        x = schedule.signal[step] * clean + schedule.noise[step] * noise
+        total = total + surrogate(step, clean, noise, x, chain.output(step, x, params)).mean() / len(steps)
+    return dict(zip(params, torch.autograd.grad(-total, list(params.values())), strict=True))
+
+
+def test_awm_is_the_matching_loss_weighted_by_the_advantage():
+    run = tiny_run(plan("awm"), guidance=3.0)
+    (batch,), _ = run.collect()
+    found, (metrics, norms) = run.gradient([batch])
+
+    def surrogate(step, clean, noise, x, output):  # the network predicts epsilon
+        return -batch.advantage * run.sampler.schedule.noise[step] * 4 * ((output - noise) ** 2).mean((1, 2, 3)) ** 0.25
+
+    assert_same(found, matched(run, batch, surrogate), relative=1e-4)  # but for the loss's floor of 1e-10
+    assert (metrics["ratio/mean"], metrics["ratio/max_abs_dev"], metrics["clip_ratio"]) == (1, 0, 0)
+    assert norms["estimator/forward_grad_norm"] > 0
+    assert len(batch.rollout.latents) == 1
+
+
+def test_off_policy_awm_is_clipped():
+    run = tiny_run(plan("awm"), with_old_policy=True, clip_range=0.05)
+    (batch,), _ = run.collect()
+    with torch.no_grad():
+        run.policy.denoiser.mix.add_(0.1 * torch.randn(3, 3, generator=torch.Generator().manual_seed(3)))
+    clipped, (metrics, _) = run.gradient([batch], on_policy=False)
+    assert 0 < metrics["clip_ratio"] <= 1
+    run.updater.options = dataclasses.replace(run.updater.options, clip_range=None)
+    free, _ = run.gradient([batch], on_policy=False)
+    assert any(not torch.equal(clipped[name], free[name]) for name in free)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_nft_is_the_loss_of_its_paper(moved):
+    run = tiny_run(plan("nft", nft_beta=0.5), with_old_policy=True, advantage_limit=2.0)
+    (batch,), _ = run.collect()
+    old = {name: p.detach().clone() for name, p in run.policy.trainable_parameters().items()}
+    if moved:
+        with torch.no_grad():
+            run.policy.denoiser.mix.mul_(1.2)
+    found, (metrics, _) = run.gradient([batch])
+    chain, schedule = run.sampler.chain(run.policy, batch.conditioning), run.sampler.schedule
+
+    def error(predicted, clean):
+        distance = (predicted - clean).abs()
+        return (distance**2 / distance.detach().mean((1, 2, 3), keepdim=True)).mean((1, 2, 3))
+
+    def surrogate(step, clean, noise, x, output):
+        before = chain.output(step, x, old).detach()
+        new, past = ((x - schedule.noise[step] * out) / schedule.signal[step] for out in (output, before))
+        good = 0.5 + 0.5 * (batch.advantage / 2).clamp(-1, 1)
+        return -2 * (good * error(0.5 * past + 0.5 * new, clean) + (1 - good) * error(1.5 * past - 0.5 * new, clean)) / 0.5
+
+    assert_same(found, matched(run, batch, surrogate), relative=1e-4)
+    assert "ratio/mean" not in metrics
+
+
+@pytest.mark.parametrize("name", ["awm", "nft"])
+def test_micro_batches_of_a_loss_on_the_forward_process_give_one_gradient(name):
+    run = tiny_run(plan(name), with_old_policy=True, num_batches=2)
+    batches, _ = run.collect()
+    whole, _ = run.gradient(batches)
+    together = type(batches[0]).concatenate(batches)  # the batches drew other levels
+    mixed, _ = run.gradient([together.select(torch.tensor(rows)) for rows in ([5, 0], [2, 7, 1, 3, 6, 4])])
+    assert_same(mixed, whole)
