@@ -53,8 +53,8 @@ def diagnose(
         candidates: plans to compare; None: the configured plan and the usual alternatives.
 
     Raises:
-        ValueError: a loss on the forward process; more than one process; a limit that is not positive; a black-box reward on a chain with
-            a step without noise.
+        ValueError: a loss on the forward process; more than one process; a limit that is not positive; a black-box reward on a chain
+            without noise.
     """
     from rlr_trainer import __version__
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlr_trainer.estimators.plan import PLAN_OPTIONS, EstimatorPlan, PlanError
+from rlr_trainer.estimators.presets import PRESETS
 from rlr_trainer.schedules import Schedule
 
 YOURS = "yours"
@@ -56,7 +57,7 @@ def sampling_candidates(
     kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     if differentiable:
         kinds[f"rlr K={num_steps - half}, noise in {half} steps"] = tail, {"noise_steps": half}
-    kinds["rlr_black_box"] = {"estimator": "rlr_black_box"}, {"noise_steps": math.ceil(0.3 * num_steps)}
+    kinds["rlr_black_box"] = {"estimator": "rlr_black_box"}, PRESETS["rlr_black_box"].sampling(num_steps)
     eta = 0.25 if own.options.get("sample_eta") == 0.5 else 0.5
     kinds[f"{YOURS}, sample_eta={eta}"] = own.options, {"sample_eta": eta}
     for name, (options, sampling) in kinds.items():

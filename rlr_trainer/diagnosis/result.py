@@ -138,7 +138,7 @@ LEGEND = (
 
 WINDOW_LEGEND = (
     "K: first-order steps at the end. The variance is measured with noise in every step. x all: merit over that of the largest window with",
-    "the same K, if every covered step contributes the same share of the gradient's square, which is assumed, not measured.",
+    "the same K; its signal is a model, not a measurement (docs/diagnostics.md).",
 )
 
 

@@ -323,7 +323,7 @@ class Parts:
         decay = self.config.ema_decay
         if decay is None:
             return None
-        if any(getattr(accelerator.state, f"{kind}_plugin", None) is not None for kind in ("fsdp", "deepspeed")):
+        if _is_sharded(accelerator):
             raise ValueError(
                 f"ema_decay={decay} with FSDP or DeepSpeed: the average of sharded weights is not kept; leave ema_decay unset, or use plain "
                 "data parallelism"
@@ -350,7 +350,7 @@ class Parts:
         forward = self.plan.forward
         if forward is None or not (forward.averages or self.config.updates_per_rollout > 1):
             return None
-        if any(getattr(accelerator.state, f"{kind}_plugin", None) is not None for kind in ("fsdp", "deepspeed")):
+        if _is_sharded(accelerator):
             raise ValueError(
                 f"estimator={self.config.estimator!r} with FSDP or DeepSpeed: the old policy's sharded weights are not kept; use plain data "
                 "parallelism, or estimator='awm' with one update per rollout"
@@ -416,6 +416,11 @@ def own_config(given: Any) -> RLRConfig:
     if not isinstance(given, RLRConfig):
         raise TypeError(f"config is a {type(given).__name__}: must be an RLRConfig, or TRL's DDPOConfig or AlignPropConfig")
     return copy.copy(given)
+
+
+def _is_sharded(accelerator: Any) -> bool:
+    """Whether FSDP or DeepSpeed hold the weights."""
+    return any(getattr(accelerator.state, f"{kind}_plugin", None) is not None for kind in ("fsdp", "deepspeed"))
 
 
 def _rewards(config: RLRConfig, function: Any, weights: Sequence[float] | None = None, asynchronous: bool = False) -> Rewards:
