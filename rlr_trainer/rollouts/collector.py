@@ -247,8 +247,12 @@ class Collector:
         if self.keeping.keep is False:
             return None
         params, stds = chain.parameters(), chain.schedule.stds if self.penalized else ()
-        noise = chain.initial(size, seeded_generator(self.options.seed))  # to measure with
-        return self.keeping.steps_of(draw, stds, lambda step, x: chain.transition(step, x, params), noise)
+        return self.keeping.steps_of(
+            draw,
+            stds,
+            lambda step, x: chain.transition(step, x, params),
+            lambda: chain.initial(size, seeded_generator(self.options.seed)),
+        )
 
     def _take_prompts(self) -> list[PromptRow]:
         """One row per sample of the rollout, over all processes."""

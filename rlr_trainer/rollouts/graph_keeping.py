@@ -35,17 +35,20 @@ class GraphKeeping:
     weights: Callable[[], list[Tensor]] = list
     free: Callable[[torch.device], int] | None = None
 
-    def steps_of(self, draw: PlanDraw, stds: tuple[float, ...], run_step: StepFunction, x: Tensor) -> KeptSteps | None:
+    def steps_of(
+        self, draw: PlanDraw, stds: tuple[float, ...], run_step: StepFunction, noise: Callable[[], Tensor]
+    ) -> KeptSteps | None:
         """What keeps the graphs of a sampling batch; None where they are not kept.
 
         Args:
             stds: see `KeptSteps.of_draw`.
-            run_step, x: a transition and noise [N, ...] to measure it with.
+            run_step, noise: a transition, and what makes the noise [N, ...] to measure it with.
         """
         if self.keep is False:
             return None
         kept = KeptSteps.of_draw(draw, stds)
         if self.keep is None:
+            x = noise()
             per_step = graph_bytes(lambda: run_step(0, x.detach().requires_grad_(True)), [x, *self.weights()])
             self.keep = self._decide(per_step, len(kept.carries), x.device)
         return kept if self.keep else None
