@@ -102,6 +102,7 @@ class Meter(TrainerCallback):
 
 def profiled_peaks(run: Callable[[], Any]) -> tuple[int, int]:
     """As `memory.peak_bytes` on the CPU, of a run that has one sweep in it: (peak above its start, peak of the sweep above the sweep's)."""
+    gc.collect()  # garbage of an earlier profile would be counted as freed in this one, and lower its peak
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
     events = profile.profiler.kineto_results.events()

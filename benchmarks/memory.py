@@ -9,6 +9,7 @@ caching allocator on CUDA. The chain is T = 12 DDIM steps; the reward's gradient
 
 import argparse
 import copy
+import gc
 import time
 
 import torch
@@ -71,6 +72,7 @@ def peak_bytes(run, device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - start
+    gc.collect()  # garbage of an earlier profile would be counted as freed in this one, and lower its peak
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
     live = peak = 0
