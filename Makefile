@@ -9,6 +9,7 @@
 
 PYTHON ?= python3.11
 WORKERS ?= 2
+SHARED = -n $(WORKERS) --dist loadgroup  # tests that share something expensive go to one worker
 VENV := .venv
 VENV_OLD := .venv-trl023
 STAMP := $(VENV)/.installed
@@ -42,13 +43,13 @@ demo: $(STAMP)
 test test-all test-old: export HF_HUB_OFFLINE = 1
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
+	$(VENV)/bin/python -m pytest $(SHARED) -m 'not slow' $(ARGS)
 
 test-all: $(STAMP)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	$(VENV)/bin/python -m pytest $(SHARED) $(ARGS)
 
 test-old: $(STAMP_OLD)
-	$(VENV_OLD)/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(OLD_TESTS) $(ARGS)
+	$(VENV_OLD)/bin/python -m pytest $(SHARED) -m 'not slow' $(OLD_TESTS) $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
