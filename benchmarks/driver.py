@@ -32,10 +32,14 @@ QUERIES = 1280  # reward queries of a run
 SECONDS = 75.0  # of one run on one core, roughly
 # model, task, methods, number of reported seeds; the headline first
 PLAN: list[tuple[str, str, list[str], int]] = [
-    ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo", "rlr", "awm", "nft"], 3),
+    ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo", "awm", "nft", "rlr"], 3),
     ("digits", "compressibility", ["rlr_black_box", "trl_ddpo"], 3),
     ("digits", "ink_black_box", ["rlr_black_box", "trl_ddpo"], 3),
     ("digits-flow", TUNING_TASK, ["rlr_black_box", "awm", "nft"], 3),
+    ("digits", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 2),
+    ("digits", "compressibility", ["rlr_black_box_2", "rlr_black_box_5"], 2),
+    ("digits", "ink_black_box", ["rlr_black_box_2", "rlr_black_box_5"], 2),
+    ("digits-flow", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 2),
     ("digits", "compressibility", ["awm", "nft"], 3),
     ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo"], 5),
     ("digits-flow", TUNING_TASK, ["rlr", "flow_grpo", "mixgrpo", "ddpo"], 3),
@@ -76,7 +80,8 @@ def runs_left() -> tuple[list[Run], int]:
     waiting: set[tuple[str, str, str, int]] = set()
     for model, task, methods, seeds in PLAN:
         for method in methods:
-            tuning = [Run(model, TUNING_TASK, method, rate, TUNING_SEED) for rate in LEARNING_RATES]
+            tuned = METHODS[method].tuned_as or method
+            tuning = [Run(model, TUNING_TASK, tuned, rate, TUNING_SEED) for rate in LEARNING_RATES]
             missing = [run for run in tuning if not run.path.exists()]
             ready |= dict.fromkeys(missing)
             if missing:

@@ -17,12 +17,14 @@ class Method:
         flow_options: further ones on digits-flow, which samples with little noise at the end and none in the last step.
         trl: name of TRL's trainer, which runs in its place; on the Stable Diffusion model alone.
         needs_gradient: whether the reward must be differentiable.
+        tuned_as: the method whose learning rate this one takes; None if it has its own.
     """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     flow_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     trl: str | None = None
     needs_gradient: bool = False
+    tuned_as: str | None = None
 
 
 METHODS = {
@@ -31,6 +33,9 @@ METHODS = {
     "ddpo": Method({"estimator": "ddpo"}, {"silent_estimator": "none"}),
     # "keep" gives the same gradients bit for bit, without a second forward pass
     "rlr_black_box": Method({"estimator": "rlr_black_box", "recompute": "keep"}),
+    # its window has 3 of 10 steps
+    "rlr_black_box_2": Method({"estimator": "rlr_black_box", "recompute": "keep", "noise_steps": 2}, tuned_as="rlr_black_box"),
+    "rlr_black_box_5": Method({"estimator": "rlr_black_box", "recompute": "keep", "noise_steps": 5}, tuned_as="rlr_black_box"),
     "rlr": Method({"estimator": "rlr", "recompute": "keep"}, {"fo_steps": 5, "noise_steps": 5}, needs_gradient=True),
     "draft": Method({"estimator": "draft"}, needs_gradient=True),
     "awm": Method({"estimator": "awm"}),
