@@ -43,6 +43,7 @@ PLAN: list[tuple[str, str, list[str], int]] = [
     ("digits", "digit_and_ink", ["rlr", "rlr_black_box", "trl_ddpo", "draft"], 3),
     ("digits", TUNING_TASK, ["rlr_paper", "rlr_paper_without_zo", "rlr_paper_without_ho", "rlr_paper_without_both"], 3),
     ("digits-flow", "ink", ["rlr", "draft"], 3),
+    ("digits", "ocr", ["rlr_black_box", "trl_ddpo"], 3),
 ]
 
 
@@ -82,6 +83,7 @@ def start(run: Run, old_python: Path) -> subprocess.Popen[Any]:
     command = [str(python), str(HERE / "one_run.py"), "--model", run.model, "--task", run.task, "--method", run.method]
     command += ["--learning_rate", f"{run.learning_rate:g}", "--seed", str(run.seed), "--updates", str(UPDATES)]
     command += ["--output", str(run.path)]
+    # PYTHONPATH goes on to the run: packages that an environment lacks, such as the task ocr's rapidocr, may lie in a folder of their own
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
