@@ -14,6 +14,7 @@ VENV := .venv
 VENV_OLD := .venv-trl023
 STAMP := $(VENV)/.installed
 STAMP_OLD := $(VENV_OLD)/.installed
+STAMPS_BENCHMARK := $(VENV)/.benchmark $(VENV_OLD)/.benchmark
 
 # What does not depend on versions runs at the newest end alone, and so do the slow tests.
 OLD_TESTS := tests/parity tests/training tests/persistence tests/pipelines tests/observing tests/cli \
@@ -36,6 +37,15 @@ $(STAMP_OLD): pyproject.toml constraints-trl023.txt
 	$(VENV_OLD)/bin/python -m pip install -q -c constraints-trl023.txt -e '.[dev]'
 	touch $@
 
+# A run of the benchmark is a process of one of the two environments: the task that reads needs its recognizer in both.
+$(VENV)/.benchmark: $(STAMP)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[benchmark]'
+	touch $@
+
+$(VENV_OLD)/.benchmark: $(STAMP_OLD)
+	$(VENV_OLD)/bin/python -m pip install -q -c constraints-trl023.txt -e '.[benchmark]'
+	touch $@
+
 demo: $(STAMP)
 	$(VENV)/bin/rlr-trainer demo --output_dir runs/demo $(ARGS)
 
@@ -56,7 +66,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-benchmark: $(STAMP) $(STAMP_OLD)
+benchmark: $(STAMPS_BENCHMARK)
 	$(VENV)/bin/python benchmarks/driver.py --jobs $(WORKERS) --old_python $(VENV_OLD)/bin/python $(ARGS)
 	$(VENV)/bin/python benchmarks/write_report.py
 

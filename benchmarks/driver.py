@@ -51,6 +51,7 @@ PLAN: list[tuple[str, str, list[str], int]] = [
     ("digits", TUNING_TASK, ["rlr_paper", "rlr_paper_without_zo", "rlr_paper_without_ho", "rlr_paper_without_both"], 3),
     ("digits-flow", "compressibility", ["rlr_black_box", "awm", "nft"], 3),
     ("digits-flow", "ink", ["rlr", "draft"], 3),
+    ("digits", "ocr", ["rlr_black_box", "trl_ddpo"], 3),
 ]
 
 
@@ -100,6 +101,7 @@ def start(run: Run, old_python: Path) -> subprocess.Popen[Any]:
     command += ["--learning_rate", f"{run.learning_rate:g}", "--seed", str(run.seed), "--batch", str(run.batch)]
     command += ["--updates", str(run.queries // run.batch)]
     command += ["--output", str(run.path)]
+    # PYTHONPATH goes on to the run: packages that an environment lacks, such as the task ocr's rapidocr, may lie in a folder of their own
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 

@@ -26,6 +26,7 @@ TITLES = {
     "ink_black_box": "Ink as a black box",
     "compressibility": "JPEG compressibility (negative kB), a black box",
     "digit_and_ink": "Two rewards at once: digit + ink",
+    "ocr": 'Reading (a text recognizer\'s probability of "7"), a black box, judged by another classifier',
 }
 UNITS = ("queries", "evaluations", "cpu_seconds")
 Runs = dict[str, list[dict[str, Any]]]
