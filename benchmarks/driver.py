@@ -23,7 +23,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.analysis import best_rate
 from benchmarks.methods import LEARNING_RATES, METHODS
-from benchmarks.one_run import BATCH
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -32,8 +31,9 @@ QUERIES = 1280  # reward queries of a run
 SECONDS = 75.0  # of one run on one core, roughly
 # model, task, methods, number of reported seeds; the headline first
 PLAN: list[tuple[str, str, list[str], int]] = [
-    ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo", "awm", "nft", "rlr"], 3),
+    ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo", "nft", "awm"], 3),
     ("digits", "compressibility", ["rlr_black_box", "trl_ddpo"], 3),
+    ("digits", TUNING_TASK, ["rlr"], 3),
     ("digits", "ink_black_box", ["rlr_black_box", "trl_ddpo"], 3),
     ("digits-flow", TUNING_TASK, ["rlr_black_box", "awm", "nft"], 3),
     ("digits", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 2),
@@ -62,7 +62,7 @@ class Run:
     method: str
     learning_rate: float
     seed: int
-    batch: int = BATCH
+    batch: int
     queries: int = QUERIES
 
     @property
@@ -82,14 +82,15 @@ def runs_left() -> tuple[list[Run], int]:
     for model, task, methods, seeds in PLAN:
         for method in methods:
             tuned = METHODS[method].tuned_as or method
-            tuning = [Run(model, TUNING_TASK, tuned, rate, TUNING_SEED) for rate in LEARNING_RATES]
+            batch = METHODS[method].batch
+            tuning = [Run(model, TUNING_TASK, tuned, rate, TUNING_SEED, batch) for rate in LEARNING_RATES]
             missing = [run for run in tuning if not run.path.exists()]
             ready |= dict.fromkeys(missing)
             if missing:
                 waiting |= {(model, task, method, seed) for seed in range(seeds)}
                 continue
             rate = best_rate({run.learning_rate: json.loads(run.path.read_text())["curve"] for run in tuning}, TUNING_TASK)
-            reported = (Run(model, task, method, rate, seed) for seed in range(seeds))
+            reported = (Run(model, task, method, rate, seed, batch) for seed in range(seeds))
             ready |= dict.fromkeys(run for run in reported if not run.path.exists())
     ready |= dict.fromkeys(run for run in ALSO if not run.path.exists())
     return list(ready), len(waiting)
