@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
+from rlr_trainer.pipelines.animatediff import AnimateDiffAdapter
 from rlr_trainer.pipelines.chain import PipelineChain
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
 from rlr_trainer.pipelines.flux import FluxAdapter
@@ -41,6 +42,7 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "PixArtSigmaPipeline": PixArtSigmaAdapter,
     "SanaPipeline": SanaAdapter,
     "SanaSprintPipeline": SanaSprintAdapter,
+    "AnimateDiffPipeline": AnimateDiffAdapter,
 }
 
 

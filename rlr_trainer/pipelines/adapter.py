@@ -33,6 +33,16 @@ class Layout:
     num_frames: int | None = None
 
 
+def check_sides(height: int | None, width: int | None, multiple: int, rule: str) -> None:
+    """Refuses sides in pixels that are no multiples of `multiple`, which `rule` explains; ValueError names the nearest that are."""
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels is None or (pixels > 0 and pixels % multiple == 0):
+            continue
+        below = max(pixels, 0) // multiple * multiple
+        nearest = f"the nearest are {below} and {below + multiple}" if below else f"the nearest is {multiple}"
+        raise ValueError(f"{name}={pixels}: must be a positive multiple of {multiple}, {rule}; {nearest}")
+
+
 class PipelineAdapter(abc.ABC):
     """A diffusers pipeline, seen as the parts of a denoising chain.
 
@@ -107,9 +117,7 @@ class PipelineAdapter(abc.ABC):
         """
         if num_frames is not None:
             raise ValueError(f"num_frames={num_frames}: {type(self.pipeline).__name__} makes pictures, not videos; leave it unset")
-        for name, pixels in (("height", height), ("width", width)):
-            if pixels is not None and (pixels < multiple or pixels % multiple):
-                raise ValueError(f"{name}={pixels}: must be a positive multiple of {multiple}, {rule}")
+        check_sides(height, width, multiple, rule)
         return default[0] if height is None else height, default[1] if width is None else width
 
     def check_channels(self, made: int, maker: str, kind: str) -> None:
