@@ -99,6 +99,7 @@ def _add_sample(commands: Any) -> None:
     add("--negative_prompt", help="negative prompt")
     add("--height", type=int, help="in pixels")
     add("--width", type=int, help="in pixels")
+    add("--num_frames", type=int, help="frames of a video")
 
 
 def _add_diagnose(commands: Any) -> None:

@@ -29,6 +29,7 @@ SAMPLING = (
     "negative_prompt",
     "height",
     "width",
+    "num_frames",
 )
 
 

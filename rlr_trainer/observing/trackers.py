@@ -166,7 +166,8 @@ class Trackio(WandB):
 
     def _log_clips(self, videos: dict[str, Tensor], step: int) -> None:
         with tempfile.TemporaryDirectory() as folder:  # Trackio copies the files
-            paths = {name: _write_clip(video, Path(folder), name) for name, video in _single(videos).items()}
+            single = enumerate(_single(videos).items())
+            paths = {name: _write_clip(video, Path(folder), str(number)) for number, (name, video) in single}
             self._log({name: self.package.Video(str(path), format="gif") for name, path in paths.items()}, step)
 
 

@@ -51,7 +51,7 @@ class Evaluator:
         self.queries = 0
 
     def generate(self, model: nn.Module, rows: Sequence[PromptRow], streams: Sequence[Stream], seed: int) -> Tensor:
-        """One picture per row, [N, 3, H, W] in [0, 1] on the CPU; every process gets all of them."""
+        """One picture per row, [N, 3, H, W] (videos [N, F, 3, H, W]) in [0, 1] on the CPU; every process gets all of them."""
         with self._apart():
             return torch.cat([self._gather_pictures(*batch) for batch in self._sample(model, rows, streams, seed)])
 

@@ -8,6 +8,7 @@ from families.tiny.animatediff import SIZE, make_pipeline
 from PIL import Image
 
 from rlr_trainer import RLRConfig, RLRTrainer
+from rlr_trainer.cli import main
 from rlr_trainer.digits.rewards import ink
 from rlr_trainer.observing.report import write_report
 from rlr_trainer.rewards import FrameReward, enough_motion, jpeg_compressibility, motion_amount, motion_smoothness
@@ -65,6 +66,22 @@ def test_clips_are_in_the_files_the_hook_the_report_and_the_card(trained):
         assert words in card, words
     assert (folder / "saved/clips.gif").read_bytes() == (folder / "samples/step_000002.gif").read_bytes()
     assert trainer.rewards.names == ["ink", "motion_smoothness", "enough_motion"]
+
+
+def test_sampled_videos_are_clips(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rlr_trainer.cli.sample._load_model", lambda model, lora: make_pipeline())
+    options = ["--num_steps", "2", "--guidance_scale", "1", "--height", "16", "--width", "16", "--num_frames", "4", "--use_cpu"]
+    (tmp_path / "007.gif").touch()  # of an earlier call
+    command = ["sample", "--model", "tiny", "--prompts", "a seven", "--num_images", "2", "--output_dir", str(tmp_path), *options]
+    assert main(command) != 0
+    assert "holds 1 pictures" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--reward", "frames:2:ink", "motion_amount"]) == 0
+    assert "000.gif to 001.gif, grid.png and grid.gif" in capsys.readouterr().out
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"000.gif", "001.gif", "grid.gif", "grid.png", "rewards.json"} <= files and "007.gif" not in files
+    with Image.open(tmp_path / "001.gif") as clip:
+        assert clip.n_frames == 4
+    assert json.loads((tmp_path / "rewards.json").read_text())["parts"]["motion_amount"][0] > 0
 
 
 def test_a_reward_of_motion_refuses_pictures_before_the_training(make_trainer):
