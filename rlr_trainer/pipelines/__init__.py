@@ -14,6 +14,7 @@ from rlr_trainer.pipelines.flux import FluxAdapter
 from rlr_trainer.pipelines.flux2 import Flux2Adapter, Flux2KleinAdapter
 from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
+from rlr_trainer.pipelines.ltx import LTXAdapter
 from rlr_trainer.pipelines.peft_format import PEFT_FILE
 from rlr_trainer.pipelines.pixart_sigma import PixArtSigmaAdapter
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
@@ -46,6 +47,7 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "SanaSprintPipeline": SanaSprintAdapter,
     "AnimateDiffPipeline": AnimateDiffAdapter,
     "WanPipeline": WanAdapter,
+    "LTXPipeline": LTXAdapter,
 }
 
 

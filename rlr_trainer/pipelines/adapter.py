@@ -266,6 +266,10 @@ class PipelineAdapter(abc.ABC):
         """Latents [N, ...] as the decoder takes them: unpacked, and in its own scale."""
         return latents / self.decoder.config.scaling_factor
 
+    def decoded(self, latents: Tensor) -> Tensor:
+        """What the decoder makes of unpacked latents, in [-1, 1]."""
+        return self.decoder.decode(latents, return_dict=False)[0]
+
     def decode(self, latents: Tensor, layout: Layout) -> Tensor:
         """Latents [N, ...] to pictures [N, 3, H, W] (videos [N, F, 3, H, W]), float32 in [0, 1], with a graph if the latents have one.
 
@@ -273,7 +277,7 @@ class PipelineAdapter(abc.ABC):
         """
         vae = self.decoder
         with torch.autocast(latents.device.type, enabled=False):
-            images = vae.decode(self.unpack(latents, layout).to(vae.dtype), return_dict=False)[0]
+            images = self.decoded(self.unpack(latents, layout).to(vae.dtype))
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def attach_lora(self, lora_config: Any, seed: int) -> bool:
