@@ -49,7 +49,7 @@ class ReferencePolicy:
 
         # not through disable_adapters(): it also turns requires_grad off, under a graph that still needs it
         # LoRA weights that are not trained, of the other one of two denoisers, belong to the reference
-        found = [module for module in self.policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        found: list[Any] = [module for module in self.policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
         layers = [layer for layer in found if any(parameter.requires_grad for parameter in layer.parameters())]
         before = [layer._disable_adapters for layer in layers]
         for layer in layers:
