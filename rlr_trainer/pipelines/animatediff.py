@@ -45,8 +45,9 @@ class AnimateDiffAdapter(StableDiffusionAdapter):
         own, most = unet.sample_size * factor, unet.motion_max_seq_length
         frames = call_default(self.pipeline, "num_frames") if num_frames is None else num_frames
         if not 0 < frames <= most:
+            nearest = most if frames > 0 else 1
             raise ValueError(
-                f"num_frames={frames}: must be 1 to {most}, the positions of the motion modules; the nearest is {most if frames > 0 else 1}"
+                f"num_frames={frames}: must be 1 to {most}, the positions of the motion modules; the nearest is {nearest}"
             )
         height, width = height or own, width or own
         return Layout((unet.in_channels, frames, height // factor, width // factor), height, width, frames)

@@ -95,8 +95,8 @@ def layout(case: Case, findings: Findings) -> None:
         lambda: adapter.layout(own.height, own.width + 1, own.num_frames),
     )
     if own.num_frames is None:
-        frames = TOO_MANY_FRAMES
-        _refused(findings, "frames of a picture", f"num_frames={frames}", lambda: adapter.layout(None, None, frames))
+        many = TOO_MANY_FRAMES
+        _refused(findings, "frames of a picture", f"num_frames={many}", lambda: adapter.layout(None, None, many))
     else:
         _frames(case, adapter, own, findings)
     if not findings.problems:

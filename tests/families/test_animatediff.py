@@ -42,7 +42,7 @@ def test_rewards_and_pictures_are_videos(tmp_path):
     seen = []
 
     def brightness(images, prompts, metadata):
-        seen.append((tuple(images.shape), float(images.min()), float(images.max())))
+        seen.append((tuple(images.shape), float(images.detach().min()), float(images.detach().max())))
         return images.flatten(1).mean(1)
 
     config = RLRConfig(

@@ -25,7 +25,8 @@ def make_pipeline(**unet_options: Any) -> Any:
     )  # fmt: skip
     options = {
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (8,), "norm_num_groups": 4,
-        "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",), "cross_attention_dim": 16, "attention_head_dim": 2,
+        "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",),
+        "cross_attention_dim": 16, "attention_head_dim": 2,
     }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
