@@ -23,7 +23,7 @@ DIRECTIONS: dict[str, set[str]] = {
     "rewards": {"estimators"},
     "rollouts": _BELOW_ROLLOUTS,
     "persistence": _BELOW_ROLLOUTS | {"rollouts"},
-    "observing": {"rollouts", "persistence"},
+    "observing": {"rewards", "rollouts", "persistence"},
     "diagnosis": _BELOW_ROLLOUTS | {"rollouts"},
     "training": _BELOW_ROLLOUTS | {"rollouts", "persistence", "observing", "diagnosis"},
     "testing": _BELOW_ROLLOUTS | {"rollouts", "training"},

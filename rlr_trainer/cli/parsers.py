@@ -73,7 +73,7 @@ def _add_demo(commands: Any) -> None:
 def _add_sample(commands: Any) -> None:
     short = "pictures of a base or fine-tuned model"
     description = (
-        "Samples pictures as training does and writes 000.png, 001.png, ... and grid.png; with --reward also rewards.json. "
+        "Samples pictures as training does and writes 000.png, 001.png, ... and grid.png (videos: .gif); with --reward also rewards.json. "
         "Picture i is that of RLRTrainer.generate for the same weights, prompts and seed."
     )
     sample = commands.add_parser("sample", help=short, description=description)
@@ -99,6 +99,7 @@ def _add_sample(commands: Any) -> None:
     add("--negative_prompt", help="negative prompt")
     add("--height", type=int, help="in pixels")
     add("--width", type=int, help="in pixels")
+    add("--num_frames", type=int, help="frames of a video")
 
 
 def _add_diagnose(commands: Any) -> None:

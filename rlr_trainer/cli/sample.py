@@ -9,7 +9,8 @@ from typing import Any
 
 from rlr_trainer.cli.settings import load_model, load_prompts, load_reward
 from rlr_trainer.digits.rewards import ink
-from rlr_trainer.observing.pictures import captions, picture_grid, write_pictures
+from rlr_trainer.observing.clips import gif_bytes
+from rlr_trainer.observing.pictures import captions, clip_grid, picture_grid, write_pictures
 from rlr_trainer.pipelines import adapt, load_pipeline
 from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.training.config import RLRConfig
@@ -28,6 +29,7 @@ SAMPLING = (
     "negative_prompt",
     "height",
     "width",
+    "num_frames",
 )
 
 
@@ -36,7 +38,7 @@ def sample(options: argparse.Namespace) -> None:
     if options.num_images < 1:
         raise ValueError(f"--num_images {options.num_images}: must be at least 1")
     folder = Path(options.output_dir)
-    old = [path for path in folder.glob("*.png") if path.stem.isdigit() or path.stem == "grid"]
+    old = [path for path in folder.glob("*") if path.suffix in (".png", ".gif") and (path.stem.isdigit() or path.stem == "grid")]
     if old and not options.overwrite:
         raise ValueError(f"--output_dir {folder}: holds {len(old)} pictures; choose another folder, or allow it with --overwrite")
     rows: list[PromptRow] = []
@@ -56,8 +58,12 @@ def sample(options: argparse.Namespace) -> None:
     for path in old:
         path.unlink()
     files = write_pictures(images, folder)
-    picture_grid(images, prompts if result is None else captions(prompts, result.total)).save(folder / "grid.png")
-    print(f"written to {folder}: {files[0]} to {files[-1]}, grid.png")
+    below = prompts if result is None else captions(prompts, result.total)
+    picture_grid(images, below).save(folder / "grid.png")
+    moving = clip_grid(images, below)
+    if moving:
+        (folder / "grid.gif").write_bytes(gif_bytes(moving))
+    print(f"written to {folder}: {files[0]} to {files[-1]}, grid.png{' and grid.gif' if moving else ''}")
     if result is not None:
         rewards, parts = result.total.tolist(), {name: values.tolist() for name, values in result.parts.items()}
         record = json.dumps({"seed": options.seed, "prompts": prompts, "files": files, "rewards": rewards, "parts": parts})

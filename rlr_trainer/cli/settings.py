@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from rlr_trainer import digits, rewards
+from rlr_trainer.cli.video_rewards import NAMES, load_video_reward
 from rlr_trainer.digits.rewards import digit_reward, ink
 from rlr_trainer.rewards.neural import named
 from rlr_trainer.rollouts.prompts import FILE_LOADERS, open_dataset
@@ -183,14 +184,16 @@ def load_model(name: str | None) -> Any:
 
 
 def load_reward(name: str) -> Callable[..., Any]:
-    """A reward: a name of `REWARDS`, "digit:7", a name of `rewards.neural.named` ("pickscore", "classifier:SOURCE:CLASS"), the URL of a
-    reward server, or `package.module:function`.
+    """A reward: a name of `REWARDS`, "digit:7", a name of `rewards.neural.named` ("pickscore", "classifier:SOURCE:CLASS"), one of
+    `video_rewards` ("frames:8:pickscore"), the URL of a reward server, or `package.module:function`.
 
     Raises:
         ValueError: no such name, module or function; or (`WeightsError`) weights that are missing or damaged.
     """
     if name in REWARDS:
         return REWARDS[name]
+    if (of_videos := load_video_reward(name, load_reward)) is not None:
+        return of_videos
     if named.is_named(name):
         return named.load_named(name)
     if name.startswith(("http://", "https://")):
@@ -198,7 +201,7 @@ def load_reward(name: str) -> Callable[..., Any]:
     if re.fullmatch("digit:[0-9]", name):
         return digit_reward(int(name[-1]))
     if not _FUNCTION.fullmatch(name):
-        known = ", ".join([*REWARDS, "digit:0 to digit:9", *named.NEURAL, f"{named.CLASSIFIER}:SOURCE:CLASS"])
+        known = ", ".join([*REWARDS, "digit:0 to digit:9", *named.NEURAL, f"{named.CLASSIFIER}:SOURCE:CLASS", *NAMES])
         raise ValueError(f"reward={name!r}: must be {known}, the URL of a reward server, or package.module:function")
     return load_function(name, "reward")
 

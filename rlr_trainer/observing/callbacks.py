@@ -20,8 +20,9 @@ class RLRCallback(TrainerCallback):
 
         Args:
             args, state, control: as in every event; `state.global_step` counts the updates before this rollout.
-            rollout: `rlr_trainer.rollouts.batches.RolloutSummary`: `pictures` of this process, in sampling batches of [images [B, 3, H, W] in
-                [0, 1], prompts, metadata, rewards [B], reward_metadata]; `rewards` [S] and `prompts` of all processes; `metrics`.
+            rollout: `rlr_trainer.rollouts.batches.RolloutSummary`: `pictures` of this process, in sampling batches of [images [B, 3, H, W]
+                (videos [B, F, 3, H, W]) in [0, 1], prompts, metadata, rewards [B], reward_metadata]; `rewards` [S] and `prompts` of all
+                processes; `metrics`.
             plan: the `EstimatorPlan` in force.
             kwargs: `model`, `optimizer`, `lr_scheduler` and the rest of what Trainer passes to every event.
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import fmean, variance
 from typing import Any
 
@@ -22,6 +23,8 @@ KL_STANDARD_ERRORS = 2.0  # by which the reward must have risen to justify it
 EVAL_PATIENCE = 2  # consecutive evaluations below the best
 EVAL_DROP = 0.25  # by so many standard deviations of single rewards; the training reward must have risen as clearly
 
+LOSSES = {"diversity": "pictures of one prompt", "motion": "neighbouring frames of a video"}  # metric -> what differs
+
 EVAL_REWARD = re.compile(r"eval_(?:.+_)?reward")  # with the name of the data where there are several
 
 WAYS_OUT = (
@@ -34,6 +37,7 @@ class HackingSigns:
     """Reads the lines of a log one after the other and tells each sign once; docs/evaluation.md explains the rules.
 
     - diversity: pictures of one prompt differ less than `DIVERSITY_FRACTION` of what they did at first, while the reward rose;
+    - motion: the frames of a video do, likewise;
     - kl: it doubled from one window of `KL_WINDOW` log lines to the next, while the reward did not rise;
     - evaluation: the evaluation reward fell `EVAL_PATIENCE` times below its best, while the training reward rose.
 
@@ -43,8 +47,8 @@ class HackingSigns:
 
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
-        self._diversity: list[tuple[float, float]] = []  # (diversity, reward) per log line
-        self._kl: list[tuple[float, float]] = []  # (kl, reward)
+        # per log line (value, reward)
+        self._values: dict[str, list[tuple[float, float]]] = {"diversity": [], "motion": [], "kl": []}
         self._since_evaluation: list[float] = []  # training rewards
         self._first_reward: float | None = None
         self._reward_std = 0.0
@@ -53,7 +57,8 @@ class HackingSigns:
     def read(self, line: Mapping[str, Any]) -> list[str]:
         """Takes the next log line; returns what is seen now for the first time."""
         self._take(line)
-        rules = {"diversity": self._check_diversity, "kl": self._check_kl, "evaluation": self._check_evaluations}
+        rules: dict[str, Callable[[], str | None]] = {rule: partial(self._check_loss, rule) for rule in LOSSES}
+        rules |= {"kl": self._check_kl, "evaluation": self._check_evaluations}
         new = {rule: text for rule, check in rules.items() if rule not in self.found and (text := check())}
         self.found |= new
         return list(new.values())
@@ -65,7 +70,7 @@ class HackingSigns:
             self._first_reward = reward if self._first_reward is None else self._first_reward
             self._since_evaluation.append(reward)
             self._reward_std = numbers.get("reward_std") or self._reward_std
-            for name, kept in (("diversity", self._diversity), ("kl", self._kl)):
+            for name, kept in self._values.items():
                 if name in numbers:
                     kept.append((numbers[name], reward))
         evaluations = [name for name in line if EVAL_REWARD.fullmatch(name)]
@@ -75,23 +80,24 @@ class HackingSigns:
         if evaluations and "reward" not in line:
             self._since_evaluation = self._since_evaluation[-1:]  # several datasets are evaluated one after the other
 
-    def _check_diversity(self) -> str | None:
-        if len(self._diversity) < 2 * DIVERSITY_LINES:
+    def _check_loss(self, metric: str) -> str | None:
+        values = self._values[metric]
+        if len(values) < 2 * DIVERSITY_LINES:
             return None
-        first, reward_before = map(fmean, zip(*self._diversity[:DIVERSITY_LINES], strict=True))
-        last, reward_after = map(fmean, zip(*self._diversity[-DIVERSITY_LINES:], strict=True))
+        first, reward_before = map(fmean, zip(*values[:DIVERSITY_LINES], strict=True))
+        last, reward_after = map(fmean, zip(*values[-DIVERSITY_LINES:], strict=True))
         if last >= DIVERSITY_FRACTION * first or reward_after <= reward_before:
             return None
         return (
-            f"loss of diversity: pictures of one prompt differ by {last:.3g} now and by {first:.3g} at first (metric diversity), while the "
+            f"loss of {metric}: {LOSSES[metric]} differ by {last:.3g} now and by {first:.3g} at first (metric {metric}), while the "
             f"reward went from {reward_before:.4g} to {reward_after:.4g}"
         )
 
     def _check_kl(self) -> str | None:
-        if len(self._kl) < KL_FIRST_LINE:
+        if len(self._values["kl"]) < KL_FIRST_LINE:
             return None
-        kl_before, rewards_before = zip(*self._kl[-2 * KL_WINDOW : -KL_WINDOW], strict=True)
-        kl_after, rewards_after = zip(*self._kl[-KL_WINDOW:], strict=True)
+        kl_before, rewards_before = zip(*self._values["kl"][-2 * KL_WINDOW : -KL_WINDOW], strict=True)
+        kl_after, rewards_after = zip(*self._values["kl"][-KL_WINDOW:], strict=True)
         rise = fmean(rewards_after) - fmean(rewards_before)
         error = math.sqrt((variance(rewards_before) + variance(rewards_after)) / KL_WINDOW)
         if fmean(kl_after) <= KL_FACTOR * max(fmean(kl_before), 0.0) or rise > KL_STANDARD_ERRORS * error:

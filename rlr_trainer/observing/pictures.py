@@ -1,4 +1,4 @@
-"""Pictures of a run: the same prompts and noise before, during and after training, as PNG files and in the trackers."""
+"""Pictures of a run: the same prompts and noise before, during and after training, as PNG or GIF files and in the trackers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from rlr_trainer.observing.clips import clip_bytes, frame_pictures, gif_bytes, strip_frames
+from rlr_trainer.rewards.motion import mean_frame_difference
+
 SAMPLES_FOLDER = "samples"
 THUMBNAIL = 32  # side in pixels at which pictures are compared
 TILE = (128, 256)  # least and largest width in pixels of a picture in a grid
@@ -23,7 +26,7 @@ TILE = (128, 256)  # least and largest width in pixels of a picture in a grid
 
 @dataclasses.dataclass(frozen=True)
 class FixedSamples:
-    """N pictures of fixed prompts and noise.
+    """N pictures, or videos, of fixed prompts and noise.
 
     Attributes:
         images: [N, 3, H, W] in [0, 1] (video: [N, F, 3, H, W]), on the CPU.
@@ -37,7 +40,8 @@ class FixedSamples:
 
 
 class SampleLog(TrainerCallback):
-    """Writes `samples/step_<updates>.json`, a grid beside it and the single pictures, and sends the grid to the trackers.
+    """Writes `samples/step_<updates>.json`, a grid beside it and the single pictures, and sends the grid to the trackers; of videos one
+    that moves.
 
     Before the first update, every `every` updates (None: no others), and at the end, with the weights that the training ends with. It must
     come before the trackers' callbacks, which close when training ends.
@@ -83,11 +87,13 @@ class SampleLog(TrainerCallback):
         self._last = state.global_step
         if not state.is_world_process_zero:
             return
-        grid = picture_grid(samples.images, captions(samples.prompts, samples.rewards))
-        write_samples(samples, grid, Path(args.output_dir) / SAMPLES_FOLDER, state.global_step, self.seconds())
+        texts = captions(samples.prompts, samples.rewards)
+        grid, moving = picture_grid(samples.images, texts), clip_grid(samples.images, texts)
+        write_samples(samples, grid, moving, Path(args.output_dir) / SAMPLES_FOLDER, state.global_step, self.seconds())
         trackers = self.trackers()
         if trackers.tracker is not None:
-            trackers.log_images({"samples": np.asarray(grid)}, step=state.global_step)
+            shown = np.stack([np.asarray(frame) for frame in moving])[None] if moving else np.asarray(grid)
+            trackers.log_images({"samples": shown}, step=state.global_step)
 
 
 def remove_samples(folder: Path, after: int) -> None:
@@ -101,32 +107,45 @@ def remove_samples(folder: Path, after: int) -> None:
                 path.unlink()
 
 
-def write_samples(samples: FixedSamples, grid: Any, folder: Path, step: int, seconds: float) -> None:
-    """`step_<step>/000.png` and so on, `step_<step>.png` (the grid), and at last `step_<step>.json`, which lists them."""
+def write_samples(samples: FixedSamples, grid: Any, moving: list[Any], folder: Path, step: int, seconds: float) -> None:
+    """`step_<step>/000.png` (videos: .gif) and so on, `step_<step>.png` (the grid; its frames `moving` as .gif), and at last
+    `step_<step>.json`, which lists them.
+    """
     name = f"step_{step:06d}"
     files = write_pictures(samples.images, folder / name)
     grid.save(folder / f"{name}.png")
-    value = diversity(samples.images, samples.prompts)
+    if moving:
+        (folder / f"{name}.gif").write_bytes(gif_bytes(moving))
+    measured = {"diversity": diversity(samples.images, samples.prompts)}
+    measured |= {"motion": mean_motion(samples.images)} if moving else {}
     record = {
         "step": step,
         "seconds": round(seconds, 3),
         "prompts": list(samples.prompts),
         "rewards": [None if math.isnan(reward) else reward for reward in samples.rewards.tolist()],
-        "diversity": None if math.isnan(value) else value,
+        **{metric: None if math.isnan(value) else value for metric, value in measured.items()},
         "files": [f"{name}/{file}" for file in files],
     }
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def write_pictures(images: Tensor, folder: Path) -> list[str]:
-    """Writes N pictures as 000.png, 001.png, ...; the frames of a video side by side. Returns the names."""
+    """Writes N pictures as 000.png, 001.png, ..., or videos as 000.gif, 001.gif, ...; returns the names."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{number:03d}.png" for number in range(len(images))]
+    names = [f"{number:03d}.{'gif' if images.dim() == 5 else 'png'}" for number in range(len(images))]
     for name, image in zip(names, images, strict=True):
-        Image.fromarray(pixels(image)).save(folder / name)
+        if image.dim() == 4:
+            (folder / name).write_bytes(clip_bytes(image))
+        else:
+            Image.fromarray(pixels(image)).save(folder / name)
     return names
+
+
+def mean_motion(videos: Tensor) -> float:
+    """The mean of `mean_frame_difference` over videos [N, F, 3, H, W], without those that are not finite; NaN if none is left."""
+    return float(mean_frame_difference(videos.float()).nanmean())
 
 
 def pixels(image: Tensor) -> np.ndarray:
@@ -141,8 +160,13 @@ def captions(prompts: Sequence[str], rewards: Tensor) -> list[str]:
     return [f"{value}\n{prompt}" for value, prompt in zip(values, prompts, strict=True)]
 
 
+def clip_grid(images: Tensor, texts: Sequence[str]) -> list[Any]:
+    """The frames, PIL pictures, of a grid of videos [N, F, 3, H, W] that move side by side; none of pictures [N, 3, H, W]."""
+    return [picture_grid(images[:, number], texts) for number in range(images.shape[1])] if images.dim() == 5 else []
+
+
 def picture_grid(images: Tensor, texts: Sequence[str]) -> Any:
-    """One PIL picture of N, each with its text below; small ones enlarged without smoothing, large ones reduced. Video: the middle frame.
+    """One PIL picture of N, each with its text below; small ones enlarged without smoothing, large ones reduced. Videos: a strip of each.
 
     Args:
         images: [N, 3, H, W] in [0, 1], or [N, F, 3, H, W].
@@ -151,22 +175,25 @@ def picture_grid(images: Tensor, texts: Sequence[str]) -> Any:
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
-    images = images[:, images.shape[1] // 2] if images.dim() == 5 else images
+    is_video = images.dim() == 5
+    images = images[:, strip_frames(images.shape[1])] if is_video else images[:, None]
     height, width = images.shape[-2:]
     factor = max(1, -(-TILE[0] // width)) if width < TILE[1] else TILE[1] / width
     size = (round(width * factor), round(height * factor))
+    across = images.shape[1] * size[0]
     # matplotlib brings fonts with Greek, Cyrillic and more, which PIL's own lacks; letters of one width make wrapping a matter of counting
     font, line = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf", 11), 15
-    letters = int(size[0] / font.getlength("x"))
-    columns = math.ceil(math.sqrt(len(images)))
+    letters = int(across / font.getlength("x"))
+    columns = 1 if is_video else math.ceil(math.sqrt(len(images)))
     rows = -(-len(images) // columns)
-    cell = (size[0] + 8, size[1] + 8 + 3 * line)
+    cell = (across + 8, size[1] + 8 + 3 * line)
     grid = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
     draw = ImageDraw.Draw(grid)
-    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+    smooth = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
+    for number, (frames, text) in enumerate(zip(images, texts, strict=True)):
         x, y = number % columns * cell[0] + 4, number // columns * cell[1] + 4
-        smooth = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
-        grid.paste(Image.fromarray(pixels(image)).resize(size, smooth), (x, y))
+        for place, picture in enumerate(frame_pictures(frames)):
+            grid.paste(picture.resize(size, smooth), (x + place * size[0], y))
         first, _, rest = text.partition("\n")
         lines = [first[:letters], *textwrap.wrap(rest, letters, max_lines=2, placeholder="...")]
         draw.text((x, y + size[1]), "\n".join(lines), fill="black", font=font, spacing=line - 11)

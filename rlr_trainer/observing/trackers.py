@@ -5,9 +5,11 @@ Trainer's callbacks set the trackers up and close them; here they are looked up 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from accelerate.tracking import GeneralTracker, on_main_process
 from torch import Tensor
 
+from rlr_trainer.observing.clips import clip_bytes, strips
 from rlr_trainer.observing.pictures import pixels
 
 logger = logging.getLogger(__name__)
@@ -62,8 +65,14 @@ class RunTracker(GeneralTracker):
 
     @on_main_process
     def log_images(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Logs pictures by name: [3, H, W] or [N, 3, H, W] in [0, 1], or channels last (array, tensor or PIL); see `to_pictures`."""
-        self._send(self._log_images, {name: to_pictures(value) for name, value in values.items()}, step)
+        """Logs pictures by name: [3, H, W] or [N, 3, H, W] in [0, 1], or channels last (array, tensor or PIL); see `to_pictures`.
+
+        Videos [N, F, 3, H, W] become animated GIFs.
+        """
+        shown = {name: to_pictures(value) for name, value in values.items()}
+        for method, dimensions in ((self._log_images, 4), (self._log_clips, 5)):
+            if some := {name: batch for name, batch in shown.items() if batch.dim() == dimensions}:
+                self._send(method, some, step)
 
     def log_table(self, table_name: str, columns: Sequence[str], data: Sequence[Sequence[Any]], step: int | None = None) -> None:
         """Logs a table of rows `data`; as Markdown where the tracker has no tables."""
@@ -82,6 +91,10 @@ class RunTracker(GeneralTracker):
 
     def _log_images(self, pictures: dict[str, Tensor], step: int) -> None:
         raise NotImplementedError
+
+    def _log_clips(self, videos: dict[str, Tensor], step: int) -> None:
+        """Takes videos [N, F, 3, H, W]; as strips where this is all that the tracker can show."""
+        self._log_images({name: strips(batch) for name, batch in videos.items()}, step)
 
     def _table(self, columns: list[str], data: list[Any]) -> Any:
         return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [columns, ["---"] * len(columns), *data])
@@ -107,6 +120,17 @@ class TensorBoard(RunTracker):
         for name, batch in pictures.items():
             self.tracker.add_images(name, batch, global_step=step)
 
+    def _log_clips(self, videos: dict[str, Tensor], step: int) -> None:
+        try:  # as `SummaryWriter.add_video`, which needs moviepy
+            from tensorboard.compat.proto.summary_pb2 import Summary
+        except ImportError:  # a writer of tensorboardX
+            return super()._log_clips(videos, step)
+        for name, video in _single(videos).items():
+            height, width = video.shape[-2:]
+            clip = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=clip_bytes(video))
+            self.tracker.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=clip)]), step)
+        self.tracker.flush()
+
 
 class WandB(RunTracker):
     """A run of Weights & Biases. Its own step counts calls and refuses numbers behind it: the updates are a value, as Trainer logs them."""
@@ -123,6 +147,10 @@ class WandB(RunTracker):
     def _panel(self, batch: Tensor) -> Any:
         return [self.package.Image(pixels(picture)) for picture in batch]
 
+    def _log_clips(self, videos: dict[str, Tensor], step: int) -> None:
+        clips = {name: [io.BytesIO(clip_bytes(video)) for video in batch] for name, batch in videos.items()}
+        self._log({name: [self.package.Video(clip, format="gif") for clip in batch] for name, batch in clips.items()}, step)
+
     def _table(self, columns: list[str], data: list[Any]) -> Any:
         return self.package.Table(columns=columns, data=data)  # cells may be pictures and the like
 
@@ -135,6 +163,12 @@ class Trackio(WandB):
 
     def _panel(self, batch: Tensor) -> Any:
         return self.package.Image(pixels(batch))
+
+    def _log_clips(self, videos: dict[str, Tensor], step: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:  # Trackio copies the files
+            single = enumerate(_single(videos).items())
+            paths = {name: _write_clip(video, Path(folder), str(number)) for number, (name, video) in single}
+            self._log({name: self.package.Video(str(path), format="gif") for name, path in paths.items()}, step)
 
 
 class MLflow(RunTracker):
@@ -154,6 +188,11 @@ class MLflow(RunTracker):
     def _log_images(self, pictures: dict[str, Tensor], step: int) -> None:
         for name, batch in pictures.items():
             self.package.log_image(pixels(batch), artifact_file=f"{_file_name(name)}/step_{step:06d}.png")
+
+    def _log_clips(self, videos: dict[str, Tensor], step: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, video in _single(videos).items():
+                self.package.log_artifact(str(_write_clip(video, Path(folder), f"step_{step:06d}")), _file_name(name))
 
 
 class Files(RunTracker):
@@ -180,6 +219,12 @@ class Files(RunTracker):
         folder.mkdir(parents=True, exist_ok=True)
         for name, batch in pictures.items():
             Image.fromarray(pixels(batch)).save(folder / f"{_file_name(name)}.png")
+
+    def _log_clips(self, videos: dict[str, Tensor], step: int) -> None:
+        folder = self._callback / "images" / f"step_{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, video in _single(videos).items():
+            _write_clip(video, folder, name)
 
 
 def trackers_of(callbacks: Sequence[Any], folder: Path, step: Callable[[], int]) -> list[RunTracker]:
@@ -250,12 +295,24 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w-]", "_", name)[:100]
 
 
+def _single(videos: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Videos [F, 3, H, W] by name; where a name has several, their number follows it."""
+    numbered = {name: len(batch) > 1 for name, batch in videos.items()}
+    return {f"{name}/{i}" if numbered[name] else name: video for name, batch in videos.items() for i, video in enumerate(batch)}
+
+
+def _write_clip(video: Tensor, folder: Path, name: str) -> Path:
+    path = folder / f"{_file_name(name)}.gif"
+    path.write_bytes(clip_bytes(video))
+    return path
+
+
 def to_pictures(value: Any) -> Tensor:
-    """One or several pictures as float [N, 3, H, W] in [0, 1].
+    """One or several pictures as float [N, 3, H, W] in [0, 1], or videos as [N, F, 3, H, W].
 
     Args:
-        value: a tensor, array, PIL picture or sequence of them; [H, W], [C, H, W] or [H, W, C], or a batch of these; of a video's frames
-            [N, F, C, H, W] each counts. C is 3, 1 (grey) or 4 (RGBA, whose last is left out). Integers are out of 255.
+        value: a tensor, array, PIL picture or sequence of them; [H, W], [C, H, W] or [H, W, C], or a batch of these; or videos
+            [N, F, C, H, W] or [N, F, H, W, C]. C is 3, 1 (grey) or 4 (RGBA, whose last is left out). Integers are out of 255.
 
     Raises:
         ValueError: another shape, or pictures of several sizes.
@@ -270,8 +327,12 @@ def to_pictures(value: Any) -> Tensor:
         value = torch.as_tensor(np.array(value.convert("RGB") if hasattr(value, "convert") else value))
     scale = 1 if value.is_floating_point() or value.dtype == torch.bool else 255
     array = value.detach().cpu().float() / scale
+    videos = array.shape[:-3] if array.dim() == 5 else None
     array = array.flatten(0, -4) if array.dim() > 3 else array[None] if array.dim() == 3 else array[None, ..., None]
     places = [axis for channels in (3, 1, 4) for axis in (1, 3) if array.dim() == 4 and array.shape[axis] == channels]
     if not places:
-        raise ValueError(f"pictures of the shape {tuple(value.shape)}: must be [3, H, W], [N, 3, H, W], or with the channels last")
-    return array.movedim(places[0], 1)[:, :3].expand(-1, 3, -1, -1)
+        raise ValueError(
+            f"pictures of the shape {tuple(value.shape)}: must be [3, H, W], [N, 3, H, W], [N, F, 3, H, W], or with the channels last"
+        )
+    array = array.movedim(places[0], 1)[:, :3].expand(-1, 3, -1, -1)
+    return array if videos is None else array.unflatten(0, videos)

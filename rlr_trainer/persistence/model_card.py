@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
+CLIPS_FILE = "clips.gif"
 _USE = """```python
-from diffusers import {imports}{pipeline}
+from diffusers import {imports}{pipeline}{import_export}
 
 pipe = {pipeline}.from_pretrained({source}){scheduler}{load}
-image = pipe("a prompt", num_inference_steps={steps}, {guidance_argument}={guidance}{eta}).images[0]
+{made} = pipe("a prompt", num_inference_steps={steps}, {guidance_argument}={guidance}{eta}{frames}).{output}[0]{export}
 ```"""
+_IMPORT = "\nfrom diffusers.utils import export_to_gif"
+_EXPORT = '\nexport_to_gif(frames, "video.gif")'
 _DDIM = "\npipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{clip})  # what it was trained with"
 
 _BODY = """
@@ -29,7 +33,7 @@ _BODY = """
 ## Use
 
 {use}
-
+{clips}
 ## Training
 
 {updates} updates, {queries} pictures scored by {rewards}.{last}
@@ -52,7 +56,7 @@ def write_model_card(
     """Writes `folder/README.md` for the weights of `trainer`, from the main process."""
     if not trainer.is_world_process_zero():
         return
-    args = trainer.args
+    args, num_frames = trainer.args, trainer.parts.layout.num_frames
     base = trainer.policy.config.name_or_path
     name = model_name or folder.resolve().name
     repository = trainer.hub_model_id or name
@@ -71,6 +75,7 @@ def write_model_card(
         guidance_argument=trainer.adapter.guidance_argument,
         guidance=args.sample_guidance_scale,
         eta=f", eta={1.0 if args.sample_eta is None else args.sample_eta}" if is_ddim and args.noise_steps is None else "",
+        **_output_of(num_frames),
     )
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
     options = args.rlr_options() | {"learning_rate": args.learning_rate, "max_grad_norm": args.max_grad_norm, "seed": args.seed}
@@ -79,6 +84,7 @@ def write_model_card(
         base_sentence=_code(base) if base else "A diffusion pipeline",
         estimator=args.estimator,
         use=use,
+        clips="" if num_frames is None else _copy_clips(Path(args.output_dir) / "samples", folder, trainer.state.global_step),
         updates=trainer.state.global_step,
         queries=trainer.rewards.queries * trainer.accelerator.num_processes,
         rewards=", ".join(map(_code, trainer.rewards.names)),
@@ -93,13 +99,36 @@ def write_model_card(
     own_tags = [tags] if isinstance(tags, str) else list(tags or [])
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag="text-to-image" if num_frames is None else "text-to-video",
         base_model=base if base and not Path(base).exists() else None,
         datasets=[dataset_name] if dataset_name else None,
         tags=sorted({*trainer._tag_names, *own_tags}),
     )
     folder.mkdir(parents=True, exist_ok=True)
     ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / "README.md")
+
+
+def _output_of(num_frames: int | None) -> dict[str, str]:
+    """What the code of use does with pictures, or with videos of so many frames."""
+    if num_frames is None:
+        return {"made": "image", "frames": "", "output": "images", "export": "", "import_export": ""}
+    return {
+        "made": "frames",
+        "frames": f", num_frames={num_frames}",
+        "output": "frames",
+        "export": _EXPORT,
+        "import_export": _IMPORT,
+    }
+
+
+def _copy_clips(samples: Path, folder: Path, updates: int) -> str:
+    """Puts the last grid of clips of the fixed prompts (docs/logging.md) beside the card; Markdown that shows it, or nothing without one."""
+    grids = [path for path in sorted(samples.glob("step_*.gif")) if path.stem[5:].isdigit() and int(path.stem[5:]) <= updates]
+    if not grids:
+        return ""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(grids[-1], folder / CLIPS_FILE)
+    return f"\n![Clips of fixed prompts after {int(grids[-1].stem[5:])} updates, with their rewards]({CLIPS_FILE})\n"
 
 
 def _one_line(value: Any) -> str:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
+from rlr_trainer.pipelines.animatediff import AnimateDiffAdapter
 from rlr_trainer.pipelines.chain import PipelineChain
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
 from rlr_trainer.pipelines.flux import FluxAdapter
 from rlr_trainer.pipelines.flux2 import Flux2Adapter, Flux2KleinAdapter
 from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
+from rlr_trainer.pipelines.ltx import LTXAdapter
 from rlr_trainer.pipelines.peft_format import PEFT_FILE
 from rlr_trainer.pipelines.pixart_sigma import PixArtSigmaAdapter
 from rlr_trainer.pipelines.policy import Policy, cast_frozen
@@ -22,6 +24,8 @@ from rlr_trainer.pipelines.sana_sprint import SanaSprintAdapter
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
 from rlr_trainer.pipelines.sdxl import StableDiffusionXLAdapter
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
+from rlr_trainer.pipelines.wan import LORA_FILES as WAN_LORA_FILES
+from rlr_trainer.pipelines.wan import WanAdapter
 from rlr_trainer.pipelines.z_image import ZImageAdapter
 
 logger = logging.getLogger(__name__)
@@ -41,6 +45,9 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "PixArtSigmaPipeline": PixArtSigmaAdapter,
     "SanaPipeline": SanaAdapter,
     "SanaSprintPipeline": SanaSprintAdapter,
+    "AnimateDiffPipeline": AnimateDiffAdapter,
+    "WanPipeline": WanAdapter,
+    "LTXPipeline": LTXAdapter,
 }
 
 
@@ -88,10 +95,10 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
             f"sd_pipeline={str(source)!r}: cannot be loaded ({type(error).__name__}: {error}). Pass a folder that "
             "pipe.save_pretrained wrote, a hub id, or a pipeline object; a damaged download goes away with force_download=True"
         ) from error
-    if (folder / LORA_FILE).is_file():
-        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
-    elif (folder / PEFT_FILE).is_file():
+    if any((folder / name).is_file() for name in (WAN_LORA_FILES["transformer_2"], PEFT_FILE)):
         adapt(pipeline).add_lora(folder)
+    elif (folder / LORA_FILE).is_file():
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
     else:
         return pipeline
     logger.info("continuing the LoRA weights found in %s", folder)

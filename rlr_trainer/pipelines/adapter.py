@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlr_trainer.estimators.chain import to_device
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
-from rlr_trainer.pipelines.lora import LORA_FILE, load_lora_weights, save_lora_weights
+from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora, load_lora_weights, save_lora_weights
 from rlr_trainer.schedules import SamplerOptions, Schedule, make_schedule
 
 
@@ -33,6 +33,16 @@ class Layout:
     num_frames: int | None = None
 
 
+def check_sides(height: int | None, width: int | None, multiple: int, rule: str) -> None:
+    """Refuses sides in pixels that are no multiples of `multiple`, which `rule` explains; ValueError names the nearest that are."""
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels is None or (pixels > 0 and pixels % multiple == 0):
+            continue
+        below = max(pixels, 0) // multiple * multiple
+        nearest = f"the nearest are {below} and {below + multiple}" if below else f"the nearest is {multiple}"
+        raise ValueError(f"{name}={pixels}: must be a positive multiple of {multiple}, {rule}; {nearest}")
+
+
 class PipelineAdapter(abc.ABC):
     """A diffusers pipeline, seen as the parts of a denoising chain.
 
@@ -43,6 +53,8 @@ class PipelineAdapter(abc.ABC):
         pipeline: the pipeline.
         lora_targets: names of the modules that get LoRA weights by default.
         lora_file: name of the file that `save_lora` writes the weights to.
+        shardable: whether FSDP and DeepSpeed can spread the network.
+        task: what the models do, for messages.
         denoiser_folder: the pipeline's name of the trained network, and its folder in the layout on disk.
         text_encoders: the pipeline's names of its text encoders; those that it lacks are left out.
         guidance_argument: argument of the pipeline's `__call__` that `sample_guidance_scale` stands for.
@@ -55,6 +67,8 @@ class PipelineAdapter(abc.ABC):
 
     lora_targets: tuple[str, ...]
     lora_file = LORA_FILE
+    shardable = True
+    task = "text-to-image"
     denoiser_folder = "transformer"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     guidance_argument = "guidance_scale"
@@ -71,6 +85,11 @@ class PipelineAdapter(abc.ABC):
     def denoiser(self) -> Any:
         """The network that is trained."""
         return getattr(self.pipeline, self.denoiser_folder)
+
+    @property
+    def lora_loads(self) -> tuple[dict[str, Any], ...]:
+        """What `pipeline.load_lora_weights` takes beside the folder to load what `save_lora` wrote, one mapping per call."""
+        return ({"weight_name": self.lora_file},)
 
     @property
     def frozen_modules(self) -> list[nn.Module]:
@@ -107,9 +126,7 @@ class PipelineAdapter(abc.ABC):
         """
         if num_frames is not None:
             raise ValueError(f"num_frames={num_frames}: {type(self.pipeline).__name__} makes pictures, not videos; leave it unset")
-        for name, pixels in (("height", height), ("width", width)):
-            if pixels is not None and (pixels < multiple or pixels % multiple):
-                raise ValueError(f"{name}={pixels}: must be a positive multiple of {multiple}, {rule}")
+        check_sides(height, width, multiple, rule)
         return default[0] if height is None else height, default[1] if width is None else width
 
     def check_channels(self, made: int, maker: str, kind: str) -> None:
@@ -127,7 +144,7 @@ class PipelineAdapter(abc.ABC):
         if taken != made:
             raise ValueError(
                 f"the {network} takes {taken} channels but {maker} {made}: {kind} model, which this adapter cannot sample; use a "
-                "text-to-image model"
+                f"{self.task} model"
             )
 
     def check_encoders(self, names: Sequence[str], use: str) -> None:
@@ -249,6 +266,10 @@ class PipelineAdapter(abc.ABC):
         """Latents [N, ...] as the decoder takes them: unpacked, and in its own scale."""
         return latents / self.decoder.config.scaling_factor
 
+    def decoded(self, latents: Tensor) -> Tensor:
+        """What the decoder makes of unpacked latents, in [-1, 1]."""
+        return self.decoder.decode(latents, return_dict=False)[0]
+
     def decode(self, latents: Tensor, layout: Layout) -> Tensor:
         """Latents [N, ...] to pictures [N, 3, H, W] (videos [N, F, 3, H, W]), float32 in [0, 1], with a graph if the latents have one.
 
@@ -256,8 +277,17 @@ class PipelineAdapter(abc.ABC):
         """
         vae = self.decoder
         with torch.autocast(latents.device.type, enabled=False):
-            images = vae.decode(self.unpack(latents, layout).to(vae.dtype), return_dict=False)[0]
+            images = self.decoded(self.unpack(latents, layout).to(vae.dtype))
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def attach_lora(self, lora_config: Any, seed: int) -> bool:
+        """Makes LoRA weights of the network trainable and the rest frozen; see `rlr_trainer.pipelines.lora.attach_lora`."""
+        return attach_lora(self.denoiser, lora_config, seed)
+
+    def train_whole(self) -> None:
+        """Makes the whole network trainable, in float32."""
+        self.denoiser.requires_grad_(True)
+        self.denoiser.to(torch.float32)
 
     def save_lora(self, directory: str | Path) -> None:
         """Writes the LoRA weights in the format that `pipeline.load_lora_weights` reads."""
@@ -269,7 +299,8 @@ class PipelineAdapter(abc.ABC):
 
     def add_lora(self, source: str | Path) -> None:
         """Adds saved LoRA weights (a folder, or a hub id) to a pipeline that has none."""
-        self.pipeline.load_lora_weights(str(source), weight_name=self.lora_file)
+        for arguments in self.lora_loads:
+            self.pipeline.load_lora_weights(str(source), **arguments)
 
     def lora_snippet(self, source: str) -> str:
         """Code that adds saved LoRA weights to `pipe`, for model cards; `source` is the code of a string."""
@@ -281,9 +312,13 @@ class PipelineAdapter(abc.ABC):
 
     def load_denoiser(self, directory: str | Path) -> None:
         """Reads it back in place; ValueError if the weights are missing, damaged, or of another network."""
-        folder = Path(directory) / self.denoiser_folder
-        try:
-            loaded = type(self.denoiser).from_pretrained(str(folder))
-            self.denoiser.load_state_dict(loaded.state_dict())
-        except Exception as error:  # diffusers and safetensors raise kinds of their own
-            raise ValueError(f"cannot read the network from {folder}: {type(error).__name__}: {error}") from error
+        load_network(self.denoiser, Path(directory) / self.denoiser_folder)
+
+
+def load_network(network: Any, folder: Path) -> None:
+    """Reads the weights of `network` in place; ValueError if they are missing, damaged, or of another network."""
+    try:
+        loaded = type(network).from_pretrained(str(folder))
+        network.load_state_dict(loaded.state_dict())
+    except Exception as error:  # diffusers and safetensors raise kinds of their own
+        raise ValueError(f"cannot read the network from {folder}: {type(error).__name__}: {error}") from error

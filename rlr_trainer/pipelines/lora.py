@@ -75,8 +75,8 @@ def _check_targets(module: Any, targets: Any) -> None:
         )
 
 
-def save_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, layers: str) -> None:
-    """Writes the trained adapter of `module` to `directory`, with rank and alpha, so that loading restores its strength.
+def save_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, layers: str, file: str = LORA_FILE) -> None:
+    """Writes the trained adapter of `module` to `file` in `directory`, with rank and alpha, so that loading restores its strength.
 
     `layers` is the keyword argument of `pipeline_class.save_lora_weights` that takes the network's layers. A UNet's keys are written
     in diffusers' older form, which every tool reads; a transformer's in peft's, because the conversion mixes the forms of layers
@@ -92,14 +92,14 @@ def save_lora_weights(pipeline_class: Any, module: Any, directory: str | Path, l
     config = module.peft_config[name].to_dict()
     metadata = {key: config[key] for key in METADATA_KEYS if key in config}
     metadata_argument = layers.replace("_layers", "_adapter_metadata")
-    pipeline_class.save_lora_weights(str(directory), **{layers: state, metadata_argument: metadata})
+    pipeline_class.save_lora_weights(str(directory), weight_name=file, **{layers: state, metadata_argument: metadata})
 
 
-def load_lora_weights(module: Any, directory: str | Path, prefix: str) -> None:
+def load_lora_weights(module: Any, directory: str | Path, prefix: str, file: str = LORA_FILE) -> None:
     """Reads them back into the trained adapter; ValueError if the file is missing, damaged or of other targets or another rank."""
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    path = Path(directory) / LORA_FILE
+    path = Path(directory) / file
     state = read_lora_file(path, f"{prefix}.")
     if not any("lora_A" in key for key in state):
         state = convert_unet_state_dict_to_peft(state)

@@ -48,7 +48,9 @@ class ReferencePolicy:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         # not through disable_adapters(): it also turns requires_grad off, under a graph that still needs it
-        layers = [module for module in self.policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        # LoRA weights that are not trained, of the other one of two denoisers, belong to the reference
+        found: list[Any] = [module for module in self.policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        layers = [layer for layer in found if any(parameter.requires_grad for parameter in layer.parameters())]
         before = [layer._disable_adapters for layer in layers]
         for layer in layers:
             layer._disable_adapters = True

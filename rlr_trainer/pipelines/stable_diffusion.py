@@ -40,7 +40,7 @@ class StableDiffusionAdapter(PipelineAdapter):
             "addition_embed_type": self.addition_embed_types,
         }
         for name, allowed in fed.items():
-            value = getattr(config, name)
+            value = config.get(name)
             if value not in allowed:
                 raise ValueError(
                     f"the UNet has {name}={value!r}, for an input that is not fed here: it must be one of {allowed}; use a plain text-to-image "

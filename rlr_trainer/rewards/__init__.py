@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlr_trainer.rewards.calling import RewardTimeoutError, groupwise
 from rlr_trainer.rewards.compressibility import jpeg_compressibility, jpeg_incompressibility
+from rlr_trainer.rewards.frames import FrameReward
 from rlr_trainer.rewards.interface import RewardFunction, Rewards
+from rlr_trainer.rewards.motion import PromptAgreement, enough_motion, motion_amount, motion_smoothness
 from rlr_trainer.rewards.values import RewardError, RewardResult
 
 if TYPE_CHECKING:
@@ -33,9 +35,10 @@ _ON_FIRST_USE = {
 }
 
 __all__ = [
-    "AestheticScore", "CLIPScore", "ClassifierScore", "HPSv2", "ImageReward", "NeuralReward", "PickScore", "QuestionReward",
-    "RemoteReward", "RemoteRewardError", "RewardError", "RewardFunction", "RewardResult", "RewardServer", "RewardTimeoutError", "Rewards",
-    "WeightsError", "groupwise", "jpeg_compressibility", "jpeg_incompressibility",
+    "AestheticScore", "CLIPScore", "ClassifierScore", "FrameReward", "HPSv2", "ImageReward", "NeuralReward", "PickScore",
+    "PromptAgreement", "QuestionReward", "RemoteReward", "RemoteRewardError", "RewardError", "RewardFunction", "RewardResult",
+    "RewardServer", "RewardTimeoutError", "Rewards", "WeightsError", "enough_motion", "groupwise", "jpeg_compressibility",
+    "jpeg_incompressibility", "motion_amount", "motion_smoothness",
 ]  # fmt: skip
 
 

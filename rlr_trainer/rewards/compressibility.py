@@ -1,4 +1,6 @@
-"""Size of a picture as a JPEG file (DDPO, arXiv:2305.13301, section 5.2): a black-box reward that needs no model."""
+"""Size of a picture as a JPEG file (DDPO, arXiv:2305.13301, section 5.2): a black-box reward that needs no model. Videos: the mean over
+the frames.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlr_trainer.rewards.frames import scores_videos
+
 JPEG_QUALITY = 95  # DDPO's setting
 
 
+@scores_videos
 def jpeg_incompressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
     """Size of the JPEG file in kilobytes (1,000 bytes), [B]. Not differentiable."""
     from PIL import Image
@@ -23,6 +28,7 @@ def jpeg_incompressibility(images: Tensor, prompts: tuple[str, ...], metadata: t
     return torch.tensor(sizes)
 
 
+@scores_videos
 def jpeg_compressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
     """Minus the size of the JPEG file in kilobytes, [B]. Not differentiable."""
     return -jpeg_incompressibility(images, prompts, metadata)

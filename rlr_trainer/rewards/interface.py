@@ -2,7 +2,7 @@
 
 A reward is a function `(images, prompts, metadata) -> rewards` or `-> (rewards, reward_metadata)`:
 
-- images: float tensor [B, 3, H, W] in [0, 1]; has a graph exactly when the plan needs a differentiable reward;
+- images: float tensor [B, 3, H, W] (videos: [B, F, 3, H, W]) in [0, 1]; has a graph exactly when the plan needs a differentiable reward;
 - prompts: tuple of B strings; metadata: tuple of B dicts (whatever the prompt function or the dataset row brought);
 - rewards: [B] or [B, 1] tensor, array or list of numbers; None or NaN marks a sample that the reward does not apply to.
 """
@@ -28,6 +28,7 @@ from rlr_trainer.estimators.chain import as_rows
 from rlr_trainer.estimators.first_order import NON_DIFFERENTIABLE, NonDifferentiableRewardError
 from rlr_trainer.rewards import values as checks
 from rlr_trainer.rewards.calling import Workers, invoke
+from rlr_trainer.rewards.frames import FrameReward
 from rlr_trainer.rewards.values import RewardError, RewardResult
 
 __all__ = ["RewardCalls", "RewardError", "RewardFunction", "RewardResult", "Rewards"]
@@ -252,13 +253,16 @@ class RewardCalls:
         rewards, name = self.rewards, self.rewards.names[number]
         images, prompts, metadata = batch
         rows = tuple(copy.copy(row) if isinstance(row, dict) else row for row in metadata)
+        function = rewards.functions[number]
+        if isinstance(function, FrameReward):  # its frames are drawn here: a thread may come to it at any time
+            function = function.drawn(images)
 
         def work() -> tuple[Tensor, Any]:
             # as in training everywhere: a diagnosis calls from within autocast, and a thread with a time limit leaves it
             with torch.autocast(images.device.type, enabled=False), torch.set_grad_enabled(differentiable):
                 own = images.clone()
                 origin = checks.graph_node(own)
-                returned = invoke(name, rewards.functions[number], (own, prompts, rows), rewards.timeout)
+                returned = invoke(name, function, (own, prompts, rows), rewards.timeout)
                 values, notes = checks.split_returned(returned)
                 values = checks.check_values(name, values, len(prompts), images.device)
             if differentiable and not checks.depends_on(values, origin):

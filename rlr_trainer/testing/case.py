@@ -46,6 +46,7 @@ class Case:
     negative_prompt: str
     height: int | None
     width: int | None
+    num_frames: int | None
     num_steps: int
     guidance_scale: float
     call_arguments: Mapping[str, Any]
@@ -67,6 +68,10 @@ class Case:
     def adapter(self) -> PipelineAdapter:
         """The adapter of a fresh pipeline."""
         return self.make_adapter(self.pipeline())
+
+    def layout(self, adapter: PipelineAdapter) -> Layout:
+        """The layout of the size asked for."""
+        return adapter.layout(self.height, self.width, self.num_frames)
 
     def rows(self, negatives: Sequence[str] | None = None) -> list[PromptRow]:
         """The prompts with their metadata and negative prompts."""
@@ -108,12 +113,12 @@ class Sampling:
         return sampler.chain(policy, sampler.condition(rows))
 
     def ours(self, rows: Sequence[PromptRow], scale: float, noise: Tensor, guidance_rescale: float = 0.0) -> Tensor:
-        """Pictures [N, 3, H, W] of our chain from `noise`."""
+        """Pictures [N, 3, H, W] (videos [N, F, 3, H, W]) of our chain from `noise`."""
         with torch.no_grad():
             return self.adapter.decode(run_chain(self.chain(rows, scale, guidance_rescale), noise), self.layout)
 
     def theirs(self, rows: Sequence[PromptRow], scale: float, noise: Tensor, **arguments: Any) -> Tensor:
-        """Pictures [N, 3, H, W] of the pipeline's own call from `noise`."""
+        """The same of the pipeline's own call from `noise`."""
         return call_pipeline(self.case, self.adapter, self.layout, rows, scale, latents=noise.clone(), **arguments)
 
 
@@ -136,7 +141,7 @@ def call_pipeline(
     without: Sequence[str] = (),
     **arguments: Any,
 ) -> Tensor:
-    """Pictures [N, 3, H, W] of the pipeline's own call, which is given `arguments` too and no argument of `without`.
+    """Pictures [N, 3, H, W] (videos [N, F, 3, H, W]) of the pipeline's own call, which is given `arguments` too and no argument of `without`.
 
     Schedulers that add noise get that of `run_chain`, whether they take a generator or draw from torch's own.
     """
@@ -151,6 +156,8 @@ def call_pipeline(
         "output_type": "pt",
         "generator": torch.Generator().manual_seed(SEED),
     }
+    if layout.num_frames is not None:
+        given["num_frames"] = layout.num_frames
     if adapter.is_guided(scale) and any(negatives):
         given |= {"negative_prompt": negatives} if case.call_negatives is None else case.call_negatives(adapter.pipeline, negatives)
     if case.call_conditions is not None:
@@ -160,7 +167,8 @@ def call_pipeline(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(SEED)
         given |= dict(case.call_arguments) | arguments
-        return adapter.pipeline(**{name: value for name, value in given.items() if name not in without}).images
+        made = adapter.pipeline(**{name: value for name, value in given.items() if name not in without})
+    return made.images if layout.num_frames is None else made.frames
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:

@@ -46,6 +46,7 @@ def check_adapter(
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     num_steps: int = 4,
     guidance_scale: float = 4.0,
     call_arguments: Mapping[str, Any] | None = None,
@@ -64,6 +65,7 @@ def check_adapter(
         prompts: two or more, of different lengths.
         negative_prompt: of all rows where a check gives none of its own; "" is not handed to the pipeline's call.
         height, width: in pixels; None is the model's own.
+        num_frames: of a video; None is the model's own.
         num_steps: T.
         guidance_scale: above 1.
         call_arguments: further arguments of the pipeline's call, which the adapter stands for (`{"max_sequence_length": 16}`).
@@ -88,7 +90,7 @@ def check_adapter(
     if len(rows) != len(prompts):
         raise ValueError(f"metadata has {len(rows)} rows for {len(prompts)} prompts: must have one per prompt")
     case = Case(
-        make_pipeline, make_adapter, tuple(prompts), negative_prompt, height, width, num_steps, guidance_scale,
+        make_pipeline, make_adapter, tuple(prompts), negative_prompt, height, width, num_frames, num_steps, guidance_scale,
         dict(call_arguments or {}), tuple(rows), call_conditions, call_negatives, learning_rate, dict(options or {}),
     )  # fmt: skip
     lines, problems, cause = [], [], None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from rlr_trainer.pipelines import Layout, PipelineAdapter
 from rlr_trainer.rollouts.prompts import PromptRow
 from rlr_trainer.testing.case import SEED, Case, Findings, Sampling, call_pipeline, largest_difference
 from rlr_trainer.testing.comparable import comparable_options
@@ -16,6 +18,7 @@ TOLERANCE = 1e-4  # of pictures in [0, 1]
 LEAST_EFFECT = 20 * TOLERANCE  # what a prompt, a scale or another noise must change, or the comparison could not fail
 LEAST_TIME_EFFECT = 0.01  # the same for the time that the network is told, as a share of its output
 RESCALE = 0.7
+MORE_FRAMES = 16  # among which a video model should take another number of frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ def generation(case: Case, findings: Findings) -> None:
     """The same noise, prompts and guidance give the pictures of the pipeline's own call, and pictures depend on all of them."""
     adapter = case.adapter()
     options, sentence = comparable_options(adapter.pipeline, case.num_steps)
-    layout = adapter.layout(case.height, case.width)
+    layout = case.layout(adapter)
     sampling = Sampling(case, adapter, layout, adapter.schedule(layout, options))
     noise = sampling.noise()
     largest, count = 0.0, 0
@@ -41,13 +44,12 @@ def generation(case: Case, findings: Findings) -> None:
         difference = _difference(sampling, variant, noise)
         if _conforms(findings, variant, difference):
             largest, count = max(largest, difference), count + 1
-    wide = _wide(case, sampling, options, findings)
-    if wide is not None:
+    for other in _other_sizes(case, sampling, options, findings):
         variant = _Variant(
-            f"of {wide.layout.height} x {wide.layout.width} pixels", case.rows(case.own_negatives), case.guidance_scale,
-            "layout, unpack or the position ids of batch_inputs mix height and width up, or do not follow the size",
+            f"of {_size(other.layout)}", case.rows(case.own_negatives), case.guidance_scale,
+            "layout, unpack or the position ids of batch_inputs mix height, width or frames up, or do not follow the size",
         )  # fmt: skip
-        difference = _difference(wide, variant, wide.noise())
+        difference = _difference(other, variant, other.noise())
         if _conforms(findings, variant, difference):
             largest, count = max(largest, difference), count + 1
     effects = _effects(case, sampling, findings)
@@ -96,20 +98,39 @@ def _conforms(findings: Findings, variant: _Variant, difference: float) -> bool:
     return findings.require(difference <= TOLERANCE, problem, variant.hint)
 
 
-def _wide(case: Case, sampling: Sampling, options: Any, findings: Findings) -> Sampling | None:
-    """The same at twice the width; None where the adapter refuses it, or the pipeline itself cannot."""
-    adapter, own = sampling.adapter, sampling.layout
+def _other_sizes(case: Case, sampling: Sampling, options: Any, findings: Findings) -> Iterator[Sampling]:
+    """The same at twice the width, and with the next number of frames; without what the adapter refuses or the pipeline itself cannot."""
+    adapter = sampling.adapter
+    for layout in (_wider(adapter, sampling.layout, findings), _longer(adapter, sampling.layout)):
+        if layout is None:
+            continue
+        try:
+            call_pipeline(case, adapter, layout, case.rows(), 1.0)
+        except Exception as error:  # whatever stops the pipeline itself is no fault of the adapter
+            findings.note(f"the pipeline itself cannot make {_size(layout)} ({type(error).__name__}: {error})")
+            continue
+        yield Sampling(case, adapter, layout, adapter.schedule(layout, options))
+
+
+def _wider(adapter: PipelineAdapter, own: Layout, findings: Findings) -> Layout | None:
     try:
-        layout = adapter.layout(own.height, 2 * own.width)
+        return adapter.layout(own.height, 2 * own.width, own.num_frames)
     except ValueError as error:
         findings.note(f"{own.height} x {2 * own.width} pixels are refused: {error}")
         return None
-    try:
-        call_pipeline(case, adapter, layout, case.rows(), 1.0)
-    except Exception as error:  # whatever stops the pipeline itself is no fault of the adapter
-        findings.note(f"the pipeline itself cannot make {own.height} x {2 * own.width} pixels ({type(error).__name__}: {error})")
-        return None
-    return Sampling(case, adapter, layout, adapter.schedule(layout, options))
+
+
+def _longer(adapter: PipelineAdapter, own: Layout) -> Layout | None:
+    """The next number of frames that the adapter takes; None of pictures, and where there is none among the next `MORE_FRAMES`."""
+    for more in range(1, 1 + MORE_FRAMES if own.num_frames else 1):
+        with contextlib.suppress(ValueError):
+            return adapter.layout(own.height, own.width, (own.num_frames or 0) + more)
+    return None
+
+
+def _size(layout: Layout) -> str:
+    frames = "" if layout.num_frames is None else f"{layout.num_frames} frames of "
+    return f"{frames}{layout.height} x {layout.width} pixels"
 
 
 def _effects(case: Case, sampling: Sampling, findings: Findings) -> dict[str, float]:
@@ -123,6 +144,8 @@ def _effects(case: Case, sampling: Sampling, findings: Findings) -> dict[str, fl
         "another noise": sampling.theirs(rows, scale, sampling.noise(SEED + 1)),
         "the size of the noise": sampling.theirs(rows, scale, 1.5 * noise),
     }
+    if sampling.layout.num_frames is not None and own.shape[1] > 1:
+        others["the order of frames"] = own.flip(1)
     if adapter.is_guided(scale):
         others["the guidance scale"] = sampling.theirs(rows, 1.0, noise)
         others["the negative prompt"] = sampling.theirs(case.rows(case.own_negatives), scale, noise)

@@ -16,12 +16,13 @@ from rlr_trainer.testing.comparable import comparable_options
 
 TOLERANCE = 1e-4  # of the network's output, which is of order 1
 TOO_MANY_FRAMES = 8
+FRAMES_HINT = "`layout` does not check the number of frames; let `video_size` do it"
 
 
 def prompts(case: Case, findings: Findings) -> None:
     """A row of a batch gives the network's output that it gives alone, whatever prompts are beside it, and after joining and selecting."""
     adapter = case.adapter()
-    layout = adapter.layout(case.height, case.width)
+    layout = case.layout(adapter)
     sampling = Sampling(case, adapter, layout, adapter.schedule(layout, comparable_options(adapter.pipeline, case.num_steps)[0]))
     noise, largest = sampling.noise(), 0.0
     for scale in (case.guidance_scale, 1.0):
@@ -64,12 +65,13 @@ def _routes(sampling: Sampling, rows: Sequence[PromptRow], scale: float, noise: 
 def layout(case: Case, findings: Findings) -> None:
     """The layout is what the pipeline samples, at its own size too, and sizes that do not fit are refused."""
     adapter = case.adapter()
-    asked: dict[str, tuple[int | None, int | None]] = {"default size": (None, None)}
-    if (case.height, case.width) != (None, None):
-        asked["size asked for"] = (case.height, case.width)
-    for name, (height, width) in asked.items():
-        ours = adapter.layout(height, width)
-        size = {key: value for key, value in (("height", height), ("width", width)) if value is not None}
+    own_size: dict[str, int | None] = {"height": case.height, "width": case.width, "num_frames": case.num_frames}
+    asked: dict[str, dict[str, int | None]] = {"default size": dict.fromkeys(own_size)}
+    if own_size != asked["default size"]:
+        asked["size asked for"] = own_size
+    for name, given_size in asked.items():
+        ours = adapter.layout(**given_size)
+        size = {key: value for key, value in given_size.items() if value is not None}
         theirs = _prepared(case, adapter, ours, size, None)
         given = _prepared(case, adapter, ours, size, torch.zeros(len(case.prompts), *ours.shape))
         findings.require(
@@ -77,15 +79,48 @@ def layout(case: Case, findings: Findings) -> None:
             f"{name}: the pipeline prepares latents of shape {list(theirs)} by itself, but {list(given)} of ours, {list(ours.shape)} per sample",
             "the default size, the VAE's factor or the packing in `layout`; the shape must be what the call's `latents` takes",
         )
-        findings.note(f"{name}: {ours.height} x {ours.width} pixels are latents {list(ours.shape)}")
-    own = adapter.layout(case.height, case.width)
-    _refused(findings, "height one pixel more", f"height={own.height + 1}", lambda: adapter.layout(own.height + 1, own.width))
-    _refused(findings, "width one pixel more", f"width={own.width + 1}", lambda: adapter.layout(own.height, own.width + 1))
+        frames = "" if ours.num_frames is None else f"{ours.num_frames} frames of "
+        findings.note(f"{name}: {frames}{ours.height} x {ours.width} pixels are latents {list(ours.shape)}")
+    own = case.layout(adapter)
+    _refused(
+        findings,
+        "height one pixel more",
+        f"height={own.height + 1}",
+        lambda: adapter.layout(own.height + 1, own.width, own.num_frames),
+    )
+    _refused(
+        findings,
+        "width one pixel more",
+        f"width={own.width + 1}",
+        lambda: adapter.layout(own.height, own.width + 1, own.num_frames),
+    )
     if own.num_frames is None:
-        frames = TOO_MANY_FRAMES
-        _refused(findings, "frames of a picture", f"num_frames={frames}", lambda: adapter.layout(None, None, frames))
+        many = TOO_MANY_FRAMES
+        _refused(findings, "frames of a picture", f"num_frames={many}", lambda: adapter.layout(None, None, many))
+    else:
+        _frames(case, adapter, own, findings)
     if not findings.problems:
         findings.note("1 pixel more is refused")
+
+
+def _frames(case: Case, adapter: PipelineAdapter, own: Layout, findings: Findings) -> None:
+    """No frames are refused; one frame more is refused, or both the pipeline and our decoder make it."""
+    _refused(findings, "no frames", "num_frames=0", lambda: adapter.layout(own.height, own.width, 0))
+    more = (own.num_frames or 0) + 1
+    try:
+        longer = adapter.layout(own.height, own.width, more)
+    except ValueError as error:
+        findings.require(
+            f"num_frames={more}" in str(error), f"the ValueError does not name num_frames={more}: {error}", FRAMES_HINT
+        )
+        findings.note(f"{more} frames are refused")
+        return
+    with torch.no_grad():
+        ours = adapter.decode(torch.zeros(1, *longer.shape), longer)
+    theirs = call_pipeline(case, adapter, longer, case.rows(), 1.0)
+    for name, pictures in (("the pipeline's call makes", theirs), ("decode makes", ours)):
+        found = pictures.shape[1]
+        findings.require(found == more, f"num_frames={more} is taken, but {name} {found} frames", FRAMES_HINT)
 
 
 def _refused(findings: Findings, what: str, named: str, ask: Callable[[], Layout]) -> None:
@@ -105,7 +140,7 @@ class _Prepared(Exception):
 def _prepared(case: Case, adapter: PipelineAdapter, ours: Layout, size: dict[str, int], latents: Tensor | None) -> tuple[int, ...]:
     """Shape of the latents with which the pipeline's own call begins."""
     shapes: list[tuple[int, ...]] = []
-    missing = [name for name in ("height", "width") if name not in size]
+    missing = [name for name in ("height", "width", "num_frames") if name not in size]
     with _stopping_at_latents(adapter.pipeline, shapes), contextlib.suppress(_Prepared):
         call_pipeline(case, adapter, ours, case.rows(), 1.0, without=missing, latents=latents)
     return shapes[0]

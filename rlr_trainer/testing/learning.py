@@ -126,7 +126,7 @@ def _noise_in_every_step(case: Case, num_steps: int) -> dict[str, Any]:
         return {}
     adapter = case.adapter()
     try:
-        adapter.schedule(adapter.layout(case.height, case.width), SamplerOptions(num_steps, sampler="dance_sde"))
+        adapter.schedule(case.layout(adapter), SamplerOptions(num_steps, sampler="dance_sde"))
     except ValueError:  # not a flow scheduler
         return {}
     return {"sampler": "dance_sde"}

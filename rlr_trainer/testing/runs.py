@@ -24,11 +24,12 @@ WARM = 0.1  # standard deviation of LoRA weights that do something
 
 
 def greenness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
-    """A reward of pictures [B, 3, H, W]: mean green minus the mean of the other channels, [B]; differentiable.
+    """A reward of pictures [B, 3, H, W] and of videos [B, F, 3, H, W]: mean green minus the mean of the other channels, [B]; differentiable.
 
     Mean brightness would be simpler, but the group norms of a tiny decoder leave hardly anything of it to learn.
     """
-    return images[:, 1].mean((1, 2)) - images[:, ::2].mean((1, 2, 3))
+    green, others = images[..., 1, :, :], images[..., ::2, :, :]
+    return green.flatten(1).mean(1) - others.flatten(1).mean(1)
 
 
 @contextmanager
@@ -50,6 +51,7 @@ def make_trainer(case: Case, output: Path, reward: Callable[..., Tensor] = green
         "negative_prompt": case.negative_prompt,
         "height": case.height,
         "width": case.width,
+        "num_frames": case.num_frames,
         "per_device_train_batch_size": BATCH,
         "max_steps": 1,
         "lora_r": 4,

@@ -20,7 +20,7 @@ MOST = 0.5  # share of the layers with LoRA weights that must move in one update
 def lora(case: Case, findings: Findings) -> None:
     """Every target binds modules that one update moves, and the saved weights give the pipeline's own loader the same pictures."""
     with folder() as output:
-        trainer = make_trainer(case, output, estimator="draft")
+        trainer = make_trainer(case, output, estimator="full_bp")
         trainer.train()
         adapter = trainer.parts.adapter
         _check_layers(findings, adapter.denoiser, adapter.lora_targets)
@@ -57,7 +57,8 @@ def _check_layers(findings: Findings, denoiser: Any, targets: tuple[str, ...]) -
 def _load_as_a_user(pipeline: Any, adapter: PipelineAdapter, directory: Path) -> str:
     """Loads LoRA weights with nothing of ours; says with what."""
     if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(str(directory), weight_name=adapter.lora_file)  # offline the name must be given
+        for arguments in adapter.lora_loads:  # offline the name of the file must be given
+            pipeline.load_lora_weights(str(directory), **arguments)
         return "the pipeline's load_lora_weights"
     from peft import PeftModel
 
@@ -69,7 +70,7 @@ def whole_network(case: Case, findings: Findings) -> None:
     """Without LoRA one update moves the network, and what is saved is the same network."""
     with folder() as output:
         before = {name: p.detach().clone() for name, p in case.adapter().denoiser.named_parameters()}
-        trainer = make_trainer(case, output, estimator="draft", use_lora=False)
+        trainer = make_trainer(case, output, estimator="full_bp", use_lora=False)
         trainer.train()
         adapter = trainer.parts.adapter
         count = len(moved(before, adapter.denoiser))

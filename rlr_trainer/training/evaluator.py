@@ -17,6 +17,7 @@ from rlr_trainer.estimators.chain import seeded_generator
 from rlr_trainer.observing.pictures import FixedSamples
 from rlr_trainer.persistence.run_state import is_plain
 from rlr_trainer.rewards.interface import RewardError
+from rlr_trainer.rewards.motion import mean_frame_difference
 from rlr_trainer.rollouts.batches import EVALUATION
 from rlr_trainer.rollouts.processes import Processes
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts, PromptRow
@@ -50,7 +51,7 @@ class Evaluator:
         self.queries = 0
 
     def generate(self, model: nn.Module, rows: Sequence[PromptRow], streams: Sequence[Stream], seed: int) -> Tensor:
-        """One picture per row, [N, 3, H, W] in [0, 1] on the CPU; every process gets all of them."""
+        """One picture per row, [N, 3, H, W] (videos [N, F, 3, H, W]) in [0, 1] on the CPU; every process gets all of them."""
         with self._apart():
             return torch.cat([self._gather_pictures(*batch) for batch in self._sample(model, rows, streams, seed)])
 
@@ -65,7 +66,8 @@ class Evaluator:
         on_batch: Callable[[], None] | None = None,
         keep: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Rewards [N, 1 + K] (the total, and each function's), and with `keep` the pictures, of all processes, on the CPU.
+        """Values [N, 2 + K] (the total reward, each function's, and the motion of videos), and with `keep` the pictures, of all processes,
+        on the CPU. NaN for what there is not.
 
         Raises:
             RewardError: a reward fails.
@@ -76,15 +78,17 @@ class Evaluator:
         kept, batches = [], []
         with self._apart():
             for images, own, total in self._sample(model, rows, streams, seed):
-                values = torch.full((size, 1 + len(names)), torch.nan)
+                values = torch.full((size, 2 + len(names)), torch.nan)
                 part = rows[first : first + own]
                 if own and scored and failure is None:
                     try:
                         prompts, metadata = tuple(row.prompt for row in part), tuple(row.metadata for row in part)
                         result = self.scorer.rate(images[:own], prompts, metadata, where)
-                        values[:own] = torch.stack([result.total, *(result.parts[name] for name in names)], 1).cpu()
+                        values[:own, :-1] = torch.stack([result.total, *(result.parts[name] for name in names)], 1).cpu()
                     except Exception as error:  # the other processes must not wait for this one: raised by raise_everywhere
                         failure = error
+                if self._makes_videos:
+                    values[:own, -1] = mean_frame_difference(images[:own]).cpu()
                 batches.append(values)
                 if keep:
                     kept.append(self._gather_pictures(images, own, total))
@@ -93,7 +97,7 @@ class Evaluator:
                 first += size * self.processes.count
         self.processes.raise_everywhere(failure, where)
         self.queries += len(rows) if scored else 0
-        gathered = self.processes.gather(torch.stack(batches))  # [processes * batches, size, 1 + K]
+        gathered = self.processes.gather(torch.stack(batches))  # [processes * batches, size, 2 + K]
         by_process = gathered.reshape(self.processes.count, len(batches), size, -1)
         return by_process.transpose(0, 1).flatten(0, 2)[: len(rows)], torch.cat(kept) if keep else None
 
@@ -122,17 +126,22 @@ class Evaluator:
         return self.metrics(values)
 
     def metrics(self, values: Tensor) -> dict[str, float]:
-        """Metrics of rewards [N, 1 + K]: the total, and each function's."""
+        """Metrics of the values [N, 2 + K] of `score`; motion of videos alone."""
         total, names = values[:, 0], self.scorer.rewards.names
         if torch.isnan(total).all():
             raise RewardError(
                 f"evaluation: all {len(total)} rewards are NaN or None; check the evaluation reward {', '.join(names)}"
             )
-        return reward_metrics(names, total, values[:, 1:])
+        motion = {"motion": float(values[:, -1].nanmean())} if self._makes_videos else {}
+        return reward_metrics(names, total, values[:, 1:-1]) | motion
 
     def metric_names(self) -> list[str]:
         """Of what `evaluate` returns."""
-        return list(self.metrics(torch.zeros(1, 1 + len(self.scorer.rewards.names))))
+        return list(self.metrics(torch.zeros(1, 2 + len(self.scorer.rewards.names))))
+
+    @property
+    def _makes_videos(self) -> bool:
+        return self.scorer.layout.num_frames is not None
 
     @torch.no_grad()
     def _sample(

@@ -24,7 +24,7 @@ from rlr_trainer.observing.pictures import FixedSamples, SampleLog
 from rlr_trainer.observing.run_files import RunFiles
 from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared_settings
 from rlr_trainer.persistence.weights import Weights
-from rlr_trainer.pipelines import Policy, adapt, attach_lora, cast_frozen, load_pipeline
+from rlr_trainer.pipelines import Policy, adapt, cast_frozen, load_pipeline
 from rlr_trainer.pipelines.average import WeightAverage
 from rlr_trainer.pipelines.old_policy import OldPolicy
 from rlr_trainer.pipelines.reference import ReferencePolicy
@@ -129,6 +129,11 @@ class Parts:
         """
         config = self.config
         check_launch(config, self.plan, accelerator)
+        if _is_sharded(accelerator) and not self.adapter.shardable:
+            raise ValueError(
+                "FSDP or DeepSpeed with two denoisers: each step uses one of them, and the other's sharded weights would miss their gradients; "
+                "use plain data parallelism"
+            )
         check_batches(config, self.plan, accelerator.num_processes)
         check_optimizer(optimizer, self.policy.trainable_parameters())
         self.has_own_optimizer = optimizer is not None
@@ -274,7 +279,7 @@ class Parts:
         return plan.on_noise(self.schedule.stds)
 
     def _make_policy(self, peft_config: Any) -> Policy:
-        config, denoiser = self.config, self.adapter.denoiser
+        config = self.config
         if self.use_lora:
             if peft_config is None:
                 from peft import LoraConfig
@@ -290,7 +295,7 @@ class Parts:
                     f"peft_config.lora_dropout={peft_config.lora_dropout}: must be 0, because a likelihood ratio compares the policy "
                     "that sampled with the same policy, not with another random mask"
                 )
-            if attach_lora(denoiser, peft_config, config.seed):
+            if self.adapter.attach_lora(peft_config, config.seed):
                 logger.warning("continuing the LoRA weights that the pipeline already has, with their own rank and targets")
         else:
             if peft_config is not None:
@@ -298,9 +303,8 @@ class Parts:
                     "peft_config with use_lora=False (in the config, or in TRL's wrapper of the pipeline): one asks for LoRA weights, the other "
                     "for the whole network; leave one of them out"
                 )
-            denoiser.requires_grad_(True)
-            denoiser.to(torch.float32)
-        return Policy(denoiser, name_or_path=str(getattr(self.adapter.pipeline.config, "_name_or_path", "") or ""))
+            self.adapter.train_whole()
+        return Policy(self.adapter.denoiser, name_or_path=str(getattr(self.adapter.pipeline.config, "_name_or_path", "") or ""))
 
     @property
     def _frozen_dtype(self) -> torch.dtype:

@@ -21,6 +21,7 @@ from rlr_trainer.observing.progress import RolloutBar
 from rlr_trainer.observing.trackers import HookTracker, connect_accelerator
 from rlr_trainer.persistence.checkpoints import CheckpointStore, check
 from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder
+from rlr_trainer.rewards.motion import mean_frame_difference
 from rlr_trainer.rollouts.batches import RolloutSummary
 from rlr_trainer.rollouts.collector import Collector
 from rlr_trainer.rollouts.micro_batches import micro_batch_rows
@@ -91,7 +92,7 @@ def start_rollout(trainer: Any, model: nn.Module) -> None:
     with RolloutBar(args.sample_num_batches_per_epoch, trainer.plan.num_steps, quiet) as bar:
         batches, summary = parts.collector.collect(model, rollout, bar.step)
     parts.updater.begin(batches, summary.valid_fraction)
-    parts.metrics.add(summary.metrics | diversity(summary, parts.processes))
+    parts.metrics.add(summary.metrics | diversity(summary, parts.processes) | motion(summary, parts.processes))
     if trainer.image_samples_hook is not None and trainer.is_world_process_zero():
         hook = trainer.adapt_hook(trainer.image_samples_hook)
         hook(summary.pictures, trainer.state.global_step, trackers(trainer))
@@ -222,6 +223,14 @@ def diversity(summary: RolloutSummary, processes: Processes) -> dict[str, float]
     by_process = processes.gather(vectors).reshape(processes.count, *vectors.shape)
     value = vector_diversity(by_process.transpose(0, 1).flatten(0, 2), summary.prompts)
     return {} if math.isnan(value) else {"diversity": value}
+
+
+def motion(summary: RolloutSummary, processes: Processes) -> dict[str, float]:
+    """The metric motion of a rollout of videos, over all processes; nothing of pictures. Collective."""
+    if summary.pictures[0][0].dim() != 5:
+        return {}
+    value = float(processes.gather(torch.cat([mean_frame_difference(batch[0]) for batch in summary.pictures])).nanmean())
+    return {} if math.isnan(value) else {"motion": value}
 
 
 def present_model(trainer: Any) -> nn.Module:

@@ -38,7 +38,7 @@ class RLRTrainer(TRLBaseTrainer):
     Args:
         config: an `RLRConfig`, or TRL's `DDPOConfig` or `AlignPropConfig` (converted, see docs/migrating.md). It is copied.
         reward_function: `(images, prompts, metadata) -> rewards` or `-> (rewards, reward_metadata)`, or a list of such
-            functions (`config.reward_weights`). Images are float [B, 3, H, W] in [0, 1].
+            functions (`config.reward_weights`). Images are float [B, 3, H, W], videos [B, F, 3, H, W], in [0, 1].
         prompt_function: `() -> (prompt, metadata)`. Give it or `train_dataset`.
         sd_pipeline: a diffusers pipeline, an object that wraps one as `.sd_pipeline`, a local folder, or a hub id.
         image_samples_hook: called after every rollout on the main process with `(batches, global_step, tracker)`, `batches` a
@@ -180,7 +180,7 @@ class RLRTrainer(TRLBaseTrainer):
         seed: int = 0,
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> Tensor:
-        """Pictures of the present policy, [N, 3, H, W] in [0, 1] on the CPU, the same on every process. Collective.
+        """Pictures of the present policy, [N, 3, H, W] (videos [N, F, 3, H, W]) in [0, 1] on the CPU, the same on every process. Collective.
 
         Args:
             prompts: N strings, or N sequences of strings, one per scale of `prompt_scales`.

@@ -40,6 +40,16 @@ def test_loss_of_diversity_while_the_reward_rises(caplog):
     assert not watch(curve(40, reward=lambda t: t))
 
 
+def test_loss_of_motion_while_the_reward_rises(caplog):
+    freezing = curve(40, reward=lambda t: t, motion=lambda t: 0.05 * (1 - t), diversity=lambda t: 0.3)
+    with caplog.at_level(logging.WARNING, logger=monitor.__name__):
+        assert set(watch(freezing)) == {"motion"}
+    (message,) = [entry.getMessage() for entry in caplog.records]
+    assert "loss of motion: neighbouring frames of a video differ by" in message and "0.0475 at first (metric motion)" in message
+    assert not watch(curve(40, reward=lambda t: -t, motion=lambda t: 0.05 * (1 - t)))  # the reward does not rise
+    assert not watch(curve(40, reward=lambda t: t, motion=lambda t: 0.05 + t))
+
+
 def test_kl_that_grows_without_gain():
     runaway = curve(100, reward=lambda t: 0.5, kl=lambda t: math.exp(10 * t))
     assert set(watch(runaway)) == {"kl"}

@@ -1,6 +1,8 @@
 """The report: what it reads, what it says, and that the page is sound in a real browser."""
 
+import base64
 import html
+import io
 import json
 import math
 import os
@@ -19,10 +21,20 @@ from PIL import EpsImagePlugin, Image
 from rlr_trainer.cli import main
 from rlr_trainer.observing.monitor import RewardHackingMonitor
 from rlr_trainer.observing.report import ReportError, write_report
+from rlr_trainer.observing.report import pictures as report_pictures
 from rlr_trainer.observing.report.drawing import Series, line_chart
 from rlr_trainer.observing.report.facts import facts_of, remarks_of, reward_at
 from rlr_trainer.observing.report.page import comparison, differing_settings
-from rlr_trainer.observing.report.pictures import LARGEST_SIDE, encode, grid_of
+from rlr_trainer.observing.report.pictures import (
+    LARGEST_SIDE,
+    LARGEST_SIDE_OF_CLIPS,
+    LONGEST,
+    MOST_FRAMES,
+    SHORTEST,
+    _clip,
+    encode,
+    grid_of,
+)
 from rlr_trainer.observing.report.reading import read_run
 from rlr_trainer.observing.report.series import (
     BUCKETS,
@@ -254,7 +266,7 @@ def test_damaged_files_are_left_out_with_a_note(make_run):
         "rewards.jsonl: 1 damaged lines left out, as a run leaves that is killed.",
         "summary.json: left out, it is no JSON object.",
     ]
-    assert grid_of(run).notes == ["1 picture files are missing, damaged, no PNG, or outside the folder."]
+    assert grid_of(run).notes == ["1 picture files are missing, damaged, neither PNG nor GIF, or outside the folder."]
     assert "No closing line" in remarks(folder)
 
 
@@ -294,6 +306,81 @@ def alarm():
     signal.signal(signal.SIGALRM, before)
 
 
+def make_clip(path, frames=5, size=24, duration=120, **options):
+    """A GIF whose frames are noise, so that none of them is merged with the one before."""
+    noise = np.random.default_rng(frames)
+    first, *others = [Image.fromarray(noise.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(frames)]
+    first.save(path, "GIF", save_all=True, append_images=others, duration=duration, loop=0, **options)
+    return path
+
+
+def shown_frames(source):
+    kind, data = re.fullmatch(r"data:image/(\w+);base64,(.*)", source).groups()
+    with Image.open(io.BytesIO(base64.b64decode(data)), formats=[kind.upper()]) as opened:
+        return kind, getattr(opened, "n_frames", 1), opened.size
+
+
+def test_clips_are_shown_as_clips(tmp_path):
+    """Made anew from the pixels: nothing of the file itself goes into the page. Long ones lose frames, not time."""
+    small = encode(make_clip(tmp_path / "small.gif", comment=b"<script>secret</script>"))
+    assert (
+        shown_frames(small.source) == ("webp", 5, (24, 24))
+        and shown_frames(small.still) == ("png", 1, (24, 24))
+        and small.pixelated
+    )
+    assert b"secret" not in base64.b64decode(small.source.split(",")[1])
+    large = encode(make_clip(tmp_path / "large.gif", frames=50, size=300))
+    assert shown_frames(large.source) == ("webp", MOST_FRAMES, (LARGEST_SIDE_OF_CLIPS,) * 2)
+    assert shown_frames(large.still)[0] == "jpeg" and (large.width, large.height) == (LARGEST_SIDE_OF_CLIPS,) * 2
+    with Image.open(tmp_path / "large.gif") as opened:
+        kept, milliseconds = _clip(opened)
+    assert len(kept) == MOST_FRAMES and milliseconds == 50 * 120 // MOST_FRAMES
+    one = encode(make_clip(tmp_path / "one.gif", frames=1))
+    assert one.still is None and shown_frames(one.source) == ("png", 1, (24, 24))
+
+
+def test_clips_that_are_hostile_are_left_out(tmp_path, monkeypatch):
+    """Cut off in a later frame, of too many frames or pixels, or of another format; a frame's time is limited, too."""
+    data = make_clip(tmp_path / "whole.gif").read_bytes()
+    (tmp_path / "cut.gif").write_bytes(data[: len(data) // 2])
+    (tmp_path / "bomb.gif").write_bytes(data[:6] + b"\xff\xff\xff\xff" + data[10:])  # a canvas of 65,535 x 65,535
+    Image.new("RGB", (9, 9)).save(tmp_path / "other.gif", "WEBP")
+    for name in ("cut.gif", "bomb.gif", "other.gif", "none.gif"):
+        assert encode(tmp_path / name) is None, name
+    for most in ((4, 2**28), (1024, 4 * 24 * 24)):
+        monkeypatch.setattr(report_pictures, "MOST_READ", most)
+        assert encode(tmp_path / "whole.gif") is None
+    monkeypatch.undo()
+    assert encode(tmp_path / "whole.gif") is not None
+    for asked, shown in ((0, SHORTEST), (600_000, LONGEST)):
+        with Image.open(make_clip(tmp_path / "slow.gif", duration=asked)) as opened:
+            assert _clip(opened)[1] == shown
+
+
+@pytest.mark.usefixtures("alarm")
+def test_clips_outside_the_folder_are_not_read(make_run, tmp_path):
+    folder = add_everything(make_run())
+    make_clip(tmp_path / "secret.gif")
+    path = folder / "samples" / "step_000000.json"
+    os.mkfifo(folder / "samples/pipe.gif")
+    (folder / "samples/link.gif").symlink_to(tmp_path / "secret.gif")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": ["pipe.gif", "link.gif"]}))
+    assert [file for *_, file in read_run(folder).pictures[0].rows] == [None, None]
+
+
+def test_motion_has_its_chart_and_clips_hold_still_in_print(make_run):
+    folder = add_everything(make_run(lines=rising(motion=lambda p: 0.05 + 0.01 * p)))
+    for path in (folder / "samples").glob("step_*.json"):
+        record = json.loads(path.read_text())
+        make_clip(folder / "samples" / path.stem / "000.gif", frames=3)
+        files = [f"{path.stem}/000.gif", f"{path.stem}/001.png"]
+        path.write_text(json.dumps(record | {"motion": 0.05 + record["step"] / 1000, "files": files}))
+    page = report(folder)
+    assert {"motion", "fixed/motion", "KL, diversity and motion"} <= set(re.findall(r"<h[23]>([^<]*)</h[23]>", page))
+    assert page.count("data:image/webp;base64,") == 3
+    assert page.count('<source media="print, (prefers-reduced-motion: reduce)" srcset="data:image/png;base64,') == 3
+
+
 @pytest.mark.usefixtures("alarm")
 def test_a_pipe_is_not_waited_for(make_run):
     folder = add_everything(make_run())
@@ -302,7 +389,7 @@ def test_a_pipe_is_not_waited_for(make_run):
         os.mkfifo(folder / name)
     run = read_run(folder)
     assert "summary.json: left out, it is no plain file inside the folder." in run.notes
-    assert grid_of(run).notes == ["1 picture files are missing, damaged, no PNG, or outside the folder."]
+    assert grid_of(run).notes == ["1 picture files are missing, damaged, neither PNG nor GIF, or outside the folder."]
 
 
 def test_only_png_files_are_opened(tmp_path, monkeypatch):
@@ -371,6 +458,7 @@ def test_a_healthy_run_has_no_remarks(make_run):
     ("more", "title"),
     [
         ({"diversity": lambda p: 0.3 - 0.28 * p}, "Signs of reward hacking"),
+        ({"motion": lambda p: 0.05 - 0.045 * p}, "Signs of reward hacking"),
         ({"loss": lambda p: None if p == 0.5 else 0.0}, "Values that are not finite"),
         ({"reward": lambda p: -p + 0.01 * math.sin(99 * p)}, "The reward fell"),
         ({"reward": lambda p: math.sin(80 * p)}, "No clear change of the reward"),

@@ -1,7 +1,9 @@
 """Metrics, pictures and hyper-parameters reach the trackers: read back from what they wrote."""
 
+import io
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from rlr_trainer.observing.trackers import HookTracker, connect_accelerator, to_
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
+CLIPS = (torch.arange(2 * 4)[:, None, None, None] % 5 / 4).expand(8, 3, 4, 6).unflatten(0, (2, 4))
 PICTURES = torch.linspace(0, 1, 2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
 
 
@@ -32,8 +35,14 @@ def use(tracker):
     """What scripts written for accelerate's trackers do with one."""
     for step in (0, 1):
         tracker.log({"mine": 0.5 + step, "odd (name)": 1.0, "note": "a note", "nested": {"rewards": torch.arange(3.0)}}, step=step)
-        tracker.log_images({"my pictures": PICTURES}, step=step)
+        tracker.log_images({"my pictures": PICTURES, "my clips": CLIPS}, step=step)
+    tracker.log_images({"one clip": CLIPS[:1].movedim(2, -1).numpy()}, step=1)
     tracker.log_table("my table", columns=["prompt", "reward"], data=[["a panda", 0.5]], step=1)
+
+
+def frames_of(source):
+    with Image.open(source, formats=["GIF"]) as clip:
+        return clip.n_frames, clip.size
 
 
 def scalars_of(folder):
@@ -111,6 +120,10 @@ def test_tensorboard(tensorboard, tmp_path):
     assert b"| a panda | 0.5 |" in events.Tensors("my table/text_summary")[0].tensor_proto.string_val[0]
     pictures = [event for tag in events.Tags()["images"] if tag.startswith("my pictures") for event in events.Images(tag)]
     assert [event.step for event in pictures] == [0, 1]  # several pictures are one grid
+    for name, steps in {"my clips/0": [0, 1], "my clips/1": [0, 1], "one clip": [1]}.items():
+        clips = events.Images(name)
+        assert [(event.step, event.width, event.height) for event in clips] == [(step, 6, 4) for step in steps]
+        assert frames_of(io.BytesIO(clips[0].encoded_image_string)) == (4, (6, 4))
 
 
 def test_wandb_offline(wandb, tmp_path):
@@ -124,6 +137,9 @@ def test_wandb_offline(wandb, tmp_path):
     assert (summary["mine"], summary["note"], summary["by hand"], summary["train/global_step"]) == (1.5, "a note", 2.0, 0)
     assert summary["my table"]["_type"] == summary["pictures"]["_type"] == "table-file"
     assert sum(path.name.startswith("my pictures") for path in tmp_path.rglob("media/images/*.png")) == 2 * 2
+    clips = list(tmp_path.rglob("media/videos/*.gif"))
+    assert sorted(path.name.split("_")[0] for path in clips) == ["my clips"] * 4 + ["one clip"]
+    assert {frames_of(path) for path in clips} == {(4, (6, 4))}
 
 
 def test_trackio_local(tmp_path, monkeypatch):
@@ -136,6 +152,7 @@ def test_trackio_local(tmp_path, monkeypatch):
     callback._trackio.finish()
     assert list((tmp_path / "trackio").rglob("*.db"))
     assert len(list((tmp_path / "trackio").rglob("*.png"))) == 2  # several pictures side by side
+    assert [frames_of(path) for path in (tmp_path / "trackio").rglob("*.gif")] == [(4, (6, 4))] * 5
 
 
 def test_mlflow_in_a_folder(tmp_path, monkeypatch):
@@ -152,6 +169,8 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
     assert "odd _name_" in client.get_run(run).data.metrics
     assert [file.path for file in client.list_artifacts(run, "my_table")] == ["my_table/step_000001.txt"]
     assert len(client.list_artifacts(run, "my_pictures")) == 2
+    assert [file.path for file in client.list_artifacts(run, "one_clip")] == ["one_clip/step_000001.gif"]
+    assert len(client.list_artifacts(run, "my_clips_1")) == 2
 
 
 def test_without_a_tracker_what_is_logged_becomes_files(tmp_path):
@@ -164,6 +183,20 @@ def test_without_a_tracker_what_is_logged_becomes_files(tmp_path):
     assert lines[-1] == {"step": 3, "bad": None}
     with Image.open(tmp_path / "new/images/step_000001/my_pictures.png") as picture:
         assert picture.size == (2 * 5, 4)
+    folder = tmp_path / "new/images/step_000001"
+    assert sorted(path.name for path in folder.glob("*.gif")) == ["my_clips_0.gif", "my_clips_1.gif", "one_clip.gif"]
+    assert frames_of(folder / "my_clips_1.gif") == (4, (6, 4))
+
+
+def test_a_writer_that_takes_pictures_alone_gets_strips(monkeypatch, tensorboard, tmp_path):
+    """As that of tensorboardX, which has messages of its own."""
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.summary_pb2", None)
+    tracker = HookTracker([begun("TensorBoardCallback")], tmp_path)
+    tracker.log_images({"one clip": CLIPS[:1]}, step=1)
+    tracker.writer.flush()
+    monkeypatch.undo()
+    (strip,) = scalars_of(tensorboard).Images("one clip")
+    assert (strip.width, strip.height) == (4 * 6, 4)
 
 
 def test_the_accelerator_reaches_the_trackers_of_the_run(tensorboard, wandb, tmp_path, caplog):
@@ -210,7 +243,9 @@ def test_pictures_in_every_usual_form():
         torch.testing.assert_close(to_pictures(value), grey.expand(1, 3, 5, 7))
     torch.testing.assert_close(to_pictures(np.array(picture.convert("RGBA"))), to_pictures(picture))
     torch.testing.assert_close(to_pictures([image, picture]), torch.cat([image[None], to_pictures(picture)]))
-    assert to_pictures(torch.rand(2, 4, 3, 5, 7)).shape == (8, 3, 5, 7)  # frames of videos
+    video = torch.rand(2, 4, 3, 5, 7)
+    for value in (video, video.movedim(2, -1).numpy(), [video[:1], video[1:]]):
+        torch.testing.assert_close(to_pictures(value), video)
     assert to_pictures(image > 0.5).max() == 1
     for wrong in (torch.rand(5), torch.rand(2, 5, 7), [image, image[:, :4]]):
         with pytest.raises(ValueError, match="pictures of the shape"):

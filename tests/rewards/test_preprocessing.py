@@ -135,7 +135,7 @@ def test_a_crop_larger_than_the_picture_is_refused():
     [
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "uint8"),
         (torch.zeros(3, 8, 8), r"\(3, 8, 8\)"),
-        (torch.zeros(2, 4, 3, 8, 8), "frame by frame"),
+        (torch.zeros(2, 4, 3, 8, 8), r"of videos \[B, F, 3, H, W\]"),
         (torch.zeros(0, 3, 8, 8), r"\(0, 3, 8, 8\)"),
         (torch.full((1, 3, 8, 8), -1.0), r"from -1 to -1.*\[-1, 1\]"),
         (torch.full((1, 3, 8, 8), 255.0), "from 255"),

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from families.conformance import CONFORMANCE
-from families.tiny import flux, sd3
+from families.tiny import animatediff, flux, sd3
 from families.tiny.stable_diffusion import make_pipeline
 from safetensors.torch import load_file, save_file
 
 from rlr_trainer.pipelines import LORA_FILE, StableDiffusionAdapter
+from rlr_trainer.pipelines.animatediff import AnimateDiffAdapter
 from rlr_trainer.pipelines.flux import FluxAdapter
 from rlr_trainer.pipelines.lora import save_lora_weights
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
@@ -19,8 +20,9 @@ from rlr_trainer.testing import SLOW_CHECKS, ConformanceError, check_adapter
 
 def failed(make_adapter, checks, make=make_pipeline):
     """Names of the checks that fail, and the message."""
+    size = animatediff.SIZE if make is animatediff.make_pipeline else {}
     with pytest.raises(ConformanceError) as caught:
-        check_adapter(make, make_adapter=make_adapter, checks=checks)
+        check_adapter(make, make_adapter=make_adapter, checks=checks, **size)
     message = str(caught.value)
     return set(re.findall(r"^- (\w+):", message, re.MULTILINE)), message
 
@@ -164,7 +166,26 @@ class TurnsTheGradient(StableDiffusionAdapter):
         return super().decode(2 * latents.detach() - latents, layout)
 
 
+class ForgetsFrames(AnimateDiffAdapter):
+    def layout(self, height, width, num_frames=None):
+        return super().layout(height, width, 3 if num_frames else None)
+
+
+class ReversesFrames(AnimateDiffAdapter):
+    def decode(self, latents, layout):
+        return super().decode(latents, layout).flip(1)
+
+
+class PromptsOfOtherFrames(AnimateDiffAdapter):
+    def call(self, network, x, time, rows, batch):
+        states = rows["encoder_hidden_states"].repeat(x.shape[2], 1, 1)
+        return network(x, time, encoder_hidden_states=states)
+
+
 MUTANTS = [
+    (ForgetsFrames, "layout", animatediff.make_pipeline),
+    (ReversesFrames, "generation", animatediff.make_pipeline),
+    (PromptsOfOtherFrames, "generation", animatediff.make_pipeline),
     (WrongTimeScale, "generation", make_pipeline),
     (SwappedBranches, "generation", make_pipeline),
     (GuidesTwice, "generation", make_pipeline),

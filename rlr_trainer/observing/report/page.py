@@ -136,7 +136,7 @@ def comparison(runs: list[Run], facts: list[Facts]) -> dict[str, list[str]]:
         "Training time": [series.duration(f.seconds) for f in facts],
         "Samples dropped": [dropped_text(f) for f in facts],
     }
-    for name, title in (("kl", "KL"), ("diversity", "Diversity"), ("eval_reward", "Evaluation")):
+    for name, title in (("kl", "KL"), ("diversity", "Diversity"), ("motion", "Motion"), ("eval_reward", "Evaluation")):
         if any(name in run.names for run in runs):
             pairs = [series.ends(run.points(name)[1]) for run in runs]
             rows[f"{title}, start → end"] = [f"{series.number(first.value)} → {series.number(last.value)}" for first, last in pairs]

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +17,26 @@ from rlr_trainer.observing.report.series import number, shorten
 MOST_COLUMNS = 6  # that a phone shows side by side
 MOST_ROWS = 8
 LARGEST_SIDE = 224  # pixels
-PIXELATED_BELOW = 97  # pixels: smaller pictures are enlarged without smoothing, and stay PNG
+PIXELATED_BELOW = 97  # pixels: smaller pictures are enlarged without smoothing, and lose nothing
+LARGEST_SIDE_OF_CLIPS = 160  # pixels
+MOST_FRAMES = 16  # of a clip in the page
+MOST_READ = (1024, 2**28)  # frames, and pixels of all frames together, of a GIF that is read
+SHORTEST, LONGEST = 20, 10_000  # milliseconds of a frame, whatever the file says
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI, with its size as shown."""
+    """A picture as a data URI, with its size as shown.
+
+    Attributes:
+        still: of a clip, its first frame, for print and for readers who want nothing to move; None of a picture.
+    """
 
     source: str
     width: int
     height: int
     pixelated: bool
+    still: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +95,7 @@ def grid_of(run: Run, most_columns: int = MOST_COLUMNS, most_rows: int = MOST_RO
             f"pixels large; all are in {run.name}/samples."
         )
     if unreadable:
-        grid.notes.append(f"{unreadable} picture files are missing, damaged, no PNG, or outside the folder.")
+        grid.notes.append(f"{unreadable} picture files are missing, damaged, neither PNG nor GIF, or outside the folder.")
     return grid
 
 
@@ -94,19 +104,56 @@ def _cell(step: int, reward: float, file: Path | None) -> Cell:
 
 
 def encode(path: Path) -> Picture | None:
-    """Reads a PNG file, reduced where it is large; None for one that is missing, no PNG, damaged, or absurdly large."""
+    """Reads a PNG or GIF file, reduced where it is large; None for one that is missing, of another kind, damaged, or absurdly large.
+
+    Only what is made of the pixels goes into the page, never the file's own bytes.
+    """
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=["PNG"]) as opened:  # Pillow starts other programs for some formats
-                image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+            with Image.open(path, formats=["PNG", "GIF"]) as opened:  # Pillow starts other programs for some formats
+                frames, milliseconds = _clip(opened) if opened.format == "GIF" else ([opened.convert("RGB")], 0)
+    except Exception:  # Pillow has half a dozen types for damaged files, IndexError and SyntaxError among them
         return None
-    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    pixelated = max(image.size) < PIXELATED_BELOW
+    largest = LARGEST_SIDE if len(frames) == 1 else LARGEST_SIDE_OF_CLIPS
+    for frame in frames:
+        frame.thumbnail((largest, largest))
+    width, height = frames[0].size
+    pixelated = max(width, height) < PIXELATED_BELOW
+    still = _data_uri(frames[0], "PNG" if pixelated else "JPEG", quality=82)
+    if len(frames) == 1:
+        return Picture(still, width, height, pixelated)
+    moving = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
+    source = _data_uri(frames[0], "WEBP", lossless=pixelated, quality=70, **moving)
+    return Picture(source, width, height, pixelated, still)
+
+
+def _clip(opened: Any) -> tuple[list[Any], int]:
+    """At most `MOST_FRAMES` frames of a GIF, evenly spaced in time, and the milliseconds of each; ValueError for more than `MOST_READ`."""
+    frames: list[Any] = []
+    lasting: list[int] = []
+    pixels = 0
+    while True:
+        pixels += opened.width * opened.height
+        if len(frames) == MOST_READ[0] or pixels > MOST_READ[1]:
+            raise ValueError(f"more than {MOST_READ[0]} frames, or {MOST_READ[1]} pixels")
+        frame = opened.convert("RGB")
+        frame.thumbnail((LARGEST_SIDE, LARGEST_SIDE))  # the whole clip in full size may not fit into memory
+        frames.append(frame)
+        lasting.append(min(max(int(opened.info.get("duration", 0)), SHORTEST), LONGEST))
+        try:
+            opened.seek(len(frames))
+        except EOFError:
+            break
+    ends = np.cumsum(lasting)
+    count = min(MOST_FRAMES, max(1, round(ends[-1] / min(lasting))))
+    times = (np.arange(count) + 0.5) * ends[-1] / count
+    return [frames[i] for i in np.searchsorted(ends, times, side="right")], round(ends[-1] / count)
+
+
+def _data_uri(image: Any, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG" if pixelated else "JPEG", quality=82)
-    kind = "png" if pixelated else "jpeg"
-    return Picture(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size, pixelated)
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

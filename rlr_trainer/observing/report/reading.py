@@ -113,7 +113,11 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         train=train,
         evals=_table([line for line in lines if "reward" not in line and any(map(EVAL_REWARD.fullmatch, line))]),
         fixed=_table(
-            [{"step": line["step"], "fixed/diversity": line.get("diversity"), "fixed/rewards": line["mean"]} for line in sets]
+            [
+                {"step": line["step"], "fixed/rewards": line["mean"]}
+                | {f"fixed/{metric}": line.get(metric) for metric in ("diversity", "motion")}
+                for line in sets
+            ]
         ),
         rewards=floats([reward for line in _read_lines(folder, "rewards.jsonl", notes) for reward in as_list(line.get("rewards"))]),
         pictures=[Pictures(line["step"], line["rows"]) for line in sets],

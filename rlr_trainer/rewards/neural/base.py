@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlr_trainer.rewards.frames import mean_over_frames
 from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor, check_images
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class NeuralReward:
         name: of the metric `rewards/<name>/mean`.
         device: where the network stays; None: it follows the images.
         dtype: of its parameters; None leaves them. Pixels are prepared, and features compared, in at least float32.
-        batch_size: pictures per pass of the network; None: all at once.
+        batch_size: pictures, or frames of videos, per pass of the network; None: all at once.
         recompute: with a graph, keep the activations of one pass alone and compute them again in the backward pass.
         eight_bit: round pictures as the reference does, for an `ImagePreprocessor`, which explains it.
 
@@ -113,10 +114,14 @@ class NeuralReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
         """Scores [B] of images [B, 3, H, W] in [0, 1], each against its own prompt, on the images' device; a graph of theirs is kept.
 
+        Of videos [B, F, 3, H, W] the mean over all frames; see `FrameReward` for some of them.
+
         Raises:
             ImageRangeError: images of another shape, type or range.
             ValueError: another number of prompts than images.
         """
+        if isinstance(images, Tensor) and images.dim() == 5:
+            return mean_over_frames(self, images, prompts, metadata)
         check_images(self.__name__, images)
         count = len(prompts or ())
         if count != len(images) and (prompts is not None or self.reads_prompts):

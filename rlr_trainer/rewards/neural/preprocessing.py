@@ -42,8 +42,8 @@ def check_images(name: str, images: Tensor) -> None:
         fits = low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE
     if not fits:
         raise ImageRangeError(
-            f"reward {name!r}: images is {found}, but must be a floating-point tensor [B, 3, H, W] in [0, 1]; divide 8-bit pictures "
-            "by 255, bring [-1, 1] there by (images / 2 + 0.5).clamp(0, 1), and score a video frame by frame (images.flatten(0, 1))"
+            f"reward {name!r}: images is {found}, but must be a floating-point tensor [B, 3, H, W], of videos [B, F, 3, H, W], in [0, 1]; "
+            "divide 8-bit pictures by 255, bring [-1, 1] there by (images / 2 + 0.5).clamp(0, 1)"
         )
 
 
