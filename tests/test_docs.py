@@ -136,7 +136,7 @@ def test_names_exist(page):
 
 
 # Names in the documentation that belong to libraries below, and that nothing here uses.
-OF_OTHERS = {"rename_column", "get_active_adapters", "set_alpha_to_one"}
+OF_OTHERS = {"rename_column", "get_active_adapters", "set_alpha_to_one", "channels_last"}
 
 
 def source():
