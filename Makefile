@@ -9,10 +9,12 @@
 
 PYTHON ?= python3.11
 WORKERS ?= 2
+SHARED = -n $(WORKERS) --dist loadgroup  # tests that share something expensive go to one worker
 VENV := .venv
 VENV_OLD := .venv-trl023
 STAMP := $(VENV)/.installed
 STAMP_OLD := $(VENV_OLD)/.installed
+STAMPS_BENCHMARK := $(VENV)/.benchmark $(VENV_OLD)/.benchmark
 
 # What does not depend on versions runs at the newest end alone, and so do the slow tests.
 OLD_TESTS := tests/parity tests/training tests/persistence tests/pipelines tests/observing tests/cli \
@@ -35,6 +37,15 @@ $(STAMP_OLD): pyproject.toml constraints-trl023.txt
 	$(VENV_OLD)/bin/python -m pip install -q -c constraints-trl023.txt -e '.[dev]'
 	touch $@
 
+# A run of the benchmark is a process of one of the two environments: the task that reads needs its recognizer in both.
+$(VENV)/.benchmark: $(STAMP)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[benchmark]'
+	touch $@
+
+$(VENV_OLD)/.benchmark: $(STAMP_OLD)
+	$(VENV_OLD)/bin/python -m pip install -q -c constraints-trl023.txt -e '.[benchmark]'
+	touch $@
+
 demo: $(STAMP)
 	$(VENV)/bin/rlr-trainer demo --output_dir runs/demo $(ARGS)
 
@@ -42,20 +53,20 @@ demo: $(STAMP)
 test test-all test-old: export HF_HUB_OFFLINE = 1
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
+	$(VENV)/bin/python -m pytest $(SHARED) -m 'not slow' $(ARGS)
 
 test-all: $(STAMP)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	$(VENV)/bin/python -m pytest $(SHARED) $(ARGS)
 
 test-old: $(STAMP_OLD)
-	$(VENV_OLD)/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(OLD_TESTS) $(ARGS)
+	$(VENV_OLD)/bin/python -m pytest $(SHARED) -m 'not slow' $(OLD_TESTS) $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-benchmark: $(STAMP) $(STAMP_OLD)
+benchmark: $(STAMPS_BENCHMARK)
 	$(VENV)/bin/python benchmarks/driver.py --jobs $(WORKERS) --old_python $(VENV_OLD)/bin/python $(ARGS)
 	$(VENV)/bin/python benchmarks/write_report.py
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 Curve = Sequence[dict[str, float]]
 JUDGED = 0.9  # the score to reach where pictures should show a digit
+JUDGED_TASKS = ("digit", "ocr")  # those whose reward asks for a digit and nothing else
 EVALUATIONS = ("forward", "backward")
 
 
@@ -32,8 +33,8 @@ def cost_to(curve: Curve, score: float, by: str, unit: str) -> float | None:
 
 
 def score_of(task: str) -> str:
-    """The column by which a task is decided: the judge where pictures should show a digit, the reward elsewhere."""
-    return "judge" if task == "digit" else "reward"
+    """The column by which a task is decided: the judge where pictures should show a digit and nothing else counts, the reward elsewhere."""
+    return "judge" if task in JUDGED_TASKS else "reward"
 
 
 def best_rate(curves: dict[float, Curve], task: str) -> float:
@@ -42,7 +43,7 @@ def best_rate(curves: dict[float, Curve], task: str) -> float:
     The mean is over the curve after the start, so that a rate that learns early and stays counts more than one that spikes at the end.
     """
     by = score_of(task)
-    if task == "digit":
+    if by == "judge":
         reached = {rate: cost_to(curve, JUDGED, by, "queries") for rate, curve in curves.items()}
         arrived = {rate: value for rate, value in reached.items() if value is not None}
         if arrived:

@@ -29,9 +29,9 @@ from benchmarks.methods import METHODS, Method
 from benchmarks.tasks import TASKS, Task, measure
 from rlr_trainer import digits
 
-STEPS, BATCH = 10, 32
+STEPS, BATCH = 10, 16
 EVALUATION_SEED = 1_000_000  # far from the seeds that runs use
-EVERY, SAMPLES, LAST_SAMPLES = 4, 128, 256
+EVERY, SAMPLES, LAST_SAMPLES = 128, 128, 256  # pictures trained on between two evaluations; pictures of an evaluation
 
 
 class Costs:
@@ -85,14 +85,14 @@ class Costs:
         self.paused = False
         self.evaluating += time.process_time() - began
 
-    def after_update(self, update: int, updates: int) -> None:
-        if update % EVERY == 0 or update == updates:
+    def after_update(self, update: int, updates: int, batch: int) -> None:
+        if update * batch % EVERY == 0 or update == updates:
             self.evaluate(update, SAMPLES)
         if update == updates:
             self.evaluate(update, LAST_SAMPLES)
 
 
-def run_ours(model: str, task: Task, method: Method, learning_rate: float, seed: int, updates: int) -> Costs:
+def run_ours(model: str, task: Task, method: Method, learning_rate: float, seed: int, updates: int, batch: int = BATCH) -> Costs:
     from transformers import PrinterCallback, TrainerCallback
 
     from rlr_trainer import RLRConfig, RLRTrainer
@@ -104,14 +104,14 @@ def run_ours(model: str, task: Task, method: Method, learning_rate: float, seed:
             costs.evaluate(0, SAMPLES)
 
         def on_step_end(self, args, state, control, **kwargs):
-            costs.after_update(state.global_step, updates)
+            costs.after_update(state.global_step, updates, batch)
 
     with tempfile.TemporaryDirectory() as folder:
         config = RLRConfig(
             output_dir=folder,
             sample_num_steps=STEPS,
             sample_guidance_scale=1.0,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=batch,
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
             lora_r=4,
@@ -143,14 +143,15 @@ def main() -> None:
     parser.add_argument("--method", choices=list(METHODS), required=True)
     parser.add_argument("--learning_rate", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--updates", type=int, default=40)
+    parser.add_argument("--updates", type=int, default=80)
+    parser.add_argument("--batch", type=int, default=BATCH, help="pictures per update")
     parser.add_argument("--options", type=json.loads, default={}, help="further options of RLRConfig, as JSON")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     method, task = METHODS[options.method], TASKS[options.task]
-    settings = (options.learning_rate, options.seed, options.updates)
+    settings = (options.learning_rate, options.seed, options.updates, options.batch)
     with contextlib.redirect_stdout(io.StringIO()):
         if method.trl is None:
             own = Method(method.options | options.options, method.flow_options)
@@ -162,7 +163,7 @@ def main() -> None:
 
             costs = run_trl(method.trl, task, *settings)
     record: dict[str, Any] = {name: value for name, value in vars(options).items() if name != "output"}
-    record |= {"batch": BATCH, "steps": STEPS, "torch": torch.__version__, "machine": platform.machine(), "curve": costs.rows}
+    record |= {"steps": STEPS, "torch": torch.__version__, "machine": platform.machine(), "curve": costs.rows}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = options.output.with_suffix(".partial")
     rows = ",\n".join(json.dumps(row) for row in record.pop("curve"))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.ocr import ocr_reward
 from rlr_trainer import digits
 from rlr_trainer.digits.rewards import digit_reward, ink
 from rlr_trainer.rewards import jpeg_compressibility
@@ -49,6 +50,7 @@ TASKS = {
     "ink_black_box": Task(lambda: black_box_ink, False),
     "compressibility": Task(lambda: jpeg_compressibility, False),
     "digit_and_ink": Task(digit_and_ink, True, TARGET),
+    "ocr": Task(lambda: ocr_reward(TARGET), False, TARGET),
 }
 
 

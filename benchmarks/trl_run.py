@@ -7,7 +7,7 @@ import tempfile
 import torch
 from torch import Tensor
 
-from benchmarks.one_run import BATCH, EVALUATION_SEED, SAMPLES, STEPS, Costs
+from benchmarks.one_run import EVALUATION_SEED, SAMPLES, STEPS, Costs
 from benchmarks.tasks import Task
 from rlr_trainer import digits
 
@@ -27,7 +27,7 @@ def _allow_no_guidance(pipeline) -> None:
     pipeline._encode_prompt = positive_alone
 
 
-def run_trl(kind: str, task: Task, learning_rate: float, seed: int, updates: int) -> Costs:
+def run_trl(kind: str, task: Task, learning_rate: float, seed: int, updates: int, batch: int) -> Costs:
     """Trains with TRL's `kind`: DDPOTrainer or AlignPropTrainer; everything not named here is TRL's default."""
     import accelerate
     import trl
@@ -37,13 +37,13 @@ def run_trl(kind: str, task: Task, learning_rate: float, seed: int, updates: int
     pipeline = trl.DefaultDDPOStableDiffusionPipeline(str(digits.WEIGHTS / "pipeline"), use_lora=True)
     _allow_no_guidance(pipeline.sd_pipeline)
     common = {"num_epochs": updates, "seed": seed, "sample_num_steps": STEPS, "sample_guidance_scale": 1.0, "save_freq": 10**9}
-    common |= {"train_batch_size": BATCH, "train_learning_rate": learning_rate, "train_gradient_accumulation_steps": 1}
+    common |= {"train_batch_size": batch, "train_learning_rate": learning_rate, "train_gradient_accumulation_steps": 1}
     common |= {"mixed_precision": "no", "accelerator_kwargs": {"cpu": True}}
     with tempfile.TemporaryDirectory() as folder:
         common["project_kwargs"] = {"project_dir": folder}
         if kind == "DDPOTrainer":
             config = trl.DDPOConfig(
-                **common, logdir=folder, sample_batch_size=BATCH, sample_num_batches_per_epoch=1, train_cfg=False
+                **common, logdir=folder, sample_batch_size=batch, sample_num_batches_per_epoch=1, train_cfg=False
             )
         else:  # its range of random truncation is in steps, and meant for 50 of them
             config = trl.AlignPropConfig(**common, truncated_rand_backprop_minmax=(0, STEPS))
@@ -82,5 +82,5 @@ def run_trl(kind: str, task: Task, learning_rate: float, seed: int, updates: int
         step = 0
         for epoch in range(updates):
             step = trainer.step(epoch, step)
-            costs.after_update(epoch + 1, updates)
+            costs.after_update(epoch + 1, updates, batch)
     return costs

@@ -1,8 +1,8 @@
 """CPU seconds and peak memory of one update: against TRL 0.23.1's DDPOTrainer, and against what the network itself costs.
 
-    python benchmarks/update_cost.py trl       # pairs of fresh processes, ours and TRL's in turn; needs TRL 0.23.1
+    python benchmarks/update_cost.py trl       # fresh processes, ours and TRL's, which take one update each in turn; needs TRL 0.23.1
     python benchmarks/update_cost.py bound     # each update beside the network, timed alone in the same minute
-    python benchmarks/update_cost.py rows      # the network alone: does a call on more rows, or another memory format, cost less per row?
+    python benchmarks/update_cost.py rows      # the network alone: more rows per call, channels_last, torch.compile
 
 Seconds are `time.process_time` with one thread, memory is the largest resident set above the one at the start of the training (Linux). An
 update lasts from one scoring of a rollout to the next, and the first one is left out. The bound of an update is the number of the
@@ -12,7 +12,6 @@ denoiser's evaluations times their cost: forward without a graph, and forward wi
 import argparse
 import contextlib
 import io
-import json
 import os
 import resource
 import statistics
@@ -29,7 +28,13 @@ from rlr_trainer import RLRConfig, RLRTrainer, digits
 
 STEPS = 10
 SKIPPED = 1  # updates at the beginning
-METHODS = {"trl": {}, "ours": {}, "ours, keep": {"recompute": "keep"}}
+METHODS = {
+    "trl": {},
+    "ours": {},
+    "ours, keep": {"recompute": "keep"},
+    "rlr_black_box": {"estimator": "rlr_black_box"},
+    "rlr_black_box, keep": {"estimator": "rlr_black_box", "recompute": "keep"},
+}
 PLANS = ("ddpo", "rlr", "rlr_black_box")
 
 
@@ -64,14 +69,14 @@ class Clock:
 # ---- against TRL ----
 
 
-def one_run(method: str, batch: int, updates: int) -> dict[str, float]:
-    """Median CPU seconds of an update, and peak memory in MB, of a training in this process."""
+def one_run(method: str, batch: int, updates: int) -> None:
+    """A training in this process, an update for every line of standard input. Prints the CPU seconds of each, then the peak memory."""
     import trl
 
     PartialState(cpu=True)
     pipeline = trl.DefaultDDPOStableDiffusionPipeline(str(digits.WEIGHTS / "pipeline"), use_lora=True)
     pipeline.set_progress_bar_config(disable=True)
-    clock = Clock()
+    clock, out = Clock(lambda: (print(*clock.seconds[-1:], file=out, flush=True), sys.stdin.readline())), sys.stdout
 
     def reward(images, prompts, metadata):  # TRL calls an image_samples_hook only where there is a tracker
         clock()
@@ -91,32 +96,46 @@ def one_run(method: str, batch: int, updates: int) -> dict[str, float]:
             trainer = RLRTrainer(config, reward, lambda: (digits.PROMPT, {}), pipeline)
         before = resident_bytes()
         trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return {"seconds": statistics.median(clock.seconds[SKIPPED:]), "megabytes": peak / 1e6}
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6)
 
 
-def against_trl(batches: list[int], rounds: int, updates: int) -> None:
-    """Ours and TRL's in turn, each in a fresh process."""
-    print(
-        "| batch | method | CPU s per update | of TRL's (of every pair) | peak memory, MB | of TRL's |\n|---|---|---|---|---|---|"
-    )
+def in_turn(methods: list[str], batch: int, updates: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """CPU seconds of every update and peak memory in MB of all methods, each in a fresh process, of which one computes at a time.
+
+    They take an update each in turn, so that what else the machine does hits all alike.
+    """
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for name in methods:
+            command = [sys.executable, __file__, "run", name, str(batch), str(updates)]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            running[name] = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
+            running[name].stdout.readline()  # until it waits in its first rollout
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        for _ in range(updates + SKIPPED):
+            for name, process in running.items():
+                process.stdin.write("\n")
+                process.stdin.flush()
+                seconds[name].append(float(process.stdout.readline()))
+        megabytes = {name: float(process.communicate("\n")[0]) for name, process in running.items()}
+    return {name: values[SKIPPED:] for name, values in seconds.items()}, megabytes
+
+
+def against_first(methods: list[str], batches: list[int], rounds: int, updates: int) -> None:
+    """All methods, as parts of the first one: medians over pairs of updates, with their standard errors (those of means, times 1.25)."""
+    first = methods[0]
+    print(f"| batch | method | CPU s per update | of {first}'s | peak memory, MB | of {first}'s |\n|---|---|---|---|---|---|")
     for batch in batches:
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
-        for _ in range(rounds):
-            for name in METHODS:
-                command = [sys.executable, __file__, "run", name, str(batch), str(updates)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-        for name, runs in found.items():
-            ratios = {
-                what: [run[what] / theirs[what] for run, theirs in zip(runs, found["trl"], strict=True)]
-                for what in ("seconds", "megabytes")
-            }
-            every = ", ".join(f"{ratio:.2f}" for ratio in ratios["seconds"])
-            seconds, megabytes = (statistics.median(run[what] for run in runs) for what in ("seconds", "megabytes"))
+        found = [in_turn(methods, batch, updates) for _ in range(rounds)]
+        for name in methods:
+            seconds, theirs = ([second for run, _ in found for second in run[method]] for method in (name, first))
+            ratios = [own / other for own, other in zip(seconds, theirs, strict=True)]
+            error = 1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5
+            memory = [run[name] for _, run in found]
+            of_theirs = statistics.median(run[name] / run[first] for _, run in found)
             print(
-                f"| {batch} | {name} | {seconds:.3f} | {statistics.median(ratios['seconds']):.2f} ({every}) | {megabytes:.0f} | "
-                f"{statistics.median(ratios['megabytes']):.2f} |",
+                f"| {batch} | {name} | {statistics.median(seconds):.3f} | {statistics.median(ratios):.2f} ± {error:.2f} | "
+                f"{statistics.median(memory):.0f} | {of_theirs:.2f} |",
                 flush=True,
             )
 
@@ -207,18 +226,32 @@ def against_bound(batch: int, updates: int) -> None:
 # ---- rows of a call ----
 
 
-def per_row(sizes: tuple[int, ...] = (4, 16, 32, 128), rounds: int = 3) -> None:
-    """CPU milliseconds per row of a call of the digits UNet with LoRA-sized trained weights, forward and with backward."""
-    pipeline, timings = digits.load_pipeline(), {}
-    states = pipeline.encode_prompt(digits.PROMPT, "cpu", 1, False)[0]
-    networks = {"contiguous": pipeline.unet, "channels_last": digits.load_pipeline().unet.to(memory_format=torch.channels_last)}
-    for _ in range(rounds):  # in turn, so that what else the machine does hits all alike
+def networks(compiled: bool) -> dict[str, torch.nn.Module]:
+    """Ways to run the digits UNet, of which some weights are trained, as many as LoRA has targets."""
+    found = {
+        "contiguous": digits.load_pipeline().unet,
+        "channels_last": digits.load_pipeline().unet.to(memory_format=torch.channels_last),
+    }
+    if compiled:
+        found["compiled"] = digits.load_pipeline().unet
+    for unet in found.values():
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(".to_q." in name)
+    if compiled:
+        found["compiled"].compile()
+    return found
+
+
+def per_row(sizes: list[int], rounds: int, compiled: bool) -> None:
+    """CPU milliseconds per row of a call of the digits UNet, forward and with backward; a first call of every kind does not count."""
+    states, timings = digits.load_pipeline().encode_prompt(digits.PROMPT, "cpu", 1, False)[0], {}
+    ways = networks(compiled)
+    for _ in range(rounds + 1):  # in turn, so that what else the machine does hits all alike
         for size in sizes:
-            for name, unet in networks.items():
-                unet.requires_grad_(False)
-                trained = [p.requires_grad_(True) for key, p in unet.named_parameters() if ".to_q." in key]
-                x = torch.randn(size, *(unet.config.in_channels, unet.config.sample_size, unet.config.sample_size))
+            for name, unet in ways.items():
+                x = torch.randn(size, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
                 x = x.to(memory_format=torch.channels_last) if name == "channels_last" else x
+                trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
                 started = time.process_time()
                 with torch.no_grad():
                     unet(x, 500, states.expand(size, -1, -1))
@@ -226,9 +259,9 @@ def per_row(sizes: tuple[int, ...] = (4, 16, 32, 128), rounds: int = 3) -> None:
                 torch.autograd.grad(unet(x, 500, states.expand(size, -1, -1))[0].sum(), trained)
                 done = time.process_time()
                 timings.setdefault((size, name), []).append(((between - started) / size, (done - between) / size))
-    print("| rows | memory format | forward, ms per row | forward and backward, ms per row |\n|---|---|---|---|")
+    print("| rows | network | forward, ms per row | forward and backward, ms per row |\n|---|---|---|---|")
     for (size, name), values in timings.items():
-        forward, both = (1e3 * statistics.median(value[i] for value in values) for i in (0, 1))
+        forward, both = (1e3 * statistics.median(value[i] for value in values[1:]) for i in (0, 1))
         print(f"| {size} | {name} | {forward:.2f} | {both:.2f} |")
 
 
@@ -236,19 +269,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("trl", "bound", "rows", "run"))
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)  # of "run": method, batch, updates
-    parser.add_argument("--batch", type=int, nargs="+", default=None, help="samples per update; trl: 8 and 32, bound: 32")
-    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=None, help="samples per update; trl: 8 and 32, bound: 32, rows: sizes"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="trl: what the first one is compared with"
+    )
+    parser.add_argument("--compile", action="store_true", help="rows: with torch.compile, too")
+    parser.add_argument("--rounds", type=int, default=3, help="trl: how often each method is run; rows: calls")
     parser.add_argument("--updates", type=int, default=6, help="updates that are measured in every run")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if options.part == "run":
         method, batch, updates = options.rest
-        print(json.dumps(one_run(method, int(batch), int(updates))))
+        one_run(method, int(batch), int(updates))
     elif options.part == "trl":
-        against_trl(options.batch or [8, 32], options.rounds, options.updates)
+        against_first(options.methods, options.batch or [8, 32], options.rounds, options.updates)
     elif options.part == "rows":
-        per_row()
+        per_row(options.batch or [8, 16, 32, 64, 128], options.rounds, options.compile)
     else:
         for batch in options.batch or [32]:
             against_bound(batch, options.updates)

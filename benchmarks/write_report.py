@@ -26,19 +26,23 @@ TITLES = {
     "ink_black_box": "Ink as a black box",
     "compressibility": "JPEG compressibility (negative kB), a black box",
     "digit_and_ink": "Two rewards at once: digit + ink",
+    "ocr": 'Reading (a text recognizer\'s probability of "7"), a black box, judged by another classifier',
 }
 UNITS = ("queries", "evaluations", "cpu_seconds")
 Runs = dict[str, list[dict[str, Any]]]
 
 
 def load(model: str, task: str) -> Runs:
-    """The reported runs of a task, by method in the order of `METHODS`."""
-    found: Runs = defaultdict(list)
+    """The reported runs of a task, by method in the order of `METHODS`; a method that ran with several settings has a row for each."""
+    found: dict[tuple[str, int, float], list[dict[str, Any]]] = defaultdict(list)
     for path in sorted((RESULTS / model / task).glob("*/*.json")):
         run = json.loads(path.read_text())
-        if run["seed"] != TUNING_SEED and run["updates"] == 40:
-            found[run["method"]].append(run)
-    return {name: found[name] for name in METHODS if name in found}
+        if run["seed"] != TUNING_SEED:
+            found[run["method"], run["batch"], run["learning_rate"]].append(run)
+    ordered = sorted(found, key=lambda key: (list(METHODS).index(key[0]), *key[1:]))
+    several = {method for method, *_ in found if sum(method == other for other, *_ in found) > 1}
+    named = {key: f"{key[0]} ({key[1]} pictures, {key[2]:g})" if key[0] in several else key[0] for key in ordered}
+    return {named[key]: found[key] for key in ordered}
 
 
 def goals(task: str, runs: Runs) -> list[tuple[str, str, float]]:
@@ -73,13 +77,18 @@ def end_cell(runs: Sequence[dict[str, Any]], column: str) -> str:
 def table(task: str, runs: Runs) -> list[str]:
     """One row per method: costs to the goals, and how the runs end."""
     aims, judged = goals(task, runs), score_of(task) == "judge"
-    header = ["method", "rate", "seeds"]
+    header = ["method", "rate", "pictures per update", "updates", "seeds"]
     header += [f"{unit.replace('cpu_', 'CPU ')} to {name}" for name, _, _ in aims for unit in UNITS]
     header += ["reward", "judge", "Frechet", "diversity"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for method, many in runs.items():
         curves = [run["curve"] for run in many]
-        cells = [f"`{method}`", f"{many[0]['learning_rate']:g}", str(len(many))]
+        cells = [
+            f"`{method}`",
+            f"{many[0]['learning_rate']:g}",
+            *(str(many[0][name]) for name in ("batch", "updates")),
+            str(len(many)),
+        ]
         cells += [cost_cell(curves, score, column, unit) for _, column, score in aims for unit in UNITS]
         ends = ["reward", *(["judge", "frechet"] if judged else []), "diversity"]
         by_name = {column: end_cell(many, column) for column in ends}

@@ -15,7 +15,7 @@ LARGEST = {"ratio/max_abs_dev"}  # metrics of which the largest value is logged,
 
 
 class GradientMeter:
-    """Norms of the gradient per step and per part, from hooks that see each backward pass before it is accumulated.
+    """Norms of the gradient per part, and per step where asked for, from hooks that see each backward pass before it is accumulated.
 
     Args:
         params: the trained parameters.
@@ -32,15 +32,17 @@ class GradientMeter:
         self.squares: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
-    def measuring(self, step: int, part: str, factor: float) -> Iterator[None]:
-        """While open, gradients belong to `step` and `part`; `factor` is what the backward pass multiplies them by."""
+    def measuring(self, step: int | None, part: str, factor: float) -> Iterator[None]:
+        """While open, gradients belong to `part` and, unless None, to `step`; `factor` is what the backward pass multiplies them by."""
         sums = self.sums.setdefault(part, {})
 
         def hook(name: str):
             def add(gradient: Tensor) -> None:
                 true = gradient.detach() / factor
                 sums[name] = sums[name].add_(true) if name in sums else true
-                self.squares[step] = self.squares.get(step, torch.zeros((), device=true.device)) + true.square().sum()
+                if step is not None:
+                    square = true.square().sum()
+                    self.squares[step] = self.squares[step] + square if step in self.squares else square
 
             return add
 

@@ -95,6 +95,10 @@ class Updater:
         """Weight of one sample: 1 / samples with a reward. DDP averages over processes, Trainer sums micro-batches."""
         return 1.0 / (self.options.samples * self._valid_fraction)
 
+    @property
+    def _needs_step_norms(self) -> bool:
+        return self.options.measure_steps or self.plan_state.starts is not None
+
     def begin(self, batches: Sequence[ScoredBatch], valid_fraction: float) -> None:
         """Takes a rollout: the share of its samples that have a reward, and the zeroth-order part, over all processes."""
         self._valid_fraction = valid_fraction
@@ -144,7 +148,8 @@ class Updater:
                     stack.enter_context(self.processes.accelerator.no_sync(model))
                 if self.options.measure_parts:
                     part = "forward" if self.plan.forward else "fo" if is_first_order[steps[-1]] else "ho"
-                    stack.enter_context(self._meter.measuring(steps[0], part, factor))
+                    step = steps[0] if self._needs_step_norms else None
+                    stack.enter_context(self._meter.measuring(step, part, factor))
                 yield
 
         def differentiate(surrogate: Tensor) -> float:

@@ -141,6 +141,9 @@ def test_norms_of_parts_and_steps():
     start = int(metrics["estimator/subchain_start"])
     assert metrics["estimator/fo_grad_norm"] == pytest.approx(metrics["estimator/step_grad_norm/3"])
     assert metrics["estimator/ho_grad_norm"] == pytest.approx(metrics[f"estimator/step_grad_norm/{start}"])
+    parts_alone = tiny_run(plan(fo_steps=1, ho_length=1, rest_estimator="none"))
+    _, (_, fewer) = parts_alone.gradient(parts_alone.collect()[0])
+    assert fewer == {name: value for name, value in metrics.items() if "step_grad_norm" not in name}
     silent = tiny_run(plan(fo_steps=1, ho_length=1), measure_parts=False)
     assert not [name for name in silent.gradient(silent.collect()[0])[1][1] if name.endswith("norm")]
 
