@@ -151,3 +151,14 @@ def test_an_unknown_denoiser_is_refused(make, train):
 def test_a_model_that_takes_pictures_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         adapt(make_pipeline(**options))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_call_of_one_denoiser_has_a_gradient_for_every_trained_weight(late):
+    """Of the idle one zeros, so that processes which average gradients wait for none, and a step of the frozen one has a graph."""
+    pair = adapt(make_pair()).denoiser
+    inputs = {"timestep": torch.tensor([500.0]), "encoder_hidden_states": torch.randn(1, 5, 16)}
+    pair(torch.randn(1, 4, 2, 4, 4), late=late, return_dict=False, **inputs)[0].square().sum().backward()
+    sizes = {name: [p.grad.abs().sum().item() for p in getattr(pair, name).parameters()] for name in pair.names}
+    assert not any(sizes["transformer" if late else "transformer_2"])
+    assert any(sizes["transformer_2" if late else "transformer"])
