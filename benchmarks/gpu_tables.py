@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import peak_bytes
+from memory import allocations, peak_bytes, profiled_events
 from random_pipelines import FULL, TINY, Size, make_pipeline
 from transformers import TrainerCallback
 
@@ -102,14 +102,11 @@ class Meter(TrainerCallback):
 
 def profiled_peaks(run: Callable[[], Any]) -> tuple[int, int]:
     """As `memory.peak_bytes` on the CPU, of a run that has one sweep in it: (peak above its start, peak of the sweep above the sweep's)."""
-    gc.collect()  # garbage of an earlier profile would be counted as freed in this one, and lower its peak
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()
+    events = profiled_events(run)
     (sweep,) = (event for event in events if event.name() == SWEEP)
     first, last = sweep.start_ns(), sweep.start_ns() + sweep.duration_ns()
     live = peak = at_start = peak_of_sweep = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+    for event in allocations(events):
         live += event.nbytes()
         peak = max(peak, live)
         if event.start_ns() < first:

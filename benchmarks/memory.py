@@ -72,15 +72,24 @@ def peak_bytes(run, device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - start
-    gc.collect()  # garbage of an earlier profile would be counted as freed in this one, and lower its peak
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
     live = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in allocations(profiled_events(run)):
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def profiled_events(run) -> list:
+    """What torch's profiler sees on the CPU while `run` runs, allocations included."""
+    gc.collect()  # garbage of an earlier profile would be counted as freed in this one, and lower its peak
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return profile.profiler.kineto_results.events()
+
+
+def allocations(events) -> list:
+    """Those events that allocate or free, in the order of time."""
+    return sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
 
 
 def measure(chain, rollout, plan: EstimatorPlan, mode: str, device: torch.device) -> tuple[float, float]:

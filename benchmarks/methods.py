@@ -29,15 +29,17 @@ class Method:
     tuned_as: str | None = None
 
 
+# "keep" gives the same gradients bit for bit, without a second forward pass
+_BLACK_BOX = {"estimator": "rlr_black_box", "recompute": "keep"}
+
 METHODS = {
     "trl_ddpo": Method(trl="DDPOTrainer"),
     "trl_alignprop": Method(trl="AlignPropTrainer", needs_gradient=True),
     "ddpo": Method({"estimator": "ddpo"}, {"silent_estimator": "none"}),
-    # "keep" gives the same gradients bit for bit, without a second forward pass
-    "rlr_black_box": Method({"estimator": "rlr_black_box", "recompute": "keep"}),
+    "rlr_black_box": Method(_BLACK_BOX),
     # its window has 3 of 10 steps
-    "rlr_black_box_2": Method({"estimator": "rlr_black_box", "recompute": "keep", "noise_steps": 2}, tuned_as="rlr_black_box"),
-    "rlr_black_box_5": Method({"estimator": "rlr_black_box", "recompute": "keep", "noise_steps": 5}, tuned_as="rlr_black_box"),
+    "rlr_black_box_2": Method(_BLACK_BOX | {"noise_steps": 2}, tuned_as="rlr_black_box"),
+    "rlr_black_box_5": Method(_BLACK_BOX | {"noise_steps": 5}, tuned_as="rlr_black_box"),
     "rlr": Method({"estimator": "rlr", "recompute": "keep"}, {"fo_steps": 5, "noise_steps": 5}, needs_gradient=True),
     "draft": Method({"estimator": "draft"}, needs_gradient=True),
     "awm": Method({"estimator": "awm"}, batch=32),  # at 16 its tuning seed takes 1,135 queries (5e-3) or does not arrive (1e-2)

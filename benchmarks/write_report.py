@@ -83,12 +83,8 @@ def table(task: str, runs: Runs) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for method, many in runs.items():
         curves = [run["curve"] for run in many]
-        cells = [
-            f"`{method}`",
-            f"{many[0]['learning_rate']:g}",
-            *(str(many[0][name]) for name in ("batch", "updates")),
-            str(len(many)),
-        ]
+        first = many[0]
+        cells = [f"`{method}`", f"{first['learning_rate']:g}", str(first["batch"]), str(first["updates"]), str(len(many))]
         cells += [cost_cell(curves, score, column, unit) for _, column, score in aims for unit in UNITS]
         ends = ["reward", *(["judge", "frechet"] if judged else []), "diversity"]
         by_name = {column: end_cell(many, column) for column in ends}

@@ -10,13 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlr_trainer.rewards.frames import even_frames
+
 MILLISECONDS = 120  # of each frame; a GIF counts in steps of 10
 STRIP_FRAMES = 8  # most frames of a strip
 
 
+def pixels(image: Tensor) -> np.ndarray:
+    """[3, H, W] in [0, 1] -> bytes [H, W, 3]; of a batch [N, 3, H, W] the pictures side by side."""
+    image = torch.cat(list(image), dim=-1) if image.dim() == 4 else image
+    return (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
 def strip_frames(total: int) -> list[int]:
     """The numbers of the frames that a strip shows: evenly spaced, the first and the last among them."""
-    return sorted({round(number) for number in np.linspace(0, total - 1, min(total, STRIP_FRAMES)).tolist()})
+    return even_frames(min(total, STRIP_FRAMES), total)
 
 
 def strips(videos: Tensor) -> Tensor:
@@ -36,8 +44,7 @@ def frame_pictures(video: Tensor) -> list[Any]:
     """The frames of a video [F, 3, H, W] in [0, 1] as PIL pictures."""
     from PIL import Image
 
-    pixels = (video.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(frame) for frame in pixels]
+    return [Image.fromarray(pixels(frame)) for frame in video]
 
 
 def clip_bytes(video: Tensor) -> bytes:

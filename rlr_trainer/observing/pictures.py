@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from rlr_trainer.observing.clips import clip_bytes, frame_pictures, gif_bytes, strip_frames
+from rlr_trainer.observing.clips import clip_bytes, frame_pictures, gif_bytes, pixels, strip_frames
 from rlr_trainer.rewards.motion import mean_frame_difference
 
 SAMPLES_FOLDER = "samples"
@@ -146,12 +146,6 @@ def write_pictures(images: Tensor, folder: Path) -> list[str]:
 def mean_motion(videos: Tensor) -> float:
     """The mean of `mean_frame_difference` over videos [N, F, 3, H, W], without those that are not finite; NaN if none is left."""
     return float(mean_frame_difference(videos.float()).nanmean())
-
-
-def pixels(image: Tensor) -> np.ndarray:
-    """[3, H, W] in [0, 1] -> bytes [H, W, 3]; of a batch [N, 3, H, W] the pictures side by side."""
-    image = torch.cat(list(image), dim=-1) if image.dim() == 4 else image
-    return (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def captions(prompts: Sequence[str], rewards: Tensor) -> list[str]:

@@ -19,8 +19,7 @@ import torch
 from accelerate.tracking import GeneralTracker, on_main_process
 from torch import Tensor
 
-from rlr_trainer.observing.clips import clip_bytes, strips
-from rlr_trainer.observing.pictures import pixels
+from rlr_trainer.observing.clips import clip_bytes, pixels, strips
 
 logger = logging.getLogger(__name__)
 

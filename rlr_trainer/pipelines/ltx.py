@@ -12,7 +12,7 @@ from torch import Tensor
 from rlr_trainer.pipelines.adapter import Layout
 from rlr_trainer.pipelines.conditioning import Rows
 from rlr_trainer.pipelines.timesteps import shift_of_tokens, with_flow_sigmas
-from rlr_trainer.pipelines.video import VideoAdapter, call_default
+from rlr_trainer.pipelines.video import VideoAdapter
 
 
 class LTXAdapter(VideoAdapter):
@@ -54,9 +54,8 @@ class LTXAdapter(VideoAdapter):
         """
         config, factor = self.pipeline.transformer.config, self.pipeline.vae_spatial_compression_ratio
         rule = f"the pipeline's 32, and the VAE's scale factor {factor} times the transformer's patch of {config.patch_size}"
-        default = tuple(call_default(self.pipeline, name) for name in ("height", "width", "num_frames"))
         height, width, num_frames = self.video_size(
-            height, width, num_frames, default=default, multiple=math.lcm(32, factor * config.patch_size), rule=rule,
+            height, width, num_frames, multiple=math.lcm(32, factor * config.patch_size), rule=rule,
             period=self.pipeline.vae_temporal_compression_ratio,
         )  # fmt: skip
         tokens = math.prod(self._latent_size(height, width, num_frames)) // config.patch_size**2

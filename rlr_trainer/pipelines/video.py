@@ -19,7 +19,6 @@ class VideoAdapter(PipelineAdapter):
         width: int | None,
         num_frames: int | None,
         *,
-        default: tuple[int, int, int],
         multiple: int,
         rule: str,
         period: int,
@@ -27,8 +26,7 @@ class VideoAdapter(PipelineAdapter):
         """Height and width in pixels and number of frames, checked.
 
         Args:
-            height, width, num_frames: as asked for; None is the model's own.
-            default: the model's own.
+            height, width, num_frames: as asked for; None is the default of the pipeline's call.
             multiple: height and width must be multiples of it.
             rule: what `multiple` is, in words, for the message.
             period: frames that the VAE makes of one latent frame, after the first.
@@ -38,8 +36,8 @@ class VideoAdapter(PipelineAdapter):
         """
         check_sides(height, width, multiple, rule)
         check_frames(num_frames, period)
-        sizes = zip((height, width, num_frames), default, strict=True)
-        height, width, num_frames = (own if asked is None else asked for asked, own in sizes)
+        asked = {"height": height, "width": width, "num_frames": num_frames}
+        height, width, num_frames = (call_default(self.pipeline, name) if size is None else size for name, size in asked.items())
         return height, width, num_frames
 
     def decode(self, latents: Tensor, layout: Layout) -> Tensor:

@@ -16,7 +16,7 @@ from rlr_trainer.pipelines.adapter import Layout, load_network
 from rlr_trainer.pipelines.conditioning import Conditioning, Rows
 from rlr_trainer.pipelines.denoiser_pair import DenoiserPair
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora, load_lora_weights, save_lora_weights
-from rlr_trainer.pipelines.video import VideoAdapter, call_default
+from rlr_trainer.pipelines.video import VideoAdapter
 
 LORA_FILES = {"transformer": LORA_FILE, "transformer_2": "pytorch_lora_weights_2.safetensors"}
 
@@ -84,9 +84,8 @@ class WanAdapter(VideoAdapter):
         factor, period = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
         patch = math.lcm(*config.patch_size[1:])
         rule = f"the pipeline's 16, and the VAE's scale factor {factor} times the transformer's patch of {patch}"
-        default = tuple(call_default(pipeline, name) for name in ("height", "width", "num_frames"))
         height, width, num_frames = self.video_size(
-            height, width, num_frames, default=default, multiple=math.lcm(16, factor * patch), rule=rule, period=period
+            height, width, num_frames, multiple=math.lcm(16, factor * patch), rule=rule, period=period
         )
         frames = (num_frames - 1) // period + 1
         return Layout((config.in_channels, frames, height // factor, width // factor), height, width, num_frames)

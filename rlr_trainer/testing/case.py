@@ -171,6 +171,12 @@ def call_pipeline(
     return made.images if layout.num_frames is None else made.frames
 
 
+def size_in_words(layout: Layout) -> str:
+    """For messages: 5 frames of 16 x 16 pixels."""
+    frames = "" if layout.num_frames is None else f"{layout.num_frames} frames of "
+    return f"{frames}{layout.height} x {layout.width} pixels"
+
+
 def largest_difference(one: Tensor, other: Tensor) -> float:
     """The largest absolute difference of two tensors; infinite where their shapes differ."""
     return float((one.float() - other.float()).abs().max()) if one.shape == other.shape else float("inf")

@@ -11,7 +11,7 @@ import torch
 
 from rlr_trainer.pipelines import Layout, PipelineAdapter
 from rlr_trainer.rollouts.prompts import PromptRow
-from rlr_trainer.testing.case import SEED, Case, Findings, Sampling, call_pipeline, largest_difference
+from rlr_trainer.testing.case import SEED, Case, Findings, Sampling, call_pipeline, largest_difference, size_in_words
 from rlr_trainer.testing.comparable import comparable_options
 
 TOLERANCE = 1e-4  # of pictures in [0, 1]
@@ -46,7 +46,7 @@ def generation(case: Case, findings: Findings) -> None:
             largest, count = max(largest, difference), count + 1
     for other in _other_sizes(case, sampling, options, findings):
         variant = _Variant(
-            f"of {_size(other.layout)}", case.rows(case.own_negatives), case.guidance_scale,
+            f"of {size_in_words(other.layout)}", case.rows(case.own_negatives), case.guidance_scale,
             "layout, unpack or the position ids of batch_inputs mix height, width or frames up, or do not follow the size",
         )  # fmt: skip
         difference = _difference(other, variant, other.noise())
@@ -107,7 +107,7 @@ def _other_sizes(case: Case, sampling: Sampling, options: Any, findings: Finding
         try:
             call_pipeline(case, adapter, layout, case.rows(), 1.0)
         except Exception as error:  # whatever stops the pipeline itself is no fault of the adapter
-            findings.note(f"the pipeline itself cannot make {_size(layout)} ({type(error).__name__}: {error})")
+            findings.note(f"the pipeline itself cannot make {size_in_words(layout)} ({type(error).__name__}: {error})")
             continue
         yield Sampling(case, adapter, layout, adapter.schedule(layout, options))
 
@@ -126,11 +126,6 @@ def _longer(adapter: PipelineAdapter, own: Layout) -> Layout | None:
         with contextlib.suppress(ValueError):
             return adapter.layout(own.height, own.width, (own.num_frames or 0) + more)
     return None
-
-
-def _size(layout: Layout) -> str:
-    frames = "" if layout.num_frames is None else f"{layout.num_frames} frames of "
-    return f"{frames}{layout.height} x {layout.width} pixels"
 
 
 def _effects(case: Case, sampling: Sampling, findings: Findings) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlr_trainer.pipelines import Conditioning, Layout, PipelineAdapter
 from rlr_trainer.rollouts.prompts import PromptRow
-from rlr_trainer.testing.case import Case, Findings, Sampling, call_pipeline, largest_difference
+from rlr_trainer.testing.case import Case, Findings, Sampling, call_pipeline, largest_difference, size_in_words
 from rlr_trainer.testing.comparable import comparable_options
 
 TOLERANCE = 1e-4  # of the network's output, which is of order 1
@@ -79,8 +79,7 @@ def layout(case: Case, findings: Findings) -> None:
             f"{name}: the pipeline prepares latents of shape {list(theirs)} by itself, but {list(given)} of ours, {list(ours.shape)} per sample",
             "the default size, the VAE's factor or the packing in `layout`; the shape must be what the call's `latents` takes",
         )
-        frames = "" if ours.num_frames is None else f"{ours.num_frames} frames of "
-        findings.note(f"{name}: {frames}{ours.height} x {ours.width} pixels are latents {list(ours.shape)}")
+        findings.note(f"{name}: {size_in_words(ours)} are latents {list(ours.shape)}")
     own = case.layout(adapter)
     _refused(
         findings,

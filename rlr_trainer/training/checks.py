@@ -19,7 +19,12 @@ from rlr_trainer.training.evaluator import EvalPrompts, Evaluator
 logger = logging.getLogger(__name__)
 
 
-def check_launch(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> None:
+def is_sharded(accelerator: Any) -> bool:
+    """Whether FSDP or DeepSpeed hold the weights."""
+    return any(getattr(accelerator.state, f"{kind}_plugin", None) is not None for kind in ("fsdp", "deepspeed"))
+
+
+def check_launch(config: RLRConfig, plan: EstimatorPlan, shardable: bool, accelerator: Any) -> None:
     """Refuses what is not computed with FSDP or DeepSpeed, and fp16 on a CPU, where its networks would meet inputs of another precision."""
     deepspeed, fsdp = (getattr(accelerator.state, f"{kind}_plugin", None) for kind in ("deepspeed", "fsdp"))
     stage = getattr(deepspeed, "zero_stage", 2)
@@ -56,6 +61,11 @@ def check_launch(config: RLRConfig, plan: EstimatorPlan, accelerator: Any) -> No
         (
             config.fp16 and accelerator.scaler is None and accelerator.device.type == "cpu",
             "fp16=True on a CPU: needs an accelerator; leave fp16 unset, or set bf16=True",
+        ),
+        (
+            is_sharded(accelerator) and not shardable,
+            "FSDP or DeepSpeed with two denoisers: each step uses one of them, and the other's sharded weights would miss their gradients; "
+            "use plain data parallelism",
         ),
     )
 

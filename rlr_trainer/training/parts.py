@@ -45,6 +45,7 @@ from rlr_trainer.training.checks import (
     check_launch,
     check_optimizer,
     check_rewards,
+    is_sharded,
 )
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
@@ -128,12 +129,7 @@ class Parts:
         `optimizer` is the one given to the trainer, or None; with `own_evaluation` its class has an `evaluate`, and metrics, of its own.
         """
         config = self.config
-        check_launch(config, self.plan, accelerator)
-        if _is_sharded(accelerator) and not self.adapter.shardable:
-            raise ValueError(
-                "FSDP or DeepSpeed with two denoisers: each step uses one of them, and the other's sharded weights would miss their gradients; "
-                "use plain data parallelism"
-            )
+        check_launch(config, self.plan, self.adapter.shardable, accelerator)
         check_batches(config, self.plan, accelerator.num_processes)
         check_optimizer(optimizer, self.policy.trainable_parameters())
         self.has_own_optimizer = optimizer is not None
@@ -327,7 +323,7 @@ class Parts:
         decay = self.config.ema_decay
         if decay is None:
             return None
-        if _is_sharded(accelerator):
+        if is_sharded(accelerator):
             raise ValueError(
                 f"ema_decay={decay} with FSDP or DeepSpeed: the average of sharded weights is not kept; leave ema_decay unset, or use plain "
                 "data parallelism"
@@ -354,7 +350,7 @@ class Parts:
         forward = self.plan.forward
         if forward is None or not (forward.averages or self.config.updates_per_rollout > 1):
             return None
-        if _is_sharded(accelerator):
+        if is_sharded(accelerator):
             raise ValueError(
                 f"estimator={self.config.estimator!r} with FSDP or DeepSpeed: the old policy's sharded weights are not kept; use plain data "
                 "parallelism, or estimator='awm' with one update per rollout"
@@ -420,11 +416,6 @@ def own_config(given: Any) -> RLRConfig:
     if not isinstance(given, RLRConfig):
         raise TypeError(f"config is a {type(given).__name__}: must be an RLRConfig, or TRL's DDPOConfig or AlignPropConfig")
     return copy.copy(given)
-
-
-def _is_sharded(accelerator: Any) -> bool:
-    """Whether FSDP or DeepSpeed hold the weights."""
-    return any(getattr(accelerator.state, f"{kind}_plugin", None) is not None for kind in ("fsdp", "deepspeed"))
 
 
 def _rewards(config: RLRConfig, function: Any, weights: Sequence[float] | None = None, asynchronous: bool = False) -> Rewards:
