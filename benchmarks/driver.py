@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TUNING_TASK, TUNING_SEED = "digit", 100
 QUERIES = 1280  # reward queries of a run
+LONG = 3 * QUERIES  # of one that looks for collapse
 SECONDS = 75.0  # of one run on one core, roughly
 # model, task, methods, number of reported seeds; the headline first
 PLAN: list[tuple[str, str, list[str], int]] = [
@@ -69,12 +70,17 @@ class Run:
 
     @property
     def path(self) -> Path:
-        return RESULTS / self.model / self.task / self.method / f"batch{self.batch}-lr{self.learning_rate:g}-seed{self.seed}.json"
+        folder = RESULTS / self.model / self.task / self.method
+        folder = folder / "long" if self.queries == LONG else folder
+        return folder / f"batch{self.batch}-lr{self.learning_rate:g}-seed{self.seed}.json"
 
 
 # TRL's DDPO with twice the pictures per update, as it is usually run; at 5e-3 with half as many queries more.
 ALSO = [Run("digits", TUNING_TASK, "trl_ddpo", 1e-2, seed, batch=32) for seed in range(3)]
 ALSO += [Run("digits", TUNING_TASK, "trl_ddpo", 5e-3, seed, batch=32, queries=1920) for seed in range(3)]
+# Whether a score that was reached is kept.
+ALSO += [Run("digits", TUNING_TASK, "rlr_black_box", 1e-2, seed, batch=16, queries=LONG) for seed in range(2)]
+ALSO += [Run("digits", TUNING_TASK, "nft", 1e-2, seed, batch=16, queries=LONG) for seed in range(2)]
 
 
 def runs_left() -> tuple[list[Run], int]:
@@ -109,7 +115,7 @@ def start(run: Run, old_python: Path) -> subprocess.Popen[Any]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
-def work(jobs: int, time_limit: float, old_python: Path) -> None:
+def work(jobs: int, time_limit: float, old_python: Path, only: str) -> None:
     """Starts runs until none is left or the time is up; those under way then finish."""
     began, running, failed = time.perf_counter(), {}, set()
     while True:
@@ -120,14 +126,14 @@ def work(jobs: int, time_limit: float, old_python: Path) -> None:
                 print(
                     f"{time.perf_counter() - started:5.0f} s  {run.path.relative_to(HERE)}  {process.returncode or ''}", flush=True
                 )
-        ready = [run for run in runs_left()[0] if run not in running and run not in failed]
+        ready = [run for run in runs_left()[0] if run not in running and run not in failed and only in str(run.path)]
         if time.perf_counter() - began > time_limit:
             ready = []
         if not ready and not running:
             break
         for run in ready[: jobs - len(running)]:
             running[run] = (start(run, old_python), time.perf_counter())
-        time.sleep(1)
+        time.sleep(2)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed")
 
@@ -139,6 +145,7 @@ def main() -> None:
     parser.add_argument(
         "--old_python", type=Path, default=HERE.parent / ".venv-trl023/bin/python", help="an environment with TRL 0.23.1"
     )
+    parser.add_argument("--only", default="", help="runs whose file's path has this text")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     ready, waiting = runs_left()
@@ -147,7 +154,7 @@ def main() -> None:
     if options.list:
         print(*[run.path.relative_to(HERE) for run in ready], sep="\n")
         return
-    work(options.jobs, options.time_limit, options.old_python)
+    work(options.jobs, options.time_limit, options.old_python, options.only)
 
 
 if __name__ == "__main__":
