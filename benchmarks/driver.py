@@ -33,28 +33,27 @@ SECONDS = 75.0  # of one run on one core, roughly
 # model, task, methods, number of reported seeds; the headline first
 PLAN: list[tuple[str, str, list[str], int]] = [
     ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo", "nft", "awm"], 3),
-    ("digits", "compressibility", ["rlr_black_box", "trl_ddpo"], 3),
-    ("digits-flow", TUNING_TASK, ["rlr_black_box", "nft", "awm"], 3),
+    ("digits", "compressibility", ["rlr_black_box", "trl_ddpo", "nft"], 3),
     ("digits", "ink_black_box", ["rlr_black_box", "trl_ddpo"], 3),
-    ("digits", "compressibility", ["nft", "awm"], 3),
-    ("digits", TUNING_TASK, ["rlr", "draft", "trl_alignprop"], 3),
-    ("digits", "ink", ["rlr", "draft", "trl_alignprop"], 3),
+    ("digits", TUNING_TASK, ["rlr", "trl_alignprop", "draft"], 3),
+    ("digits", "ink", ["rlr", "trl_alignprop", "draft"], 3),
+    ("digits-flow", TUNING_TASK, ["rlr_black_box", "nft", "awm"], 3),
     ("digits", "ocr", ["rlr_black_box", "trl_ddpo"], 3),
-    ("digits-flow", TUNING_TASK, ["rlr", "mixgrpo", "flow_grpo"], 3),
     ("digits", TUNING_TASK, ["rlr_paper", "rlr_paper_without_zo", "rlr_paper_without_ho", "rlr_paper_without_both"], 3),
-    ("digits", "digit_and_ink", ["rlr", "rlr_black_box", "trl_ddpo", "draft"], 3),
+    ("digits", "digit_and_ink", ["rlr", "rlr_black_box", "trl_ddpo"], 3),
+    ("digits-flow", TUNING_TASK, ["mixgrpo", "flow_grpo"], 3),
     ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo"], 5),
+    ("digits-flow", TUNING_TASK, ["rlr"], 3),
     ("digits-flow", "compressibility", ["rlr_black_box", "nft"], 3),
     ("digits", "ink_black_box", ["nft"], 3),
     ("digits", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 3),
-    ("digits", "compressibility", ["rlr_black_box_2", "rlr_black_box_5"], 2),
+    ("digits", "compressibility", ["awm", "rlr_black_box_2", "rlr_black_box_5"], 3),
     ("digits", TUNING_TASK, ["nft"], 5),
-    ("digits", "ink_black_box", ["rlr_black_box_2", "rlr_black_box_5"], 2),
-    ("digits-flow", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 2),
+    ("digits", "ink_black_box", ["awm", "rlr_black_box_2", "rlr_black_box_5"], 3),
+    ("digits-flow", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 3),
     ("digits", TUNING_TASK, ["ddpo"], 3),
     ("digits-flow", "ink", ["rlr", "draft"], 3),
     ("digits-flow", "compressibility", ["awm"], 3),
-    ("digits", "ink_black_box", ["awm"], 3),
 ]
 
 
@@ -90,7 +89,7 @@ def runs_left() -> tuple[list[Run], int]:
     for model, task, methods, seeds in PLAN:
         for method in methods:
             tuned = METHODS[method].tuned_as or method
-            batch = METHODS[method].batch
+            batch = METHODS[method].batch_on(model)
             tuning = [Run(model, TUNING_TASK, tuned, rate, TUNING_SEED, batch) for rate in LEARNING_RATES]
             missing = [run for run in tuning if not run.path.exists()]
             ready |= dict.fromkeys(missing)
