@@ -125,9 +125,9 @@ def work(jobs: int, time_limit: float, old_python: Path, only: str) -> None:
                 print(
                     f"{time.perf_counter() - started:5.0f} s  {run.path.relative_to(HERE)}  {process.returncode or ''}", flush=True
                 )
-        ready = [run for run in runs_left()[0] if run not in running and run not in failed and only in str(run.path)]
-        if time.perf_counter() - began > time_limit:
-            ready = []
+        ready: list[Run] = []
+        if len(running) < jobs and time.perf_counter() - began <= time_limit:  # reading all results takes time of its own
+            ready = [run for run in runs_left()[0] if run not in running and run not in failed and only in str(run.path)]
         if not ready and not running:
             break
         for run in ready[: jobs - len(running)]:
