@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlr_trainer.estimators.chain import to_device
+from rlr_trainer.estimators.chain import to_device, without_autocast
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora, load_lora_weights, save_lora_weights
 from rlr_trainer.schedules import SamplerOptions, Schedule, make_schedule
@@ -276,7 +276,7 @@ class PipelineAdapter(abc.ABC):
         In the decoder's own precision, within autocast too.
         """
         vae = self.decoder
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             images = self.decoded(self.unpack(latents, layout).to(vae.dtype))
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
