@@ -9,6 +9,7 @@ from typing import Any
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.animatediff import AnimateDiffAdapter
 from rlr_trainer.pipelines.chain import PipelineChain
+from rlr_trainer.pipelines.cogvideox import CogVideoXAdapter
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
 from rlr_trainer.pipelines.flux import FluxAdapter
 from rlr_trainer.pipelines.flux2 import Flux2Adapter, Flux2KleinAdapter
@@ -48,6 +49,7 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "AnimateDiffPipeline": AnimateDiffAdapter,
     "WanPipeline": WanAdapter,
     "LTXPipeline": LTXAdapter,
+    "CogVideoXPipeline": CogVideoXAdapter,
 }
 
 
