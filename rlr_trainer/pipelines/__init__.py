@@ -14,6 +14,7 @@ from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, Pr
 from rlr_trainer.pipelines.flux import FluxAdapter
 from rlr_trainer.pipelines.flux2 import Flux2Adapter, Flux2KleinAdapter
 from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
+from rlr_trainer.pipelines.hunyuan_video import HunyuanVideoAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.ltx import LTXAdapter
 from rlr_trainer.pipelines.peft_format import PEFT_FILE
@@ -50,6 +51,7 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "WanPipeline": WanAdapter,
     "LTXPipeline": LTXAdapter,
     "CogVideoXPipeline": CogVideoXAdapter,
+    "HunyuanVideoPipeline": HunyuanVideoAdapter,
 }
 
 
