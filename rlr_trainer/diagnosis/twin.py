@@ -55,6 +55,7 @@ class Twin:
         self.policy: Policy = copy.deepcopy(parts.policy, memo)
         _Precision(precision, on_cpu).attach(self.policy)
         decoder = copy.deepcopy(parts.adapter.decoder, memo)
+        _Precision(None, on_cpu).attach(decoder)  # it may be checkpointed, too
         if float32_decoder:
             decoder.float()
         self.adapter = _replaced(parts.adapter, memo)
