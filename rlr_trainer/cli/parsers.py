@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     style: dict[str, Any] = {"parents": [common], "allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     made: Any = functools.partial(argparse.ArgumentParser, **style)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=made)
-    for add in (_add_train, _add_demo, _add_sample, _add_diagnose, _add_serve_reward, _add_report):
+    for add in (_add_train, _add_demo, _add_sample, _add_diagnose, _add_estimate, _add_doctor, _add_serve_reward, _add_report):
         add(commands)
     return parser
 
@@ -40,6 +40,9 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("-h", "--help", action="store_true", help="show this message with every option, and exit")
     train.add_argument("--config", help="YAML file of keys and values")
+    train.add_argument(
+        "--dry_run", action="store_true", help="say what a run would take, as `rlr-trainer estimate`, and train nothing"
+    )
     train.add_argument(
         "--resume",
         nargs="?",
@@ -114,6 +117,31 @@ def _add_diagnose(commands: Any) -> None:
     add("--config", help="YAML file of keys and values")
     add("--time_limit", type=float, default=300.0, help="seconds to measure for")
     add("--num_batches", type=int, help="at most so many updates per plan; otherwise what the time allows")
+
+
+def _add_estimate(commands: Any) -> None:
+    short = "memory, network calls and operations of a run, from shapes alone"
+    description = (
+        "Says what an update of the run that a YAML file and overrides describe (as for train) would take: peak memory by part, calls of "
+        "network and decoder, floating-point operations. Of a model on the hub configuration and tokenizer files alone are downloaded; no GPU "
+        "is used, and nothing is trained."
+    )
+    estimate = commands.add_parser("estimate", help=short, description=description)
+    estimate.set_defaults(takes_overrides=True)
+    add = estimate.add_argument
+    add("--config", help="YAML file of keys and values")
+    add(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="memory of a device in 10^9 bytes: say whether the run fits, and else settings that do",
+    )
+
+
+def _add_doctor(commands: Any) -> None:
+    short = "versions, devices, cache, access to the hub, and what is missing"
+    description = "Prints versions, devices, cache, access to the hub, and what is missing. Works without a network, too."
+    commands.add_parser("doctor", help=short, description=description)
 
 
 def _add_serve_reward(commands: Any) -> None:

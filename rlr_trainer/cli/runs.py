@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from rlr_trainer.cli.settings import build_trainer, help_on_keys, parse_run
+from rlr_trainer.cli.summary import FirstUpdate, summary
 from rlr_trainer.persistence.checkpoints import CheckpointStore
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,12 @@ def train(options: argparse.Namespace) -> None:
     if options.help:
         print(f"{options.usage()}\n{help_on_keys()}")
         return
+    if options.dry_run:
+        from rlr_trainer.cli.estimate import estimate
+
+        options.memory = None
+        estimate(options)
+        return
     described = parse_run(options.config, options.overrides)
     if isinstance(options.resume, str) and not Path(options.resume).is_dir():
         raise ValueError(f"--resume {options.resume}: no such folder; give that of a checkpoint, or nothing for the last one")
@@ -24,6 +31,9 @@ def train(options: argparse.Namespace) -> None:
     config = trainer.args
     if trainer.eval_prompts is not None and config.eval_strategy == "no" and not config.eval_on_start:
         logger.warning("eval_prompts are given, but training evaluates nothing: set eval_strategy to steps, and eval_steps")
+    if trainer.is_world_process_zero():
+        print(summary(trainer, described[0].model), flush=True)
+    trainer.add_callback(FirstUpdate())
     try:
         trainer.train(resume_from_checkpoint=options.resume)
     except KeyboardInterrupt as interrupt:

@@ -24,6 +24,7 @@ from rlr_trainer import digits, rewards
 from rlr_trainer.cli.video_rewards import NAMES, load_video_reward
 from rlr_trainer.digits.rewards import digit_reward, ink
 from rlr_trainer.rewards.neural import named
+from rlr_trainer.rollouts.prompt_sets import PROMPT_SETS, prompt_set
 from rlr_trainer.rollouts.prompts import FILE_LOADERS, open_dataset
 from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.trainer import RLRTrainer
@@ -58,7 +59,7 @@ class RunArguments:
     reward: list[str] | None = _key("Name, URL of a reward server, or package.module:function; or several.")
     # of such a union TRL's parser takes the second type: a list and a mapping come from the file alone
     prompts: dict[str, str] | str | list[str] | None = _key(
-        "Text file, dataset file, hub id, package.module:function, or a prompt (docs/prompts.md)."
+        "Text file, dataset file, hub id, name of a set that ships, package.module:function, or a prompt (docs/prompts.md)."
     )
     eval_prompts: dict[str, str] | str | list[str] | None = _key(
         "The same for evaluation, but no function; needs eval_strategy and eval_steps."
@@ -157,8 +158,26 @@ def help_on_keys() -> str:
     return parser.format_help()
 
 
-def build_trainer(run: RunArguments, config: RLRConfig) -> RLRTrainer:
-    """The trainer of a run.
+def raw_options(path: str | Path | None, overrides: Sequence[str], names: Sequence[str]) -> dict[str, bool]:
+    """What a run says of truth values, before `RLRConfig` looks whether this machine can do it.
+
+    Raises:
+        SettingsError: as `parse_run`.
+    """
+    parser = _parser()
+    if path is not None:
+        parser.set_defaults(**_read_file(path, parser))
+    try:
+        read = parser.parse_known_args(list(overrides))[0]
+    except argparse.ArgumentError as error:
+        raise SettingsError(str(error)) from error
+    return {name: bool(getattr(read, name)) for name in names}
+
+
+def build_trainer(
+    run: RunArguments, config: RLRConfig, model: Any = None, functions: Sequence[Callable[..., Any]] | None = None
+) -> RLRTrainer:
+    """The trainer of a run; `model` and `functions` stand in for its own model and rewards, which are then not loaded.
 
     Raises:
         SettingsError, ValueError: something that is not there or cannot be used together.
@@ -167,12 +186,12 @@ def build_trainer(run: RunArguments, config: RLRConfig) -> RLRTrainer:
     eval_prompts = None if run.eval_prompts is None else load_prompts(run.eval_prompts, "eval_prompts")
     if callable(eval_prompts):
         raise SettingsError(f"eval_prompts={run.eval_prompts!r}: is a function, but must be prompts, so that all are evaluated")
-    functions = [load_reward(name) for name in run.reward or ()]
+    functions = [load_reward(name) for name in run.reward or ()] if functions is None else functions
     return RLRTrainer(
         config,
         functions if len(functions) > 1 else functions[0],
         prompts if callable(prompts) else None,
-        load_model(run.model),
+        load_model(run.model) if model is None else model,
         train_dataset=None if callable(prompts) else prompts,
         eval_dataset=eval_prompts,
     )
@@ -210,8 +229,8 @@ def load_prompts(source: Any, field: str = "prompts") -> Any:
     """Prompts of a run: a function, or something that `RLRTrainer` takes as a dataset.
 
     Args:
-        source: a list of prompts; or one of: `package.module:function`, what `prompts.open_dataset` opens, a mapping of path,
-            split, name and column to its arguments, or else a single prompt.
+        source: a list of prompts; or one of: a name of `PROMPT_SETS`, `package.module:function`, what `prompts.open_dataset` opens, a mapping
+            of path, split, name and column to its arguments, or else a single prompt.
         field: how messages call it.
 
     Raises:
@@ -231,6 +250,8 @@ def load_prompts(source: Any, field: str = "prompts") -> Any:
         return texts
     if os.path.exists(source):
         return open_dataset(source, field)
+    if source in PROMPT_SETS:
+        return prompt_set(source)
     if _FUNCTION.fullmatch(source):
         return load_function(source, field)
     ending, is_word = Path(source).suffix, not re.search(r"\s", source)

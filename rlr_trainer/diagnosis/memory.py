@@ -35,11 +35,11 @@ def measuring_memory(device: torch.device) -> Iterator[MemoryMeter]:
             lambda: torch.cuda.memory_allocated(device) - start, lambda: torch.cuda.max_memory_allocated(device) - start
         )
         return
-    with _LiveStorages() as storages:
+    with LiveStorages() as storages:
         yield MemoryMeter(storages.live, lambda: storages.peak)
 
 
-class _LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):
     """Follows the storages that operations make until they are freed."""
 
     def __init__(self) -> None:
@@ -47,12 +47,16 @@ class _LiveStorages(TorchDispatchMode):
         self.peak = 0
         self._bytes: Any = WeakIdKeyDictionary()  # storage -> its size
 
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """One operation; a subclass may look at it."""
+        return func(*args, **kwargs)
+
     def live(self) -> int:
         return sum(self._bytes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {id(storage) for storage in storages((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
+        result = self.run(func, args, kwargs or {})
         for storage in storages(result):
             if id(storage) not in given:
                 self._bytes[storage] = storage.nbytes()

@@ -16,8 +16,10 @@ Shapes: N samples, `...` the shape of one latent. Standard deviations broadcast 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -156,6 +158,11 @@ def draw_noise(like: Tensor, generator: Generators) -> Tensor:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`; the host does not wait for what a CUDA device has still to do."""
     return tensor.to(device, non_blocking=device.type == "cuda")  # from pageable memory, which CUDA copies aside before it returns
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which tensors of `device` keep their own precision. Shapes alone (the device "meta") know no autocast."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def next_latent(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:

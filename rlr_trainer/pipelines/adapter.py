@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlr_trainer.estimators.chain import to_device
+from rlr_trainer.estimators.chain import to_device, without_autocast
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
 from rlr_trainer.pipelines.decoding import calls_checkpointed
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora, load_lora_weights, save_lora_weights
@@ -287,7 +287,7 @@ class PipelineAdapter(abc.ABC):
         """
         vae = self.decoder
         chunks = calls_checkpointed(vae.decoder) if self.decodes_in_chunks else contextlib.nullcontext()
-        with torch.autocast(latents.device.type, enabled=False), chunks:
+        with without_autocast(latents.device), chunks:
             images = self.decoded(self.unpack(latents, layout).to(vae.dtype))
         return (images.float() / 2 + 0.5).clamp(0, 1)
 

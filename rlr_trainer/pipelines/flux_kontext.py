@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlr_trainer.estimators.chain import without_autocast
 from rlr_trainer.pipelines.adapter import Layout
 from rlr_trainer.pipelines.conditioning import Rows
 from rlr_trainer.pipelines.flux import FluxAdapter
@@ -32,7 +33,7 @@ class FluxKontextAdapter(FluxAdapter):
         """
         vae = self.decoder
         pixels = torch.cat([self._pixels(row["image"], layout) for row in metadata])
-        with torch.autocast(pixels.device.type, enabled=False):
+        with without_autocast(pixels.device):
             latents = self.pipeline._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None).float()
         return {"image_latents": self.pipeline._pack_latents(latents, *latents.shape)}
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlr_trainer.estimators.chain import as_rows
+from rlr_trainer.estimators.chain import as_rows, without_autocast
 from rlr_trainer.estimators.first_order import NON_DIFFERENTIABLE, NonDifferentiableRewardError
 from rlr_trainer.rewards import values as checks
 from rlr_trainer.rewards.calling import Workers, invoke
@@ -259,7 +259,7 @@ class RewardCalls:
 
         def work() -> tuple[Tensor, Any]:
             # as in training everywhere: a diagnosis calls from within autocast, and a thread with a time limit leaves it
-            with torch.autocast(images.device.type, enabled=False), torch.set_grad_enabled(differentiable):
+            with without_autocast(images.device), torch.set_grad_enabled(differentiable):
                 own = images.clone()
                 origin = checks.graph_node(own)
                 returned = invoke(name, function, (own, prompts, rows), rewards.timeout)

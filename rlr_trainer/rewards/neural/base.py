@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlr_trainer.estimators.chain import without_autocast
 from rlr_trainer.rewards.frames import mean_over_frames
 from rlr_trainer.rewards.neural.preprocessing import ImagePreprocessor, check_images
 
@@ -130,7 +131,7 @@ class NeuralReward:
             with torch.inference_mode(False):  # parameters made in inference mode could not enter a graph later
                 self.model.to(images.device)
         device = self.parameter.device
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             conditions = self.conditions(prompts, metadata)
             step = self.batch_size or len(images)
             rows = [slice(start, start + step) for start in range(0, len(images), step)]

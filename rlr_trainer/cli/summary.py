@@ -1,0 +1,110 @@
+"""What a run is, in a few lines at its start, and how long it will take, once its first update is done."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from rlr_trainer.diagnosis.network_calls import network_calls
+from rlr_trainer.diagnosis.shapes import weight_bytes
+
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def in_units(number: float, unit: str) -> str:
+    """Three digits with a prefix of powers of ten: 1.23 GB."""
+    size, prefix = next(((size, prefix) for size, prefix in _UNITS if number >= size), (1.0, ""))
+    return f"{float(f'{number / size:.3g}'):g} {prefix}{unit}"
+
+
+def in_time(seconds: float) -> str:
+    """As one says it: 12 s, 3 min, 2.5 h."""
+    if seconds < 100:
+        return f"{float(f'{seconds:.2g}'):g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def about_model(trainer: Any, name: str | None) -> str:
+    """Name, as the run calls it, class and size of what is trained."""
+    layout, kind = trainer.parts.layout, type(trainer.parts.adapter.pipeline).__name__
+    frames = "" if layout.num_frames is None else f", {layout.num_frames} frames"
+    return f"{f'{name} ({kind})' if name else kind}, {layout.width} x {layout.height} pixels{frames}"
+
+
+def about_updates(trainer: Any) -> str:
+    """Pictures and calls of the network per update, over all processes."""
+    config, parts = trainer.args, trainer.parts
+    samples = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    calls = network_calls(parts.plan, parts.schedule.stds, kl_coef=config.kl_coef, passes=config.num_inner_epochs)
+    guided = ", each of two rows (guidance)" if parts.adapter.is_guided(config.sample_guidance_scale) else ""
+    kind = "pictures" if parts.layout.num_frames is None else "videos"
+    counts = (
+        f"{(calls.plain + calls.graph) * samples:,.0f} forward and {calls.backward * samples:,.0f} backward passes of the network"
+    )
+    return f"{samples} {kind}, {counts}{guided}"
+
+
+def summary(trainer: Any, model: str | None = None) -> str:
+    """Model, plan, update, trained weights, memory that is known beforehand, and files of a run."""
+    config, parts = trainer.args, trainer.parts
+    trained = list(parts.policy.trainable_parameters().values())
+    frozen = weight_bytes(parts.policy, parts.adapter.decoder, *parts.adapter.frozen_modules)
+    steps = config.max_steps if config.max_steps > 0 else None
+    updates = f"max_steps: {steps}" if steps else f"num_train_epochs: {config.num_train_epochs:g}"
+    kind = "LoRA weights" if parts.use_lora else "the whole network"
+    chains = 4 * trainer_chain_numbers(trainer)
+    lines = {
+        "model": about_model(trainer, model),
+        "plan": str(parts.plan),
+        "update": f"{about_updates(trainer)}; {updates}",
+        "trained": f"{sum(p.numel() for p in trained):,} parameters ({kind}), learning rate {config.learning_rate:g}",
+        "memory": f"weights {in_units(frozen, 'B')}, gradient and optimizer about {in_units(3 * sum(p.nbytes for p in trained), 'B')}, stored "
+        f"chains {in_units(chains, 'B')}; activations: --dry_run estimates them",
+        "files": f"{config.output_dir}, checkpoints {_when_saved(config)}",
+    }
+    return "\n".join(f"{name:8}{text}" for name, text in lines.items())
+
+
+def trainer_chain_numbers(trainer: Any) -> int:
+    """Numbers of the chains of a rollout that wait for their update: T + 1 latents, T noises, T means."""
+    parts = trainer.parts
+    stored = 1 if parts.plan.forward is not None else 3 * parts.plan.num_steps + 1
+    return trainer.args.rollout_size * stored * int(torch.Size(parts.layout.shape).numel())
+
+
+def _when_saved(config: Any) -> str:
+    if config.save_strategy == "no":
+        return "none"
+    return "every epoch" if config.save_strategy == "epoch" else f"every {config.save_steps:g} updates"
+
+
+class FirstUpdate(TrainerCallback):
+    """Says after the first update how long it took, how long all will take, and the peak memory so far."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._started is None:
+            self._started, self._first = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._started is None or state.global_step != self._first + 1 or not state.is_world_process_zero:
+            return
+        seconds, left = time.perf_counter() - self._started, state.max_steps - self._first
+        print(
+            f"time    first update {in_time(seconds)}, the {left} of this run about {in_time(seconds * left)}; {_peak(args.device)}",
+            flush=True,
+        )
+
+
+def _peak(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"peak memory {in_units(torch.cuda.max_memory_allocated(device), 'B')} on {torch.cuda.get_device_name(device)}"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"peak memory of the process {in_units(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, 'B')}"
