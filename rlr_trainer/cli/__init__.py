@@ -13,6 +13,7 @@ from rlr_trainer.cli.parsers import build_parser
 __all__ = ["build_parser", "main"]
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
+SLOW = ("train", "diagnose", "demo", "sample")  # to begin: a terminal is told so
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)  # what the package raises for input that cannot be
 
 
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         command = options.command.replace("-", "_")
+        if command in SLOW and not getattr(options, "help", False) and sys.stderr.isatty():
+            print("loading torch, diffusers and transformers", file=sys.stderr, flush=True)
         module = importlib.import_module(f"rlr_trainer.cli.{'runs' if command in ('train', 'diagnose') else command}")
         getattr(module, command)(options)
         sys.stdout.flush()

@@ -66,7 +66,7 @@ def demo(options: argparse.Namespace) -> None:
     trainer.parts.collector.probe(trainer.parts.policy)  # in place of check_reward: a refusal should cost no pictures
     trainer.remove_callback(PrinterCallback if options.quiet else ProgressCallback)  # metrics.jsonl has what they print
     if not options.quiet:
-        trainer.add_callback(RewardProgress)
+        trainer.add_callback(RewardProgress(lines=False))
     before = trainer.generate([digits.PROMPT] * EVALUATION_SAMPLES, seed=EVALUATION_SEED)
     trainer.train()
     after = trainer.generate([digits.PROMPT] * EVALUATION_SAMPLES, seed=EVALUATION_SEED)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from rlr_trainer.observing.callbacks import RLRCallback
+from rlr_trainer.observing.lines import CLOSING
 from rlr_trainer.persistence.checkpoints import CheckpointStore
 from rlr_trainer.persistence.run_state import OPTIMIZER_ARGUMENTS
 
@@ -24,7 +25,6 @@ METRICS_FILE = "metrics.jsonl"
 REWARDS_FILE = "rewards.jsonl"
 RUN_FILE = "run.json"
 RUN_FORMAT = 1
-CLOSING = "train_runtime"  # is in the line that Trainer logs when training ends, and in no other
 PLACES = {"output_dir", "logging_dir", "run_name", "overwrite", "resume_from_checkpoint"}  # where, not what is computed
 
 

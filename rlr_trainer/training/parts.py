@@ -94,6 +94,7 @@ class Parts:
         self.eval_prompts = eval_source(eval_dataset)
         self.chosen: dict[str, int] = {}  # in place of "auto"
         self.reasons: dict[str, str] = {}  # why
+        self.reward_notes: list[str] = []  # what was seen when the reward was tried
         check_rewards(self.rewards, config, config.plan, config.world_size, same and self.eval_prompts is not None)
         pipeline = load_pipeline(sd_pipeline) if isinstance(sd_pipeline, str | Path) else sd_pipeline
         names.check_pipeline(pipeline)
@@ -246,6 +247,7 @@ class Parts:
             "model": self.policy.config.name_or_path or type(self.adapter.pipeline).__name__,
             "rewards": self.rewards.names,
             "eval_rewards": self.eval_rewards.names,
+            "reward_notes": self.reward_notes,
             "plan": str(self.plan) + ("" if self.windows is None else FIRST_WINDOW),
             "chosen": {name: {"value": value, "reason": self.reasons.get(name)} for name, value in self.chosen.items()},
             "options": self.config.rlr_options(),

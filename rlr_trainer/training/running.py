@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
-from rlr_trainer.observing.pictures import thumbnails, vector_diversity
-from rlr_trainer.observing.progress import RolloutBar
+from rlr_trainer.observing.pictures import FixedSamples, thumbnails, vector_diversity
+from rlr_trainer.observing.progress import RolloutBar, announce
 from rlr_trainer.observing.trackers import HookTracker, connect_accelerator
 from rlr_trainer.persistence.checkpoints import CheckpointStore, check
 from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder
 from rlr_trainer.rewards.motion import mean_frame_difference
+from rlr_trainer.rewards.training_mode import layers_in_training_mode, warning_of
 from rlr_trainer.rollouts.batches import RolloutSummary
 from rlr_trainer.rollouts.collector import Collector
 from rlr_trainer.rollouts.micro_batches import micro_batch_rows
@@ -79,17 +80,27 @@ def start(trainer: Any, resume_from_checkpoint: str | bool | int | None, epochs:
         args.output_dir = str(_everywhere(trainer, lambda: free_folder(taken, args.overwrite, before, args.output_dir_is_default)))
         _connect_trackers(trainer)
         if args.check_reward:
-            parts.collector.probe(trainer.model)
+            announce("trying the reward on pictures of noise", is_quiet(trainer))
+            _try_reward(trainer)
     if not resume_from_checkpoint or parts.unchosen():  # "auto" may be new: the checkpoint's run had no need to choose
         _choose_plan(trainer)
     return None if folder is None else str(folder)
 
 
+def _try_reward(trainer: Any) -> None:
+    """Calls the reward on pictures of noise; what it does wrong is an error, or what `run.json` and the report say."""
+    parts = trainer.parts
+    with layers_in_training_mode([trainer.model, *parts.adapter.frozen_modules, parts.adapter.decoder]) as found:
+        parts.collector.probe(trainer.model)
+    parts.reward_notes = [warning_of(found, ", ".join(parts.rewards.names))] if found else []
+    if found and trainer.is_world_process_zero():
+        logger.warning("%s", parts.reward_notes[0])
+
+
 def start_rollout(trainer: Any, model: nn.Module) -> None:
     """Collects a rollout, tells who wants to know, and fills the queue of micro-batches."""
     parts, args, rollout = trainer.parts, trainer.args, trainer.parts.rollouts_done
-    quiet = args.disable_tqdm or not trainer.is_local_process_zero()
-    with RolloutBar(args.sample_num_batches_per_epoch, trainer.plan.num_steps, quiet) as bar:
+    with RolloutBar(args.sample_num_batches_per_epoch, trainer.plan.num_steps, is_quiet(trainer)) as bar:
         batches, summary = parts.collector.collect(model, rollout, bar.step)
     parts.updater.begin(batches, summary.valid_fraction)
     parts.metrics.add(summary.metrics | diversity(summary, parts.processes) | motion(summary, parts.processes))
@@ -102,6 +113,18 @@ def start_rollout(trainer: Any, model: nn.Module) -> None:
     size, epochs = args.per_device_train_batch_size, args.num_inner_epochs
     parts.queue.fill(batches, micro_batch_rows(args.rollout_size, size, epochs, args.seed, rollout))
     parts.rollouts_done += 1
+
+
+def is_quiet(trainer: Any) -> bool:
+    """Whether this process shows no progress."""
+    return bool(trainer.args.disable_tqdm) or not trainer.is_local_process_zero()
+
+
+def take_pictures(trainer: Any) -> FixedSamples:
+    """The pictures of fixed prompts and noise, under a bar. Collective."""
+    pictures = trainer.parts.pictures
+    with RolloutBar(pictures.batches, 1, is_quiet(trainer), "pictures of fixed prompts") as bar:
+        return pictures.take(present_model(trainer), trainer.args.seed, lambda: bar.step(0))
 
 
 def trackers(trainer: Any) -> HookTracker:
