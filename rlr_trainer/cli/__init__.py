@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from rlr_trainer.cli.language import CommandHandler, in_command_language
 from rlr_trainer.cli.parsers import build_parser
 
 __all__ = ["build_parser", "main"]
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not getattr(options, "takes_overrides", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[CommandHandler()])
     try:
         command = options.command.replace("-", "_")
         if command in SLOW and not getattr(options, "help", False) and sys.stderr.isatty():
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
+        print(in_command_language(str(interrupt)) or "interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:  # everything becomes one line; --debug shows the rest
         if isinstance(error, BrokenPipeError):  # the interpreter flushes the output at its end, and would fail there again
@@ -51,9 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _in_one_line(error: Exception) -> str:
     if isinstance(error, EXPECTED_ERRORS) and str(error):
-        return " ".join(str(error).split())
+        return in_command_language(" ".join(" ".join([str(error), *_notes(error)]).split()))
     first_line = next(iter(str(error).splitlines()), "")
-    hint = "--debug shows the traceback"
+    hint = "; ".join([*map(in_command_language, _notes(error)), "--debug shows the traceback"])
     if type(error).__name__ == "OutOfMemoryError":
         hint = "lower per_device_train_batch_size and sample_batch_size, and raise gradient_accumulation_steps instead; " + hint
     return f"{type(error).__name__}{': ' if first_line else ''}{first_line} ({hint})"
+
+
+def _notes(error: Exception) -> list[str]:
+    """What was added to an error on its way, each as a sentence of its own."""
+    return [f"-- {note}" for note in getattr(error, "__notes__", ())]

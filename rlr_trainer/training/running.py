@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
+from transformers.utils import is_in_notebook
 
 from rlr_trainer.observing.pictures import FixedSamples, thumbnails, vector_diversity
 from rlr_trainer.observing.progress import RolloutBar, announce
@@ -31,6 +32,7 @@ from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import eval_source
 from rlr_trainer.training.parts import FIRST_WINDOW
+from rlr_trainer.training.saving import save_steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +74,18 @@ def start(trainer: Any, resume_from_checkpoint: str | bool | int | None, epochs:
     if resume_from_checkpoint:
         folder = _checkpoint_to_resume(trainer, resume_from_checkpoint)
         parts.run_state.load(folder, parts.has_own_optimizer)
-        trainer._resumed_at = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+        stored = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        trainer._resumed_at = stored.global_step
+        if not args.save_steps_chosen and stored.save_steps:
+            args.save_steps = stored.save_steps
     else:
         folder, trainer._resumed_at = None, 0
+        if not args.save_steps_chosen:
+            args.save_steps = save_steps_of(args, updates_of(args, parts.collector))
         parts.begin_anew()
         taken, before = Path(args.output_dir), trainer.state.global_step > 0
-        args.output_dir = str(_everywhere(trainer, lambda: free_folder(taken, args.overwrite, before, args.output_dir_is_default)))
+        may_number = args.output_dir_is_default or is_in_notebook()  # there a cell is run again, and must not need another folder
+        args.output_dir = str(_everywhere(trainer, lambda: free_folder(taken, args.overwrite, before, may_number)))
         _connect_trackers(trainer)
         if args.check_reward:
             announce("trying the reward on pictures of noise", is_quiet(trainer))
@@ -85,6 +93,14 @@ def start(trainer: Any, resume_from_checkpoint: str | bool | int | None, epochs:
     if not resume_from_checkpoint or parts.unchosen():  # "auto" may be new: the checkpoint's run had no need to choose
         _choose_plan(trainer)
     return None if folder is None else str(folder)
+
+
+def name_the_way_on(trainer: Any, error: Exception) -> None:
+    """Adds to an error that ended a training what can be resumed."""
+    said = CheckpointStore(trainer.args.output_dir).way_on()
+    if said not in str(error):
+        more = ": resume_from_checkpoint=True" if "can go on" in said else f"; one was due every {trainer.state.save_steps} updates"
+        error.add_note(f"The training ended after {trainer.state.global_step} updates. {said}{more}.")
 
 
 def _try_reward(trainer: Any) -> None:
@@ -199,13 +215,23 @@ def without_an_epoch_too_many(values: tuple[Any, ...], resumed_at: int) -> tuple
     return min(epochs, resumed_at // updates_per_epoch), *values[1:]
 
 
-def placeholders(args: RLRConfig, collector: Collector) -> DataLoader:
-    """One placeholder per micro-batch of an epoch: one rollout, or as many as a pass over a dataset's prompts takes."""
+def updates_per_epoch(args: RLRConfig, collector: Collector) -> int:
+    """Those of one rollout, or of as many as a pass over a dataset's prompts takes."""
     rollouts = 1
     if isinstance(collector.prompts, DatasetPrompts):
         samples = len(collector.prompts) * collector.samples_per_prompt
         rollouts = -(-samples // (args.rollout_size * collector.processes.count))
-    count = rollouts * args.updates_per_rollout * args.gradient_accumulation_steps
+    return rollouts * args.updates_per_rollout
+
+
+def updates_of(args: RLRConfig, collector: Collector) -> int:
+    """Of the whole run."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch(args, collector))
+
+
+def placeholders(args: RLRConfig, collector: Collector) -> DataLoader:
+    """One placeholder per micro-batch of an epoch: one rollout, or as many as a pass over a dataset's prompts takes."""
+    count = updates_per_epoch(args, collector) * args.gradient_accumulation_steps
     numbers: Any = [{"micro_batch": number} for number in range(count)]  # Trainer counts them, the rollout makes the micro-batches
     return DataLoader(numbers, collate_fn=operator.itemgetter(0), generator=torch.Generator())
 

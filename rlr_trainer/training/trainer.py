@@ -127,11 +127,15 @@ class RLRTrainer(TRLBaseTrainer):
 
         Raises:
             ValueError: `output_dir` holds another run; CheckpointError: the checkpoint cannot be used.
-            SystemExit: SIGTERM came; a checkpoint was saved (exit code 143).
+            SystemExit: SIGTERM came; a checkpoint was saved (exit code 143). KeyboardInterrupt: Ctrl-C came; the same.
         """
         folder = running.start(self, resume_from_checkpoint, epochs)
-        with self.parts.termination.taken(), bars_closed(self.callback_handler.callbacks):
-            output = super().train(folder, trial, ignore_keys_for_eval)
+        try:
+            with self.parts.termination.taken(), bars_closed(self.callback_handler.callbacks):
+                output = super().train(folder, trial, ignore_keys_for_eval)
+        except Exception as error:
+            running.name_the_way_on(self, error)
+            raise
         self.uploads.at_end()
         return output
 
