@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from rlr_trainer.persistence.descriptions import in_words
 from rlr_trainer.rollouts.prompts import NEGATIVE_COLUMN, PROMPT_COLUMN, SCALES_COLUMN, DatasetPrompts, FunctionPrompts
 
 SECRETS = {"token", "password", "secret", "key"}  # words in names of options that are not recorded
@@ -53,17 +54,6 @@ def describe_prompts(prompts: FunctionPrompts | DatasetPrompts) -> dict[str, Any
         return describe_function(prompts.function)
     first = [row.prompt for row in prompts.head(FIRST_PROMPTS)]
     return {"rows": len(prompts), "sha256": _digest(_rows(prompts.dataset)), "first": first}
-
-
-def in_words(described: Mapping[str, Any]) -> str:
-    """A description as one line."""
-    if "rows" in described:
-        first = described.get("first")
-        shown = f" ({first[0]!r:.60}{', ...' if described['rows'] != 1 else ''})" if isinstance(first, list) and first else ""
-        return f"{described['rows']} prompt{'s' if described['rows'] != 1 else ''}{shown}, sha256 {described.get('sha256')}"
-    options = described.get("options")
-    told = ", ".join(f"{name}={value!r}" for name, value in options.items()) if isinstance(options, dict) else ""
-    return f"{described.get('function')}({told})" + (f", code {described['code']}" if "code" in described else "")
 
 
 def _rows(dataset: Any) -> Iterable[Any]:

@@ -22,7 +22,8 @@ from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE
 from rlr_trainer.observing.callbacks import BetweenRollouts
 from rlr_trainer.observing.pictures import FixedSamples, SampleLog
 from rlr_trainer.observing.run_files import RunFiles
-from rlr_trainer.persistence.provenance import describe_function, describe_prompts, in_words
+from rlr_trainer.persistence.descriptions import in_words
+from rlr_trainer.persistence.provenance import describe_function, describe_prompts
 from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared_settings
 from rlr_trainer.persistence.weights import Weights
 from rlr_trainer.pipelines import Policy, adapt, cast_frozen, load_pipeline

@@ -5,7 +5,8 @@ import functools
 from datasets import Dataset
 
 from rlr_trainer.digits.rewards import digit_reward
-from rlr_trainer.persistence.provenance import describe_function, describe_prompts, in_words
+from rlr_trainer.persistence.descriptions import in_words
+from rlr_trainer.persistence.provenance import describe_function, describe_prompts
 from rlr_trainer.rewards import FrameReward, RemoteReward, jpeg_compressibility
 from rlr_trainer.rollouts.prompts import DatasetPrompts, FunctionPrompts
 

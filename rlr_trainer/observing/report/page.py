@@ -20,7 +20,7 @@ from rlr_trainer.observing.report.drawing import COLOURS
 from rlr_trainer.observing.report.facts import Facts, facts_of, remarks_of, reward_at
 from rlr_trainer.observing.report.pictures import MOST_COLUMNS, MOST_ROWS, grid_of
 from rlr_trainer.observing.report.reading import Run, as_list
-from rlr_trainer.persistence.provenance import in_words
+from rlr_trainer.persistence.descriptions import in_words
 
 ASSETS = Path(__file__).parent / "assets"
 NAMES_OF_PLACES = {"output_dir", "logging_dir", "run_name", "overwrite"}  # differ between any two runs
