@@ -46,15 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if options.debug:
             raise
-        print(f"rlr-trainer {options.command}: {_in_one_line(error)}", file=sys.stderr)
+        print(f"rlr-trainer {options.command}: {in_command_language(_in_one_line(error), options.command)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
 
 
 def _in_one_line(error: Exception) -> str:
     if isinstance(error, EXPECTED_ERRORS) and str(error):
-        return in_command_language(" ".join(" ".join([str(error), *_notes(error)]).split()))
+        return " ".join(" ".join([str(error), *_notes(error)]).split())
     first_line = next(iter(str(error).splitlines()), "")
-    hint = "; ".join([*map(in_command_language, _notes(error)), "--debug shows the traceback"])
+    hint = "; ".join([*_notes(error), "--debug shows the traceback"])
     if type(error).__name__ == "OutOfMemoryError":
         hint = "lower per_device_train_batch_size and sample_batch_size, and raise gradient_accumulation_steps instead; " + hint
     return f"{type(error).__name__}{': ' if first_line else ''}{first_line} ({hint})"

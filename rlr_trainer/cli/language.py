@@ -25,18 +25,28 @@ PHRASES = {
     "resume_from_checkpoint=True": "--resume",
     " (--overwrite)": "",
 }
+# Options -> flags of `rlr-trainer sample`.
+OF_SAMPLE = {
+    "sample_num_steps": "num_steps",
+    "sample_guidance_scale": "guidance_scale",
+    "sample_eta": "eta",
+    "per_device_train_batch_size": "batch_size",
+}
 WITH_COMMAS = {"fo_steps", "ho_start", "ho_start_weights", "noise_steps", "noise_window_range", "old_policy_decay"}
 _LITERAL = (
     r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\[[^\]]*\]|\([^)]*\)|-?\d[\d_]*(?:\.\d+)?(?:e[+-]?\d+)?|True|False|None|inf|nan"""
 )
 
 
-def in_command_language(text: str) -> str:
-    """A message with the names and values of options as they are written on the command line."""
+def in_command_language(text: str, command: str = "") -> str:
+    """A message with the names and values of options as they are written on the command line, of `command` if its flags have own names."""
     for ours, theirs in PHRASES.items():
         text = text.replace(ours, theirs)
     text = re.sub(rf"\b({'|'.join(KEYS)})\b", lambda found: KEYS[found[1]], text)
-    return _options().sub(lambda found: _flag(found[1], found[2]), text)
+    text = _options().sub(lambda found: _flag(found[1], found[2]), text)
+    for ours, theirs in OF_SAMPLE.items() if command == "sample" else ():
+        text = re.sub(rf"--{ours}\b", f"--{theirs}", text)
+    return text
 
 
 class CommandFormatter(logging.Formatter):

@@ -14,4 +14,8 @@ def in_words(described: Mapping[str, Any]) -> str:
         return f"{described['rows']} prompt{'s' if described['rows'] != 1 else ''}{shown}, sha256 {described.get('sha256')}"
     options = described.get("options")
     told = ", ".join(f"{name}={value!r}" for name, value in options.items()) if isinstance(options, dict) else ""
-    return f"{described.get('function')}({told})" + (f", code {described['code']}" if "code" in described else "")
+    return (
+        str(described.get("function"))
+        + (f"({told})" if told else "")
+        + (f", code {described['code']}" if "code" in described else "")
+    )

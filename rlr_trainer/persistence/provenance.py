@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -94,6 +95,8 @@ def _is_empty(cell: Any) -> bool:
 
 def _plain(value: Any, depth: int) -> Any:
     """A value as JSON takes it; of functions and of this package's objects a description; None for anything else."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such number
     if isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 500):
         return value
     if isinstance(value, str):

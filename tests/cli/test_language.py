@@ -36,6 +36,10 @@ def test_options_are_written_as_on_the_command_line(python, command):
     assert in_command_language(python) == command
 
 
+def test_a_command_with_flags_of_its_own_is_answered_in_them():
+    assert in_command_language("sample_eta=2.0: must", "sample") == "--eta 2.0: must"
+
+
 def test_log_records_too():
     record = logging.LogRecord("any", logging.WARNING, "", 0, "%s=True: removing %s", ("overwrite", "checkpoint-3"), None)
     assert CommandFormatter("%(levelname)s: %(message)s").format(record) == "WARNING: --overwrite: removing checkpoint-3"

@@ -34,8 +34,8 @@ def test_options_of_a_reward_are_recorded_and_secrets_are_not():
     assert "num_frames=4" in frames and "target=3" in frames
     remote = in_words(describe_function(RemoteReward("http://localhost:8000", token="a" * 20)))
     assert "http://localhost:8000" in remote and "a" * 20 not in remote
-    assert in_words(describe_function(jpeg_compressibility)).startswith("rlr_trainer.rewards.compressibility:jpeg_compressibility(")
-    assert in_words(describe_function(len)) == "builtins:len()"
+    assert in_words(describe_function(jpeg_compressibility)) == "rlr_trainer.rewards.compressibility:jpeg_compressibility"
+    assert in_words(describe_function(len)) == "builtins:len"
 
 
 def test_an_edited_reward_has_another_digest():

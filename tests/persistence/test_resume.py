@@ -244,10 +244,11 @@ def test_what_changed_is_said_and_kept_in_the_run_file(make, caplog):
             resume_from_checkpoint=True
         )
     assert "learning_rate=0.001 -> 0.5 has no effect" in caplog.text
-    assert "max_steps=1 -> 2; reward_function=['ink'] -> ['ink', 'ink_2']" in caplog.text
+    name = "rlr_trainer.digits.rewards:ink"
+    assert f"max_steps=1 -> 2; reward_function='{name}' -> '{name}; {name}'" in caplog.text
     first, second = json.loads(Path("run/run.json").read_text())["resumed"]
     assert (first["update"], second["update"]) == (1, 2)
-    assert first["changed"].keys() == {"max_steps", "rewards", "eval_rewards", "reward_weights"}
+    assert first["changed"].keys() == {"max_steps", "rewards", "reward_functions", "eval_rewards", "reward_weights"}
     assert second["changed"] == {"max_steps": [2, 3]}
 
 

@@ -199,8 +199,8 @@ def test_prompts_of_a_file_and_wrong_options(capsys):
         "--output_dir out": "holds 5 pictures",
         "--output_dir a --num_images 0": "--num_images 0: must be at least 1",
         "--output_dir b --lora out": "cannot be loaded on --model digits; must be a folder with pytorch_lora_weights.safetensors",
-        "--output_dir c --reward good": "reward='good'",
-        "--output_dir d --eta 2": "sample_eta=2.0",
+        "--output_dir c --reward good": "--reward good: must be ink",
+        "--output_dir d --eta 2": "--eta 2.0",
     }
     for options, message in wrong.items():
         assert main([*arguments, *options.split()]) != 0
