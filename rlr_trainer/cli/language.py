@@ -43,6 +43,8 @@ def in_command_language(text: str, command: str = "") -> str:
     for ours, theirs in PHRASES.items():
         text = text.replace(ours, theirs)
     text = re.sub(rf"\b({'|'.join(KEYS)})\b", lambda found: KEYS[found[1]], text)
+    if "=" not in text or command == "report":  # which needs none of the libraries that know the options
+        return text
     text = _options().sub(lambda found: _flag(found[1], found[2]), text)
     for ours, theirs in OF_SAMPLE.items() if command == "sample" else ():
         text = re.sub(rf"--{ours}\b", f"--{theirs}", text)

@@ -13,6 +13,7 @@ from typing import Any
 PATIENCE = 5  # log lines on end, of updates with a rollout of their own
 UNCHANGED = 10  # the same, for the mean reward: it may stay equal by chance for a while
 SAME = 1e-6  # of the reward's size: float32 rounds no coarser
+BOUND = 1e-4  # from 0 or 1, the ends of most rewards
 LEAST_NORM = 1e-8  # Adam's epsilon: entries below it hardly move a weight
 
 Lines = Sequence[Mapping[str, Any]]
@@ -48,7 +49,23 @@ def unchanged_reward(lines: Lines) -> str | None:
     return f"the mean reward stays at {rewards[-1]:.4g}: it was the same in {UNCHANGED} log lines, each of other pictures"
 
 
-RULES = {"no_gradient": no_gradient, "equal_rewards": equal_rewards, "unchanged_reward": unchanged_reward}
+def saturated_reward(lines: Lines) -> str | None:
+    """All rewards of the last `PATIENCE` lines lie within `BOUND` of 0, or of 1."""
+    deviations, rewards = _last(lines, "reward_std", PATIENCE), _last(lines, "reward", PATIENCE)
+    for bound in (0, 1):
+        if deviations and rewards and all(abs(r - bound) + std < BOUND for r, std in zip(rewards, deviations, strict=True)):
+            return (
+                f"the reward is at {bound}: {rewards[-1]:.4g} ± {deviations[-1]:.2g} in the last of {PATIENCE} log lines like that"
+            )
+    return None
+
+
+RULES = {
+    "saturated_reward": saturated_reward,
+    "no_gradient": no_gradient,
+    "equal_rewards": equal_rewards,
+    "unchanged_reward": unchanged_reward,
+}
 
 
 def causes(rewards: Sequence[float], pictures: int | None) -> str:
@@ -64,8 +81,10 @@ def causes(rewards: Sequence[float], pictures: int | None) -> str:
             "an update has one picture, which nothing can be compared with: raise per_device_train_batch_size, "
             "gradient_accumulation_steps or num_images_per_prompt"
         )
-    if rewards and all(abs(reward) < 1e-4 or abs(reward - 1) < 1e-4 for reward in rewards):
-        found.append("the reward is saturated at 0 or 1: take its logarithm or logit, or one that still tells such pictures apart")
+    if rewards and all(min(abs(reward), abs(reward - 1)) < BOUND for reward in rewards):
+        found.append(
+            "a probability that is saturated: take its logarithm or logit, or a reward that still tells such pictures apart"
+        )
     found += [
         "the reward takes pictures for 0..255, rounds them or makes them whole numbers: they are floats in [0, 1]",
         "the reward does not look at the pictures",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlr_trainer.observing.dead_signals import DeadSignals, causes, equal_rewards, no_gradient, unchanged_reward
+from rlr_trainer.observing.dead_signals import DeadSignals, causes, equal_rewards, no_gradient, saturated_reward, unchanged_reward
 from rlr_trainer.rewards.training_mode import layers_in_training_mode, warning_of
 
 
@@ -15,7 +15,7 @@ def lines(count=12, **series):
     return [{name: value(n) if callable(value) else value for name, value in named.items()} for n in range(count)]
 
 
-RULES = (no_gradient, equal_rewards, unchanged_reward)
+RULES = (no_gradient, equal_rewards, unchanged_reward, saturated_reward)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,8 @@ RULES = (no_gradient, equal_rewards, unchanged_reward)
         (equal_rewards, {"reward_std": 0.0}),
         (equal_rewards, {"reward_std": 3e-8}),  # rounding
         (unchanged_reward, {"reward": 0.25}),
+        (saturated_reward, {"reward": lambda n: 1e-9 * (n + 1), "reward_std": 2e-9}),  # as of pictures taken for 0..255
+        (saturated_reward, {"reward": lambda n: 1 - 1e-6 * n, "reward_std": 1e-5}),
     ],
 )
 def test_each_rule_sees_its_sign_alone(rule, series):
@@ -40,7 +42,8 @@ def test_each_rule_sees_its_sign_alone(rule, series):
         {"grad_norm": lambda n: 0.0 if n % 5 else 0.1},  # now and then
         {"reward_std": lambda n: 0.0 if n % 5 else 0.1},
         {"reward_std": 0.0, "estimator/fo_grad_norm": 0.2},  # the reward's own gradient needs no comparison
-        {"reward": 1e-9, "reward_std": 1e-9, "grad_norm": 1e-6, "step": lambda n: n} | {"reward": lambda n: 1e-9 * (n + 1)},
+        {"reward": lambda n: 2e-4 * (n + 1), "reward_std": 1e-4, "grad_norm": 1e-6},  # small, but alive
+        {"reward": lambda n: 1 - 1e-6 * n, "reward_std": 0.01},
         {"grad_norm": None, "reward_std": float("nan")},  # not measured
     ],
 )
