@@ -75,12 +75,12 @@ def causes(rewards: Sequence[float], pictures: int | None) -> str:
         rewards: the last mean rewards.
         pictures: of a rollout, over all processes; None: not known.
     """
-    found = []
     if pictures == 1:
-        found.append(
-            "an update has one picture, which nothing can be compared with: raise per_device_train_batch_size, "
-            "gradient_accumulation_steps or num_images_per_prompt"
+        return (
+            "A rollout has one picture, which nothing can be compared with: raise per_device_train_batch_size, "
+            "gradient_accumulation_steps or num_images_per_prompt."
         )
+    found = []
     if rewards and all(min(abs(reward), abs(reward - 1)) < BOUND for reward in rewards):
         found.append(
             "a probability that is saturated: take its logarithm or logit, or a reward that still tells such pictures apart"
