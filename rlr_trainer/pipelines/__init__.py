@@ -9,10 +9,12 @@ from typing import Any
 from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter
 from rlr_trainer.pipelines.animatediff import AnimateDiffAdapter
 from rlr_trainer.pipelines.chain import PipelineChain
+from rlr_trainer.pipelines.cogvideox import CogVideoXAdapter
 from rlr_trainer.pipelines.conditioning import AnyConditioning, Conditioning, PromptCache, ScaledConditioning
 from rlr_trainer.pipelines.flux import FluxAdapter
 from rlr_trainer.pipelines.flux2 import Flux2Adapter, Flux2KleinAdapter
 from rlr_trainer.pipelines.flux_kontext import FluxKontextAdapter
+from rlr_trainer.pipelines.hunyuan_video import HunyuanVideoAdapter
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora
 from rlr_trainer.pipelines.ltx import LTXAdapter
 from rlr_trainer.pipelines.peft_format import PEFT_FILE
@@ -48,6 +50,8 @@ ADAPTERS: dict[str, type[PipelineAdapter]] = {
     "AnimateDiffPipeline": AnimateDiffAdapter,
     "WanPipeline": WanAdapter,
     "LTXPipeline": LTXAdapter,
+    "CogVideoXPipeline": CogVideoXAdapter,
+    "HunyuanVideoPipeline": HunyuanVideoAdapter,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from rlr_trainer.estimators.chain import to_device
 from rlr_trainer.pipelines.conditioning import Conditioning, PromptCache, Rows
+from rlr_trainer.pipelines.decoding import calls_checkpointed
 from rlr_trainer.pipelines.lora import LORA_FILE, attach_lora, load_lora_weights, save_lora_weights
 from rlr_trainer.schedules import SamplerOptions, Schedule, make_schedule
 
@@ -63,6 +65,8 @@ class PipelineAdapter(abc.ABC):
         negatives_apart: whether negative prompts are encoded in another way than prompts, by `encode_negative_prompts`.
         conditions: names of the metadata (columns of a dataset) that every sample must bring, such as "image".
         encoder_device: where text encoders work, if they wait on the CPU between calls; None leaves them where they are.
+        undivided: why decoding cannot go chunk by chunk through a video, and what to do instead; None if it can.
+        decodes_in_chunks: whether a decoder that can keeps its graph for one chunk of frames at a time.
     """
 
     lora_targets: tuple[str, ...]
@@ -77,6 +81,7 @@ class PipelineAdapter(abc.ABC):
     negatives_apart = False
     conditions: tuple[str, ...] = ()
     encoder_device: torch.device | None = None
+    decodes_in_chunks = False
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -101,6 +106,11 @@ class PipelineAdapter(abc.ABC):
     def decoder(self) -> Any:
         """The network that makes pictures of latents."""
         return self.pipeline.vae
+
+    @property
+    def undivided(self) -> str | None:
+        """Why decoding cannot go chunk by chunk."""
+        return "its adapter knows no chunks of frames; leave it unset (reward_batch_size=1 decodes pictures one by one)"
 
     @abc.abstractmethod
     def layout(self, height: int | None, width: int | None, num_frames: int | None = None) -> Layout:
@@ -276,7 +286,8 @@ class PipelineAdapter(abc.ABC):
         In the decoder's own precision, within autocast too.
         """
         vae = self.decoder
-        with torch.autocast(latents.device.type, enabled=False):
+        chunks = calls_checkpointed(vae.decoder) if self.decodes_in_chunks else contextlib.nullcontext()
+        with torch.autocast(latents.device.type, enabled=False), chunks:
             images = self.decoded(self.unpack(latents, layout).to(vae.dtype))
         return (images.float() / 2 + 0.5).clamp(0, 1)
 

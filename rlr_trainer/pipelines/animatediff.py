@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlr_trainer.pipelines.adapter import Layout, check_sides
@@ -22,6 +23,8 @@ class AnimateDiffAdapter(StableDiffusionAdapter):
     Raises:
         ValueError: as `StableDiffusionAdapter`; a UNet that takes the guidance scale, or FreeInit or FreeNoise, which sample in another way.
     """
+
+    undivided = None
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -60,6 +63,11 @@ class AnimateDiffAdapter(StableDiffusionAdapter):
     def unpack(self, latents: Tensor, layout: Layout) -> Tensor:
         """Latents [N, C, F, h, w] as pictures [N F, C, h, w], in the VAE's scale."""
         return super().unpack(latents.transpose(1, 2).flatten(0, 1), layout)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Pictures [N F, 3, H, W] of latents [N F, C, h, w]; in chunks a frame at a time."""
+        decoded = super().decoded
+        return torch.cat([decoded(frame) for frame in latents.split(1)]) if self.decodes_in_chunks else decoded(latents)
 
     def decode(self, latents: Tensor, layout: Layout) -> Tensor:
         """Latents [N, C, F, h, w] to videos [N, F, 3, H, W], frame by frame; see `PipelineAdapter.decode`."""

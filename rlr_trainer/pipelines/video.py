@@ -13,6 +13,16 @@ from rlr_trainer.pipelines.adapter import Layout, PipelineAdapter, check_sides
 class VideoAdapter(PipelineAdapter):
     """An adapter whose decoder makes videos [N, 3, F, H, W], which rewards see as [N, F, 3, H, W]."""
 
+    @property
+    def undivided(self) -> str | None:
+        """See `PipelineAdapter`; decoders that can decode tiles of frames have a switch for it."""
+        if getattr(self.decoder, "use_framewise_decoding", True):
+            return None
+        return (
+            "its decoder takes all frames at once; call pipe.vae.enable_gradient_checkpointing(), which keeps the decoder's graph block by "
+            "block, or set pipe.vae.use_framewise_decoding=True, which decodes overlapping tiles of frames and blends them (other pictures)"
+        )
+
     def video_size(
         self,
         height: int | None,

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlr_trainer.schedules import SamplerOptions
 
-DETERMINISTIC = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
+DETERMINISTIC = ("DDIMScheduler", "CogVideoXDDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 ADDS_NOISE = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "SCMScheduler", "FlowMatchLCMScheduler")
 
 
@@ -34,6 +34,10 @@ def _same_noise_schedule(scheduler: Any) -> Any:
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     config = scheduler.config
+    if type(scheduler).__name__ == "CogVideoXDPMScheduler":  # whose levels are shifted as DDIMScheduler's are not
+        from diffusers import CogVideoXDDIMScheduler
+
+        return CogVideoXDDIMScheduler.from_config(config)
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         shift, dynamic = config.get("flow_shift") or 1.0, bool(config.get("use_dynamic_shifting"))
         return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=shift, use_dynamic_shifting=dynamic)

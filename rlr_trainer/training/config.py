@@ -236,6 +236,10 @@ class RLRConfig(TrainingArguments):
     offload_text_encoders: bool = _option(
         False, "Keep text encoders in CPU memory but for the moment in which they encode prompts; encoded prompts are kept (1 GiB)."
     )
+    decode_in_chunks: bool = _option(
+        False,
+        "Decode videos a chunk of frames at a time, with the decoder's graph of one chunk in memory; costs one more decoding.",
+    )
     offload_rollouts: bool = _option(False, "Keep sampled chains in CPU memory until their update.")
 
     # ---- trained weights ----

@@ -117,6 +117,8 @@ class Parts:
                 f"sample_guidance_rescale={config.sample_guidance_rescale}: {type(self.adapter.pipeline).__name__} has no such argument; leave "
                 "it at 0"
             )
+        if config.decode_in_chunks and self.adapter.undivided is not None:
+            raise ValueError(f"decode_in_chunks=True: {type(self.adapter.pipeline).__name__}: {self.adapter.undivided}")
         self.use_lora = config.use_lora and getattr(sd_pipeline, "use_lora", True)
         self.policy = self._make_policy(peft_config)
         self.statistics = None
@@ -325,6 +327,7 @@ class Parts:
         for module in self.adapter.frozen_modules:
             module.requires_grad_(False)
             cast_frozen(module, torch.device("cpu") if waits else device, dtype)
+        self.adapter.decodes_in_chunks = self.config.decode_in_chunks
         self.adapter.decoder.requires_grad_(False)
         cast_frozen(self.adapter.decoder, device, torch.float32 if dtype == torch.float16 else dtype)
         if self.use_lora:

@@ -1,0 +1,164 @@
+"""Decoding videos chunk by chunk: the same values and gradients, the graph of one chunk; and tiling and slicing as the pipeline has them."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from families.tiny import animatediff, cogvideox, hunyuan_video, ltx, wan
+
+from rlr_trainer import RLRConfig, RLRTrainer, digits
+from rlr_trainer.diagnosis.memory import measuring_memory
+from rlr_trainer.digits.rewards import ink
+from rlr_trainer.pipelines import adapt
+from rlr_trainer.pipelines.decoding import calls_checkpointed
+
+FAMILIES = {
+    "animatediff": (animatediff, 3, 6),
+    "wan": (wan, 5, 9),
+    "cogvideox": (cogvideox, 9, 17),
+    "hunyuan_video": (hunyuan_video, 9, 17),
+}  # frames, few and twice as many
+ROUNDING = 1e-7  # of videos, which are float32; decoders work in float64
+
+
+def small_tiles(family, vae):
+    """Tiles of half a picture."""
+    if family == "animatediff":
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = 8, 4
+    elif family == "wan":
+        vae.enable_tiling(8, 8, 6, 6)
+    elif family == "hunyuan_video":
+        vae.enable_tiling(8, 8, 8, 4, 4, 4)
+    else:
+        vae.enable_tiling(8, 8, 0.25, 0.25)
+
+
+def decode(adapter, layout, chunks, seed=0):
+    """Videos, and the gradient with respect to latents of a sum of all pixels with random weights. The decoder works in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(2, *layout.shape, generator=generator, dtype=torch.float64).requires_grad_(True)
+    weights = torch.randn(2, layout.num_frames, 3, layout.height, layout.width, generator=generator)
+    adapter.decodes_in_chunks = chunks
+    videos = adapter.decode(latents, layout)
+    (gradient,) = torch.autograd.grad((videos * weights).sum(), latents)
+    return videos.detach(), gradient
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request):
+    module, few, many = FAMILIES[request.param]
+    adapter = adapt(module.make_pipeline())
+    adapter.decoder.requires_grad_(False).double()
+    if request.param == "hunyuan_video":  # its tiles of frames, on by default, are longer than a tiny video
+        adapter.decoder.tile_sample_min_num_frames, adapter.decoder.tile_sample_stride_num_frames = 8, 4
+    return types.SimpleNamespace(name=request.param, adapter=adapter, few=few, many=many)
+
+
+def test_values_and_gradients_in_chunks_are_those_of_the_whole(family):
+    adapter, layout = family.adapter, family.adapter.layout(16, 16, family.few)
+    assert_equal_in_chunks(adapter, layout, decode(adapter, layout, False))
+    if family.name != "wan":  # whose class has no checkpoints of its own
+        whole = decode(adapter, layout, False)
+        adapter.decoder.enable_gradient_checkpointing()
+        assert_equal_in_chunks(adapter, layout, whole)
+
+
+def test_so_are_those_of_tiles(family):
+    """The tiles of `enable_tiling` make other pictures than the whole: the pipeline's own."""
+    adapter, layout = family.adapter, family.adapter.layout(16, 16, family.few)
+    untiled, _ = decode(adapter, layout, False)
+    small_tiles(family.name, adapter.decoder)
+    tiled = decode(adapter, layout, False)
+    assert not torch.allclose(tiled[0], untiled, rtol=0, atol=1e-3)
+    assert_equal_in_chunks(adapter, layout, tiled)
+
+
+def assert_equal_in_chunks(adapter, layout, expected):
+    assert expected[1].abs().amax() > 0.1
+    for found, one in zip(decode(adapter, layout, True), expected, strict=True):
+        assert torch.allclose(found, one, rtol=0, atol=ROUNDING)
+
+
+def test_ltx_video_is_checkpointed_by_the_switch_of_its_decoder():
+    adapter = adapt(ltx.make_pipeline())
+    adapter.decoder.requires_grad_(False).double()
+    layout, results, peaks = adapter.layout(**ltx.SIZE), [], []
+    for _ in range(2):
+        with measuring_memory(torch.device("cpu")) as meter:
+            results.append(decode(adapter, layout, False))
+        peaks.append(meter.peak())
+        adapter.decoder.enable_gradient_checkpointing()
+    for found, one in zip(*results, strict=True):
+        assert torch.allclose(found, one, rtol=0, atol=ROUNDING)
+    assert peaks[1] < 0.8 * peaks[0]
+
+
+def test_slices_of_the_batch_are_the_same_videos(family):
+    layout = family.adapter.layout(16, 16, family.few)
+    whole = decode(family.adapter, layout, False)
+    family.adapter.decoder.enable_slicing()
+    for found in (decode(family.adapter, layout, False), decode(family.adapter, layout, True)):
+        for one, other in zip(found, whole, strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("family", ["animatediff", "wan"], indirect=True)
+def test_a_frame_more_costs_less_memory_in_chunks(family):
+    """What is left grows: the pixels and their gradients, and what a causal decoder hands on."""
+
+    def growth(chunks):
+        peaks = []
+        for frames in (family.few, family.many):
+            layout = family.adapter.layout(16, 16, frames)
+            with measuring_memory(torch.device("cpu")) as meter:
+                decode(family.adapter, layout, chunks)
+            peaks.append(meter.peak())
+        return peaks[1] - peaks[0]
+
+    assert growth(True) < {"animatediff": 0.1, "wan": 0.4}[family.name] * growth(False)
+
+
+def test_a_forward_that_was_exchanged_is_put_back():
+    """accelerate exchanges a module's forward for its hooks."""
+    layer = torch.nn.Linear(2, 2)
+    with calls_checkpointed(layer):
+        assert "forward" in vars(layer)
+    assert "forward" not in vars(layer)
+    layer.forward = exchanged = layer.forward
+    with calls_checkpointed(layer):
+        assert layer.forward is not exchanged
+    assert layer.forward is exchanged
+
+
+def make_trainer(folder, pipeline, **options):
+    config = RLRConfig(
+        str(folder), estimator="draft", sample_num_steps=2, per_device_train_batch_size=2, max_steps=1, num_log_images=0, use_cpu=True,
+        disable_tqdm=True, save_strategy="no", **options,
+    )  # fmt: skip
+    return RLRTrainer(config, ink, lambda: ("a seven", {}), pipeline)
+
+
+def test_the_option_of_a_run(tmp_path):
+    weights = []
+    for chunks in (False, True):
+        trainer = make_trainer(tmp_path / str(chunks), animatediff.make_pipeline(), decode_in_chunks=chunks, **animatediff.SIZE)
+        assert trainer.parts.adapter.decodes_in_chunks == chunks
+        trainer.train()
+        weights.append(trainer.parts.policy.trainable_parameters())
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], rtol=0, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "message"),
+    [
+        (digits.load_pipeline, {}, "StableDiffusionPipeline: its adapter knows no chunks of frames.*reward_batch_size=1"),
+        (ltx.make_pipeline, ltx.SIZE, r"LTXPipeline: its decoder takes all frames at once.*enable_gradient_checkpointing\(\)"),
+    ],
+)
+def test_decoders_that_are_not_divided_refuse_it(tmp_path, make, size, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, make(), decode_in_chunks=True, **size)
