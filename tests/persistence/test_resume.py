@@ -308,7 +308,7 @@ def test_sigterm_saves_at_the_end_of_the_rollout_and_leaves(make, options, check
     with pytest.raises(SystemExit) as leaving:
         stopped.train()
     assert leaving.value.code == 143
-    assert "stopped after update 4; continue with resume_from_checkpoint=True" in caplog.text
+    assert "stopped after update 4, which is saved; continue with resume_from_checkpoint=True" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert saved("run") == [f"checkpoint-{updates}" for updates in checkpoints]
     assert stopped.args.save_only_model == options.get("save_only_model", False)
