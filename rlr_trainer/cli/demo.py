@@ -19,7 +19,8 @@ from rlr_trainer import digits
 from rlr_trainer.digits.rewards import digit_reward, ink
 from rlr_trainer.observing.pictures import picture_grid
 from rlr_trainer.observing.progress import RewardProgress
-from rlr_trainer.persistence.output_folder import free_folder
+from rlr_trainer.persistence.model_card import write_model_card
+from rlr_trainer.persistence.output_folder import free_folder, left_only_if_filled
 from rlr_trainer.rewards import jpeg_compressibility
 from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.trainer import RLRTrainer
@@ -54,6 +55,11 @@ def demo_config(**options: Any) -> RLRConfig:
 
 def demo(options: argparse.Namespace) -> None:
     """Trains, judges, and writes the run's files to `output_dir`."""
+    with left_only_if_filled(Path(options.output_dir)):
+        _demo(options)
+
+
+def _demo(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     target = options.target if options.reward == "digit" else None
     reward = {"ink": ink, "compressibility": jpeg_compressibility}.get(options.reward) or digit_reward(options.target)
@@ -66,11 +72,11 @@ def demo(options: argparse.Namespace) -> None:
     trainer.parts.collector.probe(trainer.parts.policy)  # in place of check_reward: a refusal should cost no pictures
     trainer.remove_callback(PrinterCallback if options.quiet else ProgressCallback)  # metrics.jsonl has what they print
     if not options.quiet:
-        trainer.add_callback(RewardProgress)
+        trainer.add_callback(RewardProgress(lines=False))
     before = trainer.generate([digits.PROMPT] * EVALUATION_SAMPLES, seed=EVALUATION_SEED)
     trainer.train()
     after = trainer.generate([digits.PROMPT] * EVALUATION_SAMPLES, seed=EVALUATION_SEED)
-    trainer.save_pretrained(folder)
+    trainer.save_model(str(folder), _internal_call=True)
     summary: dict[str, Any] = {
         "model": options.model,
         "reward": options.reward,
@@ -84,14 +90,17 @@ def demo(options: argparse.Namespace) -> None:
         "reward_queries": trainer.rewards.queries,
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
+    known = [name for name in NUMBERS if summary[f"{name}_before"] is not None]
+    write_model_card(
+        trainer, folder, scores={NUMBERS[name]: (summary[f"{name}_before"], summary[f"{name}_after"]) for name in known}
+    )
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _plot_reward(trainer.state.log_history, summary, folder / "reward.png")
     _grid_before_after({"before": before, "after": after}, summary).save(folder / "before_after.png")
     print(f"\n{estimator}, {summary['updates']} updates, {summary['reward_queries']} pictures scored")
     print(f"{'':24}{'before':>10}{'after':>10}")
-    for name, label in NUMBERS.items():
-        if summary[f"{name}_before"] is not None:
-            print(f"{label:24}{summary[f'{name}_before']:>10.3f}{summary[f'{name}_after']:>10.3f}")
+    for name in known:
+        print(f"{NUMBERS[name]:24}{summary[f'{name}_before']:>10.3f}{summary[f'{name}_after']:>10.3f}")
     print(f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_mb']} MB")
     print(f"written to {folder}: summary.json, metrics.jsonl, reward.png, before_after.png, LoRA weights")
 

@@ -11,6 +11,7 @@ from rlr_trainer.cli.settings import load_model, load_prompts, load_reward
 from rlr_trainer.digits.rewards import ink
 from rlr_trainer.observing.clips import gif_bytes
 from rlr_trainer.observing.pictures import captions, clip_grid, picture_grid, write_pictures
+from rlr_trainer.persistence.output_folder import left_only_if_filled
 from rlr_trainer.pipelines import adapt, load_pipeline
 from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.training.config import RLRConfig
@@ -45,7 +46,12 @@ def sample(options: argparse.Namespace) -> None:
     for source in options.prompts:
         dataset = DatasetPrompts(load_prompts(source, "--prompts"), 0, False, f"--prompts {source}")
         rows += [row for row in dataset.peek(len(dataset)) for _ in range(options.num_images)]
-    folder.mkdir(parents=True, exist_ok=True)  # before the work, so that none is done in vain
+    with left_only_if_filled(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # before the work, so that none is done in vain
+        _sample_and_write(options, rows, folder, old)
+
+
+def _sample_and_write(options: argparse.Namespace, rows: list[PromptRow], folder: Path, old: list[Path]) -> None:
     trainer = _trainer(options)
     prompts = [row.prompt for row in rows]
     negatives: Any = [row.negative_prompt for row in rows]
@@ -63,14 +69,18 @@ def sample(options: argparse.Namespace) -> None:
     moving = clip_grid(images, below)
     if moving:
         (folder / "grid.gif").write_bytes(gif_bytes(moving))
-    print(f"written to {folder}: {files[0]} to {files[-1]}, grid.png{' and grid.gif' if moving else ''}")
+    written = files[0] if len(files) == 1 else f"{files[0]} to {files[-1]}"
+    print(f"written to {folder}: {written}, grid.png{' and grid.gif' if moving else ''}")
     if result is not None:
         rewards, parts = result.total.tolist(), {name: values.tolist() for name, values in result.parts.items()}
         record = json.dumps({"seed": options.seed, "prompts": prompts, "files": files, "rewards": rewards, "parts": parts})
         record = json.dumps(json.loads(record, parse_constant=lambda _: None), indent=1)  # JSON has no NaN: it becomes null
         (folder / "rewards.json").write_text(record + "\n", encoding="utf-8")
         count = len(rewards) - int(result.total.isnan().sum())
-        print(f"mean reward {result.total.nanmean():.4g} of {count} pictures; all are in rewards.json")
+        word = "videos" if images.dim() == 5 else "pictures"
+        print(
+            f"mean reward {result.total.nanmean():.4f}, over {count} {word[:-1] if count == 1 else word}; all are in rewards.json"
+        )
 
 
 def _trainer(options: argparse.Namespace) -> RLRTrainer:

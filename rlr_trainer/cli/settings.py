@@ -23,6 +23,7 @@ from trl import TrlParser
 from rlr_trainer import digits, rewards
 from rlr_trainer.cli.video_rewards import NAMES, load_video_reward
 from rlr_trainer.digits.rewards import digit_reward, ink
+from rlr_trainer.observing.progress import announce
 from rlr_trainer.rewards.neural import named
 from rlr_trainer.rollouts.prompt_sets import PROMPT_SETS, prompt_set
 from rlr_trainer.rollouts.prompts import FILE_LOADERS, open_dataset
@@ -33,6 +34,21 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "ink": ink,
     "jpeg_compressibility": rewards.jpeg_compressibility,
     "jpeg_incompressibility": rewards.jpeg_incompressibility,
+}
+# What stands first in the help, in this order; with a text where that of TrainingArguments is long.
+MOST_USED = {
+    **dict.fromkeys(("model", "reward", "prompts", "eval_prompts", "output_dir", "overwrite", "estimator"), ""),
+    "max_steps": "Updates; -1: as num_train_epochs says.",
+    "per_device_train_batch_size": "Pictures per process and backward pass; times gradient_accumulation_steps those of an update.",
+    "gradient_accumulation_steps": "Backward passes per update.",
+    "learning_rate": "",
+    "lr_scheduler_type": "Schedule of the learning rate: linear falls to 0 at the end of the run, constant stays.",
+    **dict.fromkeys(("sample_num_steps", "sample_guidance_scale", "lora_r", "save_steps", "log_images_steps"), ""),
+    "eval_strategy": "When eval_prompts are evaluated: no, steps or epoch.",
+    "eval_steps": "Updates between two evaluations.",
+    "seed": "Of everything random.",
+    "bf16": "Compute in bfloat16.",
+    "use_cpu": "No GPU, even if there is one.",
 }
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -102,6 +118,11 @@ def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[R
     return run, config
 
 
+def read_keys(path: str | Path | None) -> list[str]:
+    """The keys that a file has; none without one."""
+    return [] if path is None else list(_read_file(path, _parser()))
+
+
 def _read_file(path: str | Path, parser: TrlParser) -> dict[str, Any]:
     """The file's keys and values, as defaults of the parser.
 
@@ -149,11 +170,18 @@ def help_on_keys() -> str:
     parser = _parser()
     for action in parser._actions:
         action.option_strings = action.option_strings[:1]  # without the spelling with "-"
-        if action.dest in theirs:
+        if MOST_USED.get(action.dest):
+            action.help = MOST_USED[action.dest]
+            action.metavar = action.dest.upper()  # in place of a long list of choices
+        elif action.dest in theirs:
             action.help = argparse.SUPPRESS
         if action.default is None:
             action.default = argparse.SUPPRESS  # its help says what is done then
-    names = " ".join(f"--{name}" for name in theirs)
+    first, others = parser.add_argument_group("most used"), parser.add_argument_group("all others of RLRConfig")
+    first._group_actions = [action for name in MOST_USED for action in parser._actions if action.dest == name]
+    others._group_actions = [action for action in parser._actions if action.dest not in MOST_USED]
+    parser._action_groups = [first, others]
+    names = " ".join(f"--{name}" for name in theirs if name not in MOST_USED)
     parser.epilog = f"Options of transformers.TrainingArguments, which its documentation explains: {names}"
     return parser.format_help()
 
@@ -187,6 +215,7 @@ def build_trainer(
     if callable(eval_prompts):
         raise SettingsError(f"eval_prompts={run.eval_prompts!r}: is a function, but must be prompts, so that all are evaluated")
     functions = [load_reward(name) for name in run.reward or ()] if functions is None else functions
+    announce(f"loading the model {run.model}", bool(config.disable_tqdm))
     return RLRTrainer(
         config,
         functions if len(functions) > 1 else functions[0],

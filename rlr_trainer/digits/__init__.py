@@ -57,6 +57,10 @@ def load_pipeline(model: str | Path = "digits") -> "DiffusionPipeline":
         # low_cpu_mem_usage=False fills float32 modules, whatever the precision of the files; the argument for the
         # precision is called torch_dtype in older versions and dtype in newer ones
         pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, **absent)
+    if str(model) in MODELS:
+        pipeline.register_to_config(
+            _name_or_path=str(model)
+        )  # what records and model cards call it, in place of this machine's path
     pipeline.set_progress_bar_config(disable=True)
     if absent.keys() >= {"text_encoder_3", "tokenizer_3"}:
         # training and sampling encode prompts by this method; the 256 zero rows that stand for T5 would be 8 of 9 of the tokens

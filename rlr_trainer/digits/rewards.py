@@ -24,4 +24,5 @@ def digit_reward(target: int) -> Callable[[Tensor, tuple[str, ...], tuple[Any, .
             return digit(images.flatten(0, 1), prompts, metadata).unflatten(0, images.shape[:2]).mean(1)
         return classifier(images).softmax(dim=-1)[:, target]
 
+    digit.__name__ = f"digit_{target}"  # a name that every tracker takes; several of them are told apart
     return digit

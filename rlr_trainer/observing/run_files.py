@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from rlr_trainer.observing.callbacks import RLRCallback
+from rlr_trainer.observing.lines import CLOSING
 from rlr_trainer.persistence.checkpoints import CheckpointStore
 from rlr_trainer.persistence.run_state import OPTIMIZER_ARGUMENTS
 
@@ -24,7 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 REWARDS_FILE = "rewards.jsonl"
 RUN_FILE = "run.json"
 RUN_FORMAT = 1
-CLOSING = "train_runtime"  # is in the line that Trainer logs when training ends, and in no other
+RECORDED = ("model", "rewards", "reward_functions", "eval_rewards", "prompts", "plan", "device", "processes")
 PLACES = {"output_dir", "logging_dir", "run_name", "overwrite", "resume_from_checkpoint"}  # where, not what is computed
 
 
@@ -106,7 +107,7 @@ def _changes(run: dict[str, Any], resumed: list[dict[str, Any]], facts: dict[str
 
 
 def _named(facts: dict[str, Any]) -> dict[str, Any]:
-    single = {name: facts.get(name) for name in ("model", "rewards", "eval_rewards", "plan", "device", "processes")}
+    single = {name: facts.get(name) for name in RECORDED}
     return single | facts["options"] | facts["changed"] | facts["versions"]
 
 

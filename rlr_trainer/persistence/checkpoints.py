@@ -65,13 +65,16 @@ class CheckpointStore:
                 self._remove_aside()
         except Exception as error:  # torch and safetensors report a full disk as errors of their own kinds
             shutil.rmtree(aside, ignore_errors=True)
-            complete = [path.name for path in self.checkpoints()]
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             raise OSError(
                 f"cannot write {self.folder / name} ({error}); {free / 1e9:.3g} GB are free there. "
-                + (f"The run can go on from {complete[-1]}" if complete else "No checkpoint was written before")
-                + "; make room, set save_total_limit, or choose another output_dir"
+                f"{self.way_on()}; make room, set save_total_limit, or choose another output_dir"
             ) from error
+
+    def way_on(self) -> str:
+        """What a run that ended can go on from, in words."""
+        names = [path.name for path in self.checkpoints()]
+        return f"The run can go on from {names[-1]}" if names else "No checkpoint was written before"
 
     def last_complete(self) -> Path:
         """The newest checkpoint that can be used; damaged ones are passed over with a warning.

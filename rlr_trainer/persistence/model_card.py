@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,18 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
-CLIPS_FILE = "clips.gif"
-_USE = """```python
-from diffusers import {imports}{pipeline}{import_export}
+from rlr_trainer import __version__
 
-pipe = {pipeline}.from_pretrained({source}){scheduler}{load}
+GRIDS = {
+    ".png": "samples.png",
+    ".gif": "clips.gif",
+}  # of the pictures, or videos, of fixed prompts: what they are called beside the card
+BUNDLED = re.compile(r"digits(-flow)?")  # models that are no folder of their own
+EVALUATION = re.compile(r"eval_(?:.+_)?reward(?:s/.+/mean)?")
+_USE = """```python
+{import_pipeline}{import_export}
+
+pipe = {made_by}{scheduler}{load}
 {made} = pipe("a prompt", num_inference_steps={steps}, {guidance_argument}={guidance}{eta}{frames}).{output}[0]{export}
 ```"""
 _IMPORT = "\nfrom diffusers.utils import export_to_gif"
@@ -28,15 +36,15 @@ _DDIM = "\npipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{clip
 _BODY = """
 # {title}
 
-{base_sentence} fine-tuned on a reward with [rlr_trainer](https://pypi.org/project/rlr-trainer/), estimator `{estimator}`.
+{base_sentence} fine-tuned on a reward with rlr_trainer {version}, estimator `{estimator}`.
 
 ## Use
 
 {use}
-{clips}
+{results}
 ## Training
 
-{updates} updates, {queries} pictures scored by {rewards}.{last}
+{updates} updates, {queries} pictures scored by {rewards}, for {prompts}.{last}
 
 | option | value |
 |---|---|
@@ -51,9 +59,14 @@ Recursive Likelihood Ratio optimizer, "{paper}", [arXiv:{arxiv}](https://arxiv.o
 
 
 def write_model_card(
-    trainer: Any, folder: Path, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    trainer: Any,
+    folder: Path,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
+    scores: Mapping[str, tuple[float, float]] | None = None,
 ) -> None:
-    """Writes `folder/README.md` for the weights of `trainer`, from the main process."""
+    """Writes `folder/README.md` for the weights of `trainer`, from the main process; `scores`, name -> (before, after), stand in it."""
     if not trainer.is_world_process_zero():
         return
     args, num_frames = trainer.args, trainer.parts.layout.num_frames
@@ -66,11 +79,9 @@ def write_model_card(
     own = samplers.get(type(scheduler).__name__)
     is_ddim = (own if args.sampler == "auto" else args.sampler) == "ddim"
     use = _USE.format(
-        pipeline=type(trainer.adapter.pipeline).__name__,
-        source=_quoted((base or "the base pipeline") if trainer.use_lora else repository),
+        **_loading(type(trainer.adapter.pipeline).__name__, base if trainer.use_lora else repository, is_ddim),
         load="\n" + trainer.adapter.lora_snippet(_quoted(repository)) if trainer.use_lora else "",
         steps=args.sample_num_steps,
-        imports="DDIMScheduler, " if is_ddim else "",
         scheduler=_DDIM.format(clip=clip) if is_ddim else "",
         guidance_argument=trainer.adapter.guidance_argument,
         guidance=args.sample_guidance_scale,
@@ -81,13 +92,15 @@ def write_model_card(
     options = args.rlr_options() | {"learning_rate": args.learning_rate, "max_grad_norm": args.max_grad_norm, "seed": args.seed}
     body = _BODY.format(
         title=_plain_text(name),
-        base_sentence=_code(base) if base else "A diffusion pipeline",
+        base_sentence=_code(_without_folders(base)) if base else "A diffusion pipeline",
+        version=__version__,
         estimator=args.estimator,
         use=use,
-        clips="" if num_frames is None else _copy_clips(Path(args.output_dir) / "samples", folder, trainer.state.global_step),
+        results=_results(trainer, folder, scores or {}),
         updates=trainer.state.global_step,
         queries=trainer.rewards.queries * trainer.accelerator.num_processes,
         rewards=", ".join(map(_code, trainer.rewards.names)),
+        prompts=_of_prompts(trainer.parts.described_prompts),
         last=f" Mean reward of the first rollout {rewards[0]:.4g}, of the last {rewards[-1]:.4g}." if rewards else "",
         options="\n".join(f"| `{option}` | {_code(value)} |" for option, value in options.items() if value is not None),
         torch=torch.__version__,
@@ -100,7 +113,7 @@ def write_model_card(
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image" if num_frames is None else "text-to-video",
-        base_model=base if base and not Path(base).exists() else None,
+        base_model=base if base and not Path(base).exists() and not BUNDLED.fullmatch(base) else None,
         datasets=[dataset_name] if dataset_name else None,
         tags=sorted({*trainer._tag_names, *own_tags}),
     )
@@ -121,14 +134,58 @@ def _output_of(num_frames: int | None) -> dict[str, str]:
     }
 
 
-def _copy_clips(samples: Path, folder: Path, updates: int) -> str:
-    """Puts the last grid of clips of the fixed prompts (docs/logging.md) beside the card; Markdown that shows it, or nothing without one."""
-    grids = [path for path in sorted(samples.glob("step_*.gif")) if path.stem[5:].isdigit() and int(path.stem[5:]) <= updates]
-    if not grids:
-        return ""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(grids[-1], folder / CLIPS_FILE)
-    return f"\n![Clips of fixed prompts after {int(grids[-1].stem[5:])} updates, with their rewards]({CLIPS_FILE})\n"
+def _loading(pipeline: str, source: str, is_ddim: bool) -> dict[str, str]:
+    """The code that loads the base pipeline, and its import."""
+    scheduler = "DDIMScheduler" if is_ddim else ""
+    if BUNDLED.fullmatch(source):
+        imported = ["from rlr_trainer import digits", *([f"from diffusers import {scheduler}"] if scheduler else [])]
+        return {"import_pipeline": "\n".join(sorted(imported)), "made_by": f"digits.load_pipeline({_quoted(source)})"}
+    names = ", ".join(filter(None, (scheduler, pipeline)))
+    where = f"path/to/{_without_folders(source)}" if Path(source).is_absolute() else source or "the base pipeline"
+    return {"import_pipeline": f"from diffusers import {names}", "made_by": f"{pipeline}.from_pretrained({_quoted(where)})"}
+
+
+def _without_folders(source: str) -> str:
+    """A name or hub id as it is; of an absolute path the last part: the others say nothing to a reader elsewhere."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _of_prompts(described: Mapping[str, Any]) -> str:
+    if "rows" not in described:
+        return f"prompts of the function {_code(described['function'])}"
+    first, rows = described["first"][0], described["rows"]
+    return f"the prompt {_code(first)}" if rows == 1 else f"{rows} prompts, the first of them {_code(first)}"
+
+
+def _results(trainer: Any, folder: Path, scores: Mapping[str, tuple[float, float]]) -> str:
+    """Pictures of the fixed prompts, and scores that were not trained on: of evaluations the first and the last."""
+    history = [row for row in trainer.state.log_history if any(map(EVALUATION.fullmatch, row))]
+    values = {
+        name: [row[name] for row in history if name in row]
+        for name in dict.fromkeys(name for row in history for name in row if EVALUATION.fullmatch(name))
+    }
+    rows = [(name, f"{before:.4g}", f"{after:.4g}") for name, (before, after) in scores.items()]
+    rows += [(name, f"{found[0]:.4g}", f"{found[-1]:.4g}") for name, found in values.items()]
+    table = "".join(f"| {_code(name)} | {first} | {last} |\n" for name, first, last in rows)
+    shown = _copy_grid(Path(trainer.args.output_dir) / "samples", folder, trainer.state.global_step)
+    if table:
+        kind = "before and after the training" if scores else "the first evaluation and the last"
+        shown += f"\nScores, {kind}:\n\n| score | first | last |\n|---|---|---|\n{table}"
+    return shown
+
+
+def _copy_grid(samples: Path, folder: Path, updates: int) -> str:
+    """Puts the last grid of the fixed prompts (docs/logging.md) beside the card; Markdown that shows it, or nothing without one."""
+    for ending in (".gif", ".png"):  # a grid of videos is there as strips, too
+        grids = [
+            path for path in sorted(samples.glob(f"step_*{ending}")) if path.stem[5:].isdigit() and int(path.stem[5:]) <= updates
+        ]
+        if grids:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(grids[-1], folder / GRIDS[ending])
+            what = "Clips" if ending == ".gif" else "Pictures"
+            return f"\n![{what} of fixed prompts after {int(grids[-1].stem[5:])} updates, with their rewards]({GRIDS[ending]})\n"
+    return ""
 
 
 def _one_line(value: Any) -> str:

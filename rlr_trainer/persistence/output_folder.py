@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlr_trainer.persistence.checkpoints import CheckpointError, CheckpointStore
@@ -14,8 +16,29 @@ RUN_MARKS = ("checkpoint-*", "metrics.jsonl", "*.safetensors", "model_index.json
 
 def run_in(folder: Path) -> str:
     """What says that a run lives in a folder; empty if nothing does."""
-    found = [path.name for mark in RUN_MARKS for path in sorted(folder.glob(mark))] if folder.is_dir() else []
+    found = (
+        [path.name for mark in RUN_MARKS for path in sorted(folder.glob(mark)) if not _is_empty(path)] if folder.is_dir() else []
+    )
     return ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+
+
+def _is_empty(path: Path) -> bool:
+    """An empty file, such as the log of a run that failed before its first line: nothing is lost with it."""
+    return path.is_file() and path.stat().st_size == 0
+
+
+@contextlib.contextmanager
+def left_only_if_filled(folder: Path) -> Iterator[None]:
+    """What fails inside leaves no empty folder behind: `folder`, and those above it that were not there either, are removed again."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        for path in () if done else absent:
+            with contextlib.suppress(OSError):  # it holds something, or was never made
+                path.rmdir()
 
 
 def free_folder(folder: Path, overwrite: bool, trained_before: bool, may_number: bool) -> Path:

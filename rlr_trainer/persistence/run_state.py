@@ -31,7 +31,6 @@ COMPARED_ARGUMENTS = (
 )
 # Options that say where and when, not what is computed: a resumed run may change them without a word.
 FREE_OPTIONS = {"overwrite", "log_estimator_norms", "log_images_steps", "num_log_images", "check_reward", "offload_rollouts"}
-REWARDS = "reward_function"  # an argument, compared like the options by the names of the functions
 _ONE_OPTIMIZER = {"adamw_torch", "adamw_torch_fused"}  # the same state
 
 
@@ -92,10 +91,10 @@ class RunState:
                 part.load_state_dict(state["parts"][name])
 
 
-def compared_settings(config: Any, rewards: list[str]) -> str:
-    """What a checkpoint keeps, as JSON, to compare it with the run that resumes it: options, and the names of the rewards."""
+def compared_settings(config: Any, trained_on: Mapping[str, Any]) -> str:
+    """What a checkpoint keeps, as JSON, to compare it with the run that resumes it: options, and the arguments `trained_on` in words."""
     settings = config.rlr_options() | {name: getattr(config, name) for name in COMPARED_ARGUMENTS}
-    return json.dumps(settings | {REWARDS: rewards}, default=str)
+    return json.dumps(settings | dict(trained_on), default=str)
 
 
 def compare(stored: str, present: str) -> Changes:

@@ -196,6 +196,10 @@ class DatasetPrompts:
         places = [divmod(position, len(self)) for position in range(self.taken, self.taken + count)]
         return [self._row(_order(self.seed, epoch, len(self))[offset] if self.shuffle else offset) for epoch, offset in places]
 
+    def head(self, count: int) -> list[PromptRow]:
+        """The first rows of the dataset, `count` at most, in its own order."""
+        return [self._row(number) for number in range(min(count, len(self)))]
+
     @contextlib.contextmanager
     def borrowed(self) -> Iterator[DatasetPrompts]:
         """Prompts as the training would get them next, without moving its position; the global generators are kept."""

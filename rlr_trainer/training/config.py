@@ -74,6 +74,7 @@ class RLRConfig(TrainingArguments):
         ValueError: an option outside its range, or a combination that cannot be; names field, value, rule and way out.
     """
 
+    save_steps_chosen = False  # whether save_steps was given; no field: it is no option
     _from_trl = False  # whether output_dir was made of a TRL config; no field: it is no option
 
     # Of a union of three types and more, transformers.HfArgumentParser and trl.TrlParser take the second: it must be str.
@@ -271,7 +272,9 @@ class RLRConfig(TrainingArguments):
     weight_decay: float = _option(1e-4, "Weight decay of AdamW (DDPO's default).")
     num_train_epochs: float = _option(100, "Epochs: rollouts without a dataset, passes over the prompts with one.")
     logging_steps: float = _option(1, "Updates between two log lines.")
-    save_steps: float = _option(100, "Updates between two checkpoints.")
+    save_steps: float = _option(
+        None, "Updates between two checkpoints. Default: a quarter of the run, 100 at most; the last update is always saved."
+    )
     report_to: list[str] | str | None = _option("none", "Trackers: tensorboard, wandb, trackio, mlflow, ..., all or none.")
 
     def __post_init__(self) -> None:
@@ -283,6 +286,9 @@ class RLRConfig(TrainingArguments):
             self.max_grad_norm = 0.0  # how transformers 5 writes "no limit"
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_reward"  # Trainer's default is a loss, which no evaluation here has
+        self.save_steps_chosen = self.save_steps is not None
+        if self.save_steps is None:
+            self.save_steps = 100  # until the length of the run is known
         super().__post_init__()
         if self.sample_batch_size is None:
             self.sample_batch_size = self.per_device_train_batch_size

@@ -205,10 +205,15 @@ class FixedPictures:
         repeats = [self.count // len(rows) + (number < self.count % len(rows)) for number in range(len(rows))]
         return [(row, stream(i, j)) for i, row in enumerate(rows) for j in range(repeats[i])]
 
-    def take(self, model: nn.Module, seed: int) -> FixedSamples:
+    @property
+    def batches(self) -> int:
+        """Sampling batches that they take."""
+        return -(-self.count // (self.evaluator.batch_size * self.evaluator.processes.count))
+
+    def take(self, model: nn.Module, seed: int, on_batch: Callable[[], None] | None = None) -> FixedSamples:
         """The pictures of the present policy, scored; collective."""
         rows, streams = zip(*self.rows(), strict=True)
-        values, images = self.evaluator.score(model, rows, streams, seed, "the pictures for the log", keep=True)
+        values, images = self.evaluator.score(model, rows, streams, seed, "the pictures for the log", on_batch=on_batch, keep=True)
         assert images is not None
         return FixedSamples(images, [row.prompt for row in rows], values[:, 0])
 

@@ -22,6 +22,8 @@ from rlr_trainer.estimators.prediction import FP16_LOSS_SCALE
 from rlr_trainer.observing.callbacks import BetweenRollouts
 from rlr_trainer.observing.pictures import FixedSamples, SampleLog
 from rlr_trainer.observing.run_files import RunFiles
+from rlr_trainer.persistence.descriptions import in_words
+from rlr_trainer.persistence.provenance import describe_function, describe_prompts
 from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared_settings
 from rlr_trainer.persistence.weights import Weights
 from rlr_trainer.pipelines import Policy, adapt, cast_frozen, load_pipeline
@@ -92,8 +94,13 @@ class Parts:
         )
         self.prompts = _prompts(config, prompt_function, train_dataset)
         self.eval_prompts = eval_source(eval_dataset)
+        self.arguments: dict[str, Any] | None = None  # of the command line, for the record
+        # described before they are used: a function may count its calls
+        self.described = [describe_function(function) for function in self.rewards.functions]
+        self.described_prompts = describe_prompts(self.prompts)
         self.chosen: dict[str, int] = {}  # in place of "auto"
         self.reasons: dict[str, str] = {}  # why
+        self.reward_notes: list[str] = []  # what was seen when the reward was tried
         check_rewards(self.rewards, config, config.plan, config.world_size, same and self.eval_prompts is not None)
         pipeline = load_pipeline(sd_pipeline) if isinstance(sd_pipeline, str | Path) else sd_pipeline
         names.check_pipeline(pipeline)
@@ -189,7 +196,7 @@ class Parts:
             check_best_metric(config, self.evaluator, self.eval_prompts)
         self.run_files = RunFiles(self.facts)
         self.termination = StopOnTermination(accelerator, lambda: bool(self.queue))
-        self.run_state = RunState(self._stateful(), lambda: compared_settings(config, self.rewards.names))
+        self.run_state = RunState(self._stateful(), lambda: compared_settings(config, self._trained_on()))
 
     def observers(self, fixed_samples: Callable[[], FixedSamples], trackers: Callable[[], Any]) -> list[TrainerCallback]:
         """What watches every run, in the order in which it must be told. `fixed_samples` makes the pictures that `trackers` get."""
@@ -246,8 +253,12 @@ class Parts:
         libraries = ("torch", "transformers", "diffusers", "trl", "peft", "accelerate")
         return {
             "model": self.policy.config.name_or_path or type(self.adapter.pipeline).__name__,
+            "arguments": self.arguments,
             "rewards": self.rewards.names,
+            "reward_functions": self.described,
             "eval_rewards": self.eval_rewards.names,
+            "prompts": self.described_prompts,
+            "reward_notes": self.reward_notes,
             "plan": str(self.plan) + ("" if self.windows is None else FIRST_WINDOW),
             "chosen": {name: {"value": value, "reason": self.reasons.get(name)} for name, value in self.chosen.items()},
             "options": self.config.rlr_options(),
@@ -389,6 +400,14 @@ class Parts:
             "old_policy": self.old_policy,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+    def _trained_on(self) -> dict[str, Any]:
+        """The arguments that a resumed run is compared with, in words."""
+        rewards, prompts = list(map(in_words, self.described)), in_words(self.described_prompts)
+        if self.arguments is not None:  # shorter names for the same, but for code that may change
+            codes = (f", code {one['code']}" if "code" in one else "" for one in self.described)
+            rewards = [f"{name}{code}" for name, code in zip(self.arguments["reward"], codes, strict=True)]
+        return {"reward_function": "; ".join(rewards), "prompts": prompts}
 
     def _progress(self) -> dict[str, Any]:
         return {

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
+from transformers.utils import is_in_notebook
 
-from rlr_trainer.observing.pictures import thumbnails, vector_diversity
-from rlr_trainer.observing.progress import RolloutBar
+from rlr_trainer.observing.pictures import FixedSamples, thumbnails, vector_diversity
+from rlr_trainer.observing.progress import RolloutBar, announce
 from rlr_trainer.observing.trackers import HookTracker, connect_accelerator
 from rlr_trainer.persistence.checkpoints import CheckpointStore, check
 from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder
 from rlr_trainer.rewards.motion import mean_frame_difference
+from rlr_trainer.rewards.training_mode import layers_in_training_mode, warning_of
 from rlr_trainer.rollouts.batches import RolloutSummary
 from rlr_trainer.rollouts.collector import Collector
 from rlr_trainer.rollouts.micro_batches import micro_batch_rows
@@ -30,6 +32,7 @@ from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.training.config import AUTO, RLRConfig
 from rlr_trainer.training.evaluator import eval_source
 from rlr_trainer.training.parts import FIRST_WINDOW
+from rlr_trainer.training.saving import save_steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,25 +74,49 @@ def start(trainer: Any, resume_from_checkpoint: str | bool | int | None, epochs:
     if resume_from_checkpoint:
         folder = _checkpoint_to_resume(trainer, resume_from_checkpoint)
         parts.run_state.load(folder, parts.has_own_optimizer)
-        trainer._resumed_at = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+        stored = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        trainer._resumed_at = stored.global_step
+        if not args.save_steps_chosen and stored.save_steps:
+            args.save_steps = stored.save_steps
     else:
         folder, trainer._resumed_at = None, 0
+        if not args.save_steps_chosen:
+            args.save_steps = save_steps_of(args, updates_of(args, parts.collector))
         parts.begin_anew()
         taken, before = Path(args.output_dir), trainer.state.global_step > 0
-        args.output_dir = str(_everywhere(trainer, lambda: free_folder(taken, args.overwrite, before, args.output_dir_is_default)))
+        may_number = args.output_dir_is_default or is_in_notebook()  # there a cell is run again, and must not need another folder
+        args.output_dir = str(_everywhere(trainer, lambda: free_folder(taken, args.overwrite, before, may_number)))
         _connect_trackers(trainer)
         if args.check_reward:
-            parts.collector.probe(trainer.model)
+            announce("trying the reward on pictures of noise", is_quiet(trainer))
+            _try_reward(trainer)
     if not resume_from_checkpoint or parts.unchosen():  # "auto" may be new: the checkpoint's run had no need to choose
         _choose_plan(trainer)
     return None if folder is None else str(folder)
 
 
+def name_the_way_on(trainer: Any, error: Exception) -> None:
+    """Adds to an error that ended a training what can be resumed."""
+    said = CheckpointStore(trainer.args.output_dir).way_on()
+    if said not in str(error):
+        more = ": resume_from_checkpoint=True" if "can go on" in said else f"; one was due every {trainer.state.save_steps} updates"
+        error.add_note(f"The training ended after {trainer.state.global_step} updates. {said}{more}.")
+
+
+def _try_reward(trainer: Any) -> None:
+    """Calls the reward on pictures of noise; what it does wrong is an error, or what `run.json` and the report say."""
+    parts = trainer.parts
+    with layers_in_training_mode([trainer.model, *parts.adapter.frozen_modules, parts.adapter.decoder]) as found:
+        parts.collector.probe(trainer.model)
+    parts.reward_notes = [warning_of(found, ", ".join(parts.rewards.names))] if found else []
+    if found and trainer.is_world_process_zero():
+        logger.warning("%s", parts.reward_notes[0])
+
+
 def start_rollout(trainer: Any, model: nn.Module) -> None:
     """Collects a rollout, tells who wants to know, and fills the queue of micro-batches."""
     parts, args, rollout = trainer.parts, trainer.args, trainer.parts.rollouts_done
-    quiet = args.disable_tqdm or not trainer.is_local_process_zero()
-    with RolloutBar(args.sample_num_batches_per_epoch, trainer.plan.num_steps, quiet) as bar:
+    with RolloutBar(args.sample_num_batches_per_epoch, trainer.plan.num_steps, is_quiet(trainer)) as bar:
         batches, summary = parts.collector.collect(model, rollout, bar.step)
     parts.updater.begin(batches, summary.valid_fraction)
     parts.metrics.add(summary.metrics | diversity(summary, parts.processes) | motion(summary, parts.processes))
@@ -102,6 +129,18 @@ def start_rollout(trainer: Any, model: nn.Module) -> None:
     size, epochs = args.per_device_train_batch_size, args.num_inner_epochs
     parts.queue.fill(batches, micro_batch_rows(args.rollout_size, size, epochs, args.seed, rollout))
     parts.rollouts_done += 1
+
+
+def is_quiet(trainer: Any) -> bool:
+    """Whether this process shows no progress."""
+    return bool(trainer.args.disable_tqdm) or not trainer.is_local_process_zero()
+
+
+def take_pictures(trainer: Any) -> FixedSamples:
+    """The pictures of fixed prompts and noise, under a bar. Collective."""
+    pictures = trainer.parts.pictures
+    with RolloutBar(pictures.batches, 1, is_quiet(trainer), "pictures of fixed prompts") as bar:
+        return pictures.take(present_model(trainer), trainer.args.seed, lambda: bar.step(0))
 
 
 def trackers(trainer: Any) -> HookTracker:
@@ -176,13 +215,23 @@ def without_an_epoch_too_many(values: tuple[Any, ...], resumed_at: int) -> tuple
     return min(epochs, resumed_at // updates_per_epoch), *values[1:]
 
 
-def placeholders(args: RLRConfig, collector: Collector) -> DataLoader:
-    """One placeholder per micro-batch of an epoch: one rollout, or as many as a pass over a dataset's prompts takes."""
+def updates_per_epoch(args: RLRConfig, collector: Collector) -> int:
+    """Those of one rollout, or of as many as a pass over a dataset's prompts takes."""
     rollouts = 1
     if isinstance(collector.prompts, DatasetPrompts):
         samples = len(collector.prompts) * collector.samples_per_prompt
         rollouts = -(-samples // (args.rollout_size * collector.processes.count))
-    count = rollouts * args.updates_per_rollout * args.gradient_accumulation_steps
+    return rollouts * args.updates_per_rollout
+
+
+def updates_of(args: RLRConfig, collector: Collector) -> int:
+    """Of the whole run."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch(args, collector))
+
+
+def placeholders(args: RLRConfig, collector: Collector) -> DataLoader:
+    """One placeholder per micro-batch of an epoch: one rollout, or as many as a pass over a dataset's prompts takes."""
+    count = updates_per_epoch(args, collector) * args.gradient_accumulation_steps
     numbers: Any = [{"micro_batch": number} for number in range(count)]  # Trainer counts them, the rollout makes the micro-batches
     return DataLoader(numbers, collate_fn=operator.itemgetter(0), generator=torch.Generator())
 

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from rlr_trainer.observing.callbacks import RolloutCallbackHandler
-from rlr_trainer.observing.monitor import RewardHackingMonitor
+from rlr_trainer.observing.monitor import DeadSignalMonitor, RewardHackingMonitor
 from rlr_trainer.observing.pictures import FixedSamples
+from rlr_trainer.observing.progress import bars_closed, in_own_form
 from rlr_trainer.persistence.hub import HubUploads
 from rlr_trainer.persistence.model_card import write_model_card
 from rlr_trainer.persistence.run_state import follow_schedule, load_generators_of_main_process
@@ -85,14 +86,16 @@ class RLRTrainer(TRLBaseTrainer):
             own_config(config), reward_function, prompt_function, sd_pipeline,
             train_dataset, eval_dataset, peft_config, eval_reward_function,
         )  # fmt: skip
+        pictures = self.parts.config.rollout_size * self.parts.config.world_size
         let_gloo_finish_at_exit()
         super().__init__(
             self.parts.policy, self.parts.config, operator.itemgetter(0), train_dataset, eval_dataset,
-            callbacks=[RewardHackingMonitor(), *(callbacks or [])], optimizers=optimizers,
+            callbacks=[RewardHackingMonitor(), DeadSignalMonitor(pictures), *(callbacks or [])], optimizers=optimizers,
         )  # fmt: skip
         self.parts.connect(self.accelerator, optimizers[0], own_evaluation=type(self).evaluate is not RLRTrainer.evaluate)
         self.uploads = HubUploads(self, self.parts.processes)
         observers = self.parts.observers(self.fixed_samples, lambda: running.trackers(self))
+        self.callback_handler.callbacks = in_own_form(self.callback_handler.callbacks)
         self.callback_handler = RolloutCallbackHandler(self.callback_handler, observers)
         running.prepare(self)
 
@@ -124,11 +127,15 @@ class RLRTrainer(TRLBaseTrainer):
 
         Raises:
             ValueError: `output_dir` holds another run; CheckpointError: the checkpoint cannot be used.
-            SystemExit: SIGTERM came; a checkpoint was saved (exit code 143).
+            SystemExit: SIGTERM came; a checkpoint was saved (exit code 143). KeyboardInterrupt: Ctrl-C came; the same.
         """
         folder = running.start(self, resume_from_checkpoint, epochs)
-        with self.parts.termination.taken():
-            output = super().train(folder, trial, ignore_keys_for_eval)
+        try:
+            with self.parts.termination.taken(), bars_closed(self.callback_handler.callbacks):
+                output = super().train(folder, trial, ignore_keys_for_eval)
+        except Exception as error:
+            running.name_the_way_on(self, error)
+            raise
         self.uploads.at_end()
         return output
 
@@ -213,7 +220,7 @@ class RLRTrainer(TRLBaseTrainer):
 
     def fixed_samples(self) -> FixedSamples:
         """`num_log_images` pictures of the same prompts and noise every time. Collective."""
-        return self.parts.pictures.take(running.present_model(self), self.args.seed)
+        return running.take_pictures(self)
 
     # ---- saving and loading ----
 

@@ -48,7 +48,7 @@ def steps():
 def test_a_run_is_trained_refused_and_resumed(capsys):
     arguments = [*TRAIN, "--save_steps", "1"]
     assert main([*arguments, "--max_steps=2", "--fo-steps", "1"]) == 0
-    assert "written to out: the trained weights, README.md, metrics.jsonl\n" in capsys.readouterr().out
+    assert "written to out: the trained weights, README.md, run.yaml, metrics.jsonl\n" in capsys.readouterr().out
     assert json.loads(Path("out/rlr_config.json").read_text())["fo_steps"] == 1
     assert steps() == [1, 2]
     assert Path("out/pytorch_lora_weights.safetensors").is_file()
@@ -65,10 +65,10 @@ def test_a_run_is_trained_refused_and_resumed(capsys):
     [
         (["--fo_step", "1"], 2, "unknown key 'fo_step'; did you mean 'fo_steps'?"),
         (["--config", "nothing.yaml"], 2, "nothing.yaml: cannot be read"),
-        (["--eval_prompts", "os:getcwd"], 2, "eval_prompts='os:getcwd': is a function"),
-        (["--max_steps", "0"], 1, "max_steps=0: must be a number of updates, or -1"),
-        (["--fo_steps", "9"], 1, "fo_steps=9: K must lie between 0 and the number of steps, 2"),
-        (["--reward", "good"], 1, "reward='good': must be ink"),
+        (["--eval_prompts", "os:getcwd"], 2, "--eval_prompts os:getcwd: is a function"),
+        (["--max_steps", "0"], 1, "--max_steps 0: must be a number of updates, or -1"),
+        (["--fo_steps", "9"], 1, "--fo_steps 9: K must lie between 0 and the number of steps, 2"),
+        (["--reward", "good"], 1, "--reward good: must be ink"),
         (["--model", "nowhere/at_all"], 1, "cannot be loaded"),
         (["--resume", "nowhere"], 1, "--resume nowhere: no such folder"),
         (["--resume", "--output_dir", "empty"], 1, "'empty' holds no complete checkpoint"),
@@ -146,6 +146,38 @@ def test_an_interrupted_run_names_the_checkpoint_to_go_on_from(capsys):
     assert not list(Path("out").glob("*.safetensors"))
 
 
+def test_an_error_names_the_checkpoint_to_go_on_from_and_a_failure_leaves_no_folder(capsys):
+    Path("breaking.py").write_text(
+        "calls = []\n"
+        "def reward(images, prompts, metadata):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 2:\n"
+        "        raise ValueError('no more')\n"
+        "    return images.mean(dim=(1, 2, 3))\n"
+    )
+    assert main([*TRAIN, "--reward", "breaking:reward", "--max_steps", "4"]) == 1  # saves after every update
+    assert capsys.readouterr().err.endswith("ended after 1 updates. The run can go on from checkpoint-1: --resume.\n")
+    assert main([*TRAIN, "--output_dir", "deep/er", "--reward_weights", "1", "2"]) == 1
+    assert "--reward_weights 1.0 2.0: must be 1 finite numbers" in capsys.readouterr().err
+    assert main(["sample", "--model", "digits", "--prompts", "a", "--lora", "no/such", "--output_dir", "deep/er", "--use_cpu"]) == 1
+    assert not Path("deep").exists()
+
+
+def test_a_resumed_run_is_told_of_other_rewards_and_prompts(caplog):
+    assert main([*TRAIN, "--save_steps", "1"]) == 0
+    run = json.loads(Path("out/run.json").read_text())
+    assert run["arguments"]["reward"] == ["ink"] and run["prompts"]["first"] == ["a handwritten digit"] and run["model"] == "digits"
+    assert (
+        main(["train", "--config", "out/run.yaml", "--max_steps", "2", "--resume", "--reward", "digit:7", "--prompts", "a seven"])
+        == 0
+    )
+    assert "reward_function='ink' -> 'digit:7'" in caplog.text and "prompts=" in caplog.text
+    changed = json.loads(Path("out/run.json").read_text())["resumed"][0]["changed"]
+    assert {"rewards", "reward_functions", "prompts", "max_steps"} <= changed.keys()
+    card = Path("out/README.md").read_text()
+    assert 'digits.load_pipeline("digits")' in card and "pypi.org" not in card and str(Path.cwd()) not in card
+
+
 def test_a_run_that_sigterm_ends_can_be_resumed():
     Path("ending.py").write_text(
         "import os, signal\n"
@@ -201,7 +233,7 @@ def test_serve_reward_refuses_what_cannot_be_served(capsys):
     import socket
 
     assert main(["serve-reward", "good"]) == 1
-    assert "reward='good': must be ink" in capsys.readouterr().err
+    assert "--reward good: must be ink" in capsys.readouterr().err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -257,15 +289,15 @@ def test_demo_of_the_flow_model_trains_by_ddpo(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max_steps", "0"], "max_steps=0: must be"),
-        (["--estimator", "ppo"], "estimator='ppo': unknown"),
-        (["--estimator", "rlr", "--reward", "compressibility"], "estimator='rlr_black_box'"),
-        (["--output_dir", "taken"], "output_dir='taken' holds another run (metrics.jsonl)"),
+        (["--max_steps", "0"], "--max_steps 0: must be"),
+        (["--estimator", "ppo"], "--estimator ppo: unknown"),
+        (["--estimator", "rlr", "--reward", "compressibility"], "--estimator rlr_black_box"),
+        (["--output_dir", "taken"], "--output_dir taken holds another run (metrics.jsonl)"),
     ],
 )
 def test_demo_refuses_before_it_draws_a_picture(capsys, monkeypatch, arguments, message):
     monkeypatch.delattr(demo.RLRTrainer, "generate")
     Path("taken").mkdir()
-    Path("taken/metrics.jsonl").touch()
+    Path("taken/metrics.jsonl").write_text("a run\n")
     assert main(["demo", "--output_dir", "out", *arguments]) == 1
     assert message in capsys.readouterr().err

@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_what_was_there():
 def test_what_a_trainer_tells_of_itself(make_trainer):
     trainer = make_trainer(max_steps=1, sample_num_steps=2, learning_rate=2e-3, output_dir="run")
     trainer.train()
-    assert run()["rewards"] == ["digit"]
+    assert run()["rewards"] == ["digit_7"]
     assert run()["processes"] == 1
     assert run()["trainable_parameters"] == sum(p.numel() for p in trainer.policy.trainable_parameters().values())
     assert run()["options"]["sample_num_steps"] == 2

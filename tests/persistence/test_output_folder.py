@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rlr_trainer.persistence.checkpoints import CheckpointError
-from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder, run_in
+from rlr_trainer.persistence.output_folder import check_folder_to_go_on_in, free_folder, left_only_if_filled, run_in
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
@@ -21,11 +21,33 @@ def test_what_says_that_a_run_lives_in_a_folder():
     folder = taken()
     assert run_in(folder) == "checkpoint-1, metrics.jsonl"
     (folder / "checkpoint-2").mkdir()
-    (folder / "model_index.json").touch()
+    (folder / "model_index.json").write_text("{}")
     assert run_in(folder) == "checkpoint-1, checkpoint-2, metrics.jsonl, ..."
+    Path("failed").mkdir()
+    Path("failed/metrics.jsonl").touch()  # before its first line: nothing is lost
+    assert run_in(Path("failed")) == ""
     Path("notes").mkdir()
     Path("notes/run.yaml").touch()
     assert run_in(Path("notes")) == run_in(Path("nowhere")) == ""
+
+
+def test_what_fails_leaves_no_empty_folder():
+    def fails(name, file=None):
+        with pytest.raises(ValueError), left_only_if_filled(Path(name)):
+            Path(name).mkdir(parents=True, exist_ok=True)
+            if file:
+                Path(name, file).touch()
+            raise ValueError
+
+    Path("mine").mkdir()
+    fails("mine")
+    fails("mine/runs/new")
+    assert Path("mine").is_dir() and not list(Path("mine").iterdir())
+    fails("other/run", "metrics.jsonl")
+    assert Path("other/run/metrics.jsonl").is_file()
+    with left_only_if_filled(Path("done")):
+        Path("done").mkdir()
+    assert Path("done").is_dir()
 
 
 def test_a_folder_that_was_asked_for_by_name_is_refused():

@@ -244,10 +244,11 @@ def test_what_changed_is_said_and_kept_in_the_run_file(make, caplog):
             resume_from_checkpoint=True
         )
     assert "learning_rate=0.001 -> 0.5 has no effect" in caplog.text
-    assert "max_steps=1 -> 2; reward_function=['ink'] -> ['ink', 'ink_2']" in caplog.text
+    name = "rlr_trainer.digits.rewards:ink"
+    assert f"max_steps=1 -> 2; reward_function='{name}' -> '{name}; {name}'" in caplog.text
     first, second = json.loads(Path("run/run.json").read_text())["resumed"]
     assert (first["update"], second["update"]) == (1, 2)
-    assert first["changed"].keys() == {"max_steps", "rewards", "eval_rewards", "reward_weights"}
+    assert first["changed"].keys() == {"max_steps", "rewards", "reward_functions", "eval_rewards", "reward_weights"}
     assert second["changed"] == {"max_steps": [2, 3]}
 
 
@@ -307,7 +308,7 @@ def test_sigterm_saves_at_the_end_of_the_rollout_and_leaves(make, options, check
     with pytest.raises(SystemExit) as leaving:
         stopped.train()
     assert leaving.value.code == 143
-    assert "stopped after update 4; continue with resume_from_checkpoint=True" in caplog.text
+    assert "stopped after update 4, which is saved; continue with resume_from_checkpoint=True" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert saved("run") == [f"checkpoint-{updates}" for updates in checkpoints]
     assert stopped.args.save_only_model == options.get("save_only_model", False)

@@ -114,7 +114,7 @@ def test_a_trainer_writes_the_result_to_any_folder_and_a_model_card(make_trainer
         trainer.parts.adapter.save_lora(Path("averaged"))
     assert same(load_file(f"{name}/{LORA_FILE}"), load_file(f"averaged/{LORA_FILE}"))
     card = Path(name, "README.md").read_text()
-    for words in ("library_name: diffusers", "load_lora_weights", "2502.00639", "`digit`", "| `sample_num_steps` | `4` |"):
+    for words in ("library_name: diffusers", "load_lora_weights", "2502.00639", "`digit_7`", "| `sample_num_steps` | `4` |"):
         assert words in card, words
 
 
@@ -126,7 +126,7 @@ def test_a_model_card_holds_no_html_of_options_and_names(make_trainer):
     trainer.create_model_card(model_name=evil)
     card = Path(trainer.args.output_dir, "README.md").read_text()
     block = re.search(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
-    assert len(block[1].splitlines()) == 6 and "<img" in block[1]
+    assert len(block[1].splitlines()) == 7 and "<img" in block[1]
     outside = card.replace(block[0], "").replace("\\|", "")
     shown = re.sub(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", outside)  # without code
     assert "<img" in outside

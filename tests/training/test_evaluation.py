@@ -110,7 +110,7 @@ def test_the_metric_of_the_best_checkpoint_exists(make_trainer):
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(eval_dataset=PROMPTS[:1], load_best_model_at_end=True, **options)
     assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("eval_reward", True)
-    for known in ("reward", "eval_reward", "eval_rewards/digit/mean", "samples_dropped"):
+    for known in ("reward", "eval_reward", "eval_rewards/digit_7/mean", "samples_dropped"):
         make_trainer(eval_dataset=PROMPTS[:1], metric_for_best_model=known, **options)
     named = {"low": PROMPTS[:1], "high": PROMPTS[1:]}
     make_trainer(eval_dataset=named, metric_for_best_model="low_reward", **options)
@@ -145,7 +145,7 @@ def test_two_processes_evaluate_and_show_what_one_does(tmp_path):
     (expected,) = [row for row in one if "eval_reward" in row]
     for rank in two:
         (found,) = [row for row in rank if "eval_reward" in row]
-        for name in ("eval_reward", "eval_reward_std", "eval_rewards/digit/mean", "eval_reward_queries", "eval_samples_dropped"):
+        for name in ("eval_reward", "eval_reward_std", "eval_rewards/digit_7/mean", "eval_reward_queries", "eval_samples_dropped"):
             assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
     assert two[0][0]["diversity"] == pytest.approx(one[0]["diversity"], rel=1e-4)
     samples = [json.loads((tmp_path / name / "run/samples/step_000000.json").read_text()) for name in ("one", "two")]
@@ -199,8 +199,8 @@ def test_prompts_of_a_file_and_wrong_options(capsys):
         "--output_dir out": "holds 5 pictures",
         "--output_dir a --num_images 0": "--num_images 0: must be at least 1",
         "--output_dir b --lora out": "cannot be loaded on --model digits; must be a folder with pytorch_lora_weights.safetensors",
-        "--output_dir c --reward good": "reward='good'",
-        "--output_dir d --eta 2": "sample_eta=2.0",
+        "--output_dir c --reward good": "--reward good: must be ink",
+        "--output_dir d --eta 2": "--eta 2.0",
     }
     for options, message in wrong.items():
         assert main([*arguments, *options.split()]) != 0

@@ -1,13 +1,15 @@
-"""SIGTERM, without a trainer: when it is acted on, and who handles it."""
+"""SIGTERM and Ctrl-C, without a trainer: when they are acted on, and who handles them."""
 
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerControl
 
+from rlr_trainer.training import interruption
 from rlr_trainer.training.interruption import StopOnTermination
 
 
@@ -39,6 +41,43 @@ def test_the_signal_waits_for_the_end_of_the_rollout_and_ends_the_process():
     with pytest.raises(SystemExit) as leaving:
         train()
     assert leaving.value.code == 143
+
+
+@pytest.fixture
+def in_foreground():
+    """A program that a shell starts in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_foreground")
+def test_ctrl_c_saves_as_sigterm_does_and_a_second_one_leaves_at_once(monkeypatch):
+    clock = time.monotonic
+
+    def train(times, later=0.0):
+        termination = StopOnTermination(accelerator())
+        with termination.taken():
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+                monkeypatch.setattr(interruption.time, "monotonic", lambda: clock() + later)
+            assert step(termination)
+
+    for times in (1, 2):  # the second comes from a launcher that passes on what the terminal has sent already
+        with pytest.raises(KeyboardInterrupt, match="stopped after update 1, which is saved"):
+            train(times)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt) as leaving:
+        train(2, later=60.0)
+    assert not str(leaving.value)  # before the update was done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("in_foreground")
+def test_a_signal_after_the_last_update_is_said(caplog):
+    with StopOnTermination(accelerator()).taken():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert "Ctrl-C came after the last update: the training is complete" in caplog.text
 
 
 def test_a_run_that_has_all_its_updates_stops_inside_the_rollout():

@@ -127,7 +127,7 @@ def test_a_run_trains_and_logs(make_trainer, options):
     frozen = [name for name, p in trainer.policy.named_parameters() if not p.requires_grad]
     assert frozen
     row = next(row for row in trainer.state.log_history if "loss" in row)
-    for name in ("reward", "reward_std", "rewards/digit/mean", "rewards/digit/std", "grad_norm", "reward_queries", "samples_dropped",
+    for name in ("reward", "reward_std", "rewards/digit_7/mean", "rewards/digit_7/std", "grad_norm", "reward_queries", "samples_dropped",
                  "time/sample", "time/reward", "time/backward"):  # fmt: skip
         assert math.isfinite(row[name]), name
     plan = trainer.plan

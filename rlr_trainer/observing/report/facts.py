@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rlr_trainer.observing.dead_signals import DeadSignals
 from rlr_trainer.observing.hacking import WAYS_OUT, HackingSigns
-from rlr_trainer.observing.report.reading import Floats, Run
+from rlr_trainer.observing.lines import CLOSING
+from rlr_trainer.observing.report.reading import Floats, Run, as_list
 from rlr_trainer.observing.report.series import Mean, ends, mean_of, window_size
 
 CLEAR = 2.0  # standard errors that a change must exceed
@@ -83,6 +85,18 @@ def _last(run: Run, name: str) -> float:
     return float(column[~np.isnan(column)][-1]) if len(column) else math.nan
 
 
+def _seen(run: Run, signs: DeadSignals | HackingSigns) -> str:
+    """What the signs are in a run's log, with the updates."""
+    return " ".join(f"At update {line['step']}: {text}." for line in run.lines for text in signs.read(line))
+
+
+def _pictures_of_rollout(run: Run) -> int | None:
+    """Of all processes, as far as run.json says."""
+    options = run.info.get("options") or {}
+    numbers = [options.get("sample_batch_size"), options.get("sample_num_batches_per_epoch"), run.info.get("processes")]
+    return math.prod(number for number in numbers if isinstance(number, int)) if all(isinstance(n, int) for n in numbers) else None
+
+
 def remarks_of(run: Run, facts: Facts) -> Iterator[tuple[str, str]]:
     """What deserves a look, the gravest first: a title, and what was seen with numbers and a proposal."""
     bad = {name: count for name, count in run.train.not_finite.items() if name in ("reward", "loss", "grad_norm", "kl")}
@@ -100,16 +114,19 @@ def remarks_of(run: Run, facts: Facts) -> Iterator[tuple[str, str]]:
             f"{facts.dropped:,.0f} samples ({100 * facts.dropped_share:.2g} %) had no reward and were left out. If the reward fails on a kind "
             "of picture, the mean no longer speaks for all of them.",
         )
-    if not any("train_runtime" in line for line in run.lines):
+    if not any(CLOSING in line for line in run.lines):
         yield (
             "No closing line",
             f"The run has not logged its end: it is still running, or was stopped after update {facts.updates}. If it saved a "
             "checkpoint, it goes on with --resume (resume_from_checkpoint=True).",
         )
-    signs = HackingSigns()
-    seen = [f"At update {line['step']}: {text}." for line in run.lines for text in signs.read(line)]
-    if seen:
-        yield "Signs of reward hacking", f"{' '.join(seen)} {WAYS_OUT}."
+    for note in as_list(run.info.get("reward_notes")):
+        yield "A reward's network in training mode", f"{note}."
+    dead = DeadSignals(_pictures_of_rollout(run))
+    if seen := _seen(run, dead):
+        yield "Nothing to learn from", f"{seen} {dead.causes}"
+    if seen := _seen(run, HackingSigns()):
+        yield "Signs of reward hacking", f"{seen} {WAYS_OUT}."
     if facts.is_clear and facts.change.value < 0:
         fall = Mean(-facts.change.value, facts.change.error)
         text = f"It ended {fall} lower than it began. Try a lower learning rate or more samples per update."

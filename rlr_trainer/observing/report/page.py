@@ -20,6 +20,7 @@ from rlr_trainer.observing.report.drawing import COLOURS
 from rlr_trainer.observing.report.facts import Facts, facts_of, remarks_of, reward_at
 from rlr_trainer.observing.report.pictures import MOST_COLUMNS, MOST_ROWS, grid_of
 from rlr_trainer.observing.report.reading import Run, as_list
+from rlr_trainer.persistence.descriptions import in_words
 
 ASSETS = Path(__file__).parent / "assets"
 NAMES_OF_PLACES = {"output_dir", "logging_dir", "run_name", "overwrite"}  # differ between any two runs
@@ -88,6 +89,7 @@ def _view(run: Run, facts: Facts, index: int, total: int) -> dict[str, Any]:
         "subtitle": _subtitle(info),
         "plan": series.value_text(info.get("plan") or ""),
         "grid": grid,
+        "trained_on": _trained_on(info),
         "changed": _rows(info["changed"]),
         "options": _rows(info["options"]),
         "versions": _rows(versions),
@@ -99,7 +101,7 @@ def _view(run: Run, facts: Facts, index: int, total: int) -> dict[str, Any]:
 def _subtitle(info: dict[str, Any]) -> list[str]:
     parts = {
         "model": "/".join(Path(str(info.get("model") or "")).parts[-2:]),  # a hub id as it is; of a folder the last two names
-        "reward": ", ".join(map(str, as_list(info.get("rewards")))),
+        "reward": ", ".join(map(str, as_list(_arguments(info).get("reward")) or as_list(info.get("rewards")))),
         "estimator": info["options"].get("estimator"),
         "trained parameters:": info.get("trainable_parameters"),
         "started": str(info.get("started") or "").replace("T", " ").replace("+00:00", " UTC"),
@@ -110,6 +112,20 @@ def _subtitle(info: dict[str, Any]) -> list[str]:
         for name, value in parts.items()
         if value
     ]
+
+
+def _arguments(info: dict[str, Any]) -> dict[str, Any]:
+    """What the command line was given; nothing for a run from Python."""
+    given = info.get("arguments")
+    return given if isinstance(given, dict) else {}
+
+
+def _trained_on(info: dict[str, Any]) -> dict[str, list[str]]:
+    """The run's model, rewards with their options, and prompts, as far as they are recorded."""
+    rows = {name: [series.value_text(value)] for name, value in _arguments(info).items() if value is not None}
+    described = {f"reward function {number}": one for number, one in enumerate(as_list(info.get("reward_functions")), 1)}
+    described["prompts as read"] = info.get("prompts")
+    return rows | {name: [series.value_text(in_words(one))] for name, one in described.items() if isinstance(one, dict)}
 
 
 def _rows(values: dict[str, Any]) -> dict[str, list[str]]:
