@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from rlr_trainer.cli.keys import check_keys
 from rlr_trainer.cli.parsers import build_parser
 
 __all__ = ["build_parser", "main"]
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = rest
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        if getattr(options, "takes_overrides", False):
+            check_keys(options.config, rest)
         command = options.command.replace("-", "_")
         module = importlib.import_module(f"rlr_trainer.cli.{'runs' if command in ('train', 'diagnose') else command}")
         getattr(module, command)(options)

@@ -42,6 +42,7 @@ from rlr_trainer.training.checks import (
     check_batches,
     check_best_metric,
     check_conditions,
+    check_device,
     check_launch,
     check_optimizer,
     check_rewards,
@@ -85,6 +86,7 @@ class Parts:
     ) -> None:
         if sd_pipeline is None:
             raise ValueError("sd_pipeline is None: pass a diffusers pipeline, a local folder, or a hub id")
+        check_device(config)
         same = eval_reward_function is None
         self.rewards = _rewards(config, reward_function, config.reward_weights, config.async_rewards)
         self.eval_rewards = (
