@@ -191,3 +191,16 @@ def test_public_names_have_docstrings():
         for name in module.__all__:
             value = getattr(module, name)
             assert isinstance(value, str) or (value.__doc__ and len(value.__doc__) > 30), name
+
+
+def test_the_site_has_every_page_and_no_link_that_leads_out_of_it():
+    import yaml
+
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    pages = [page for part in settings["nav"] for pages in part.values() for page in ([pages] if isinstance(pages, str) else pages)]
+    assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    hook: dict = {}
+    exec((ROOT / settings["hooks"][0]).read_text(), hook)
+    for page in (ROOT / "docs").glob("*.md"):
+        assert "](../" not in hook["on_page_markdown"](page.read_text()), page.name
+    assert hook["on_page_markdown"]("[a](../b.py), [x/c.py](../x/c.py#d), [e](f.md)") == "a (`b.py`), x/c.py, [e](f.md)"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rlr_trainer.cli.settings import build_trainer, help_on_keys, parse_run
 from rlr_trainer.persistence.checkpoints import CheckpointStore
-from rlr_trainer.persistence.output_folder import check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +20,6 @@ def train(options: argparse.Namespace) -> None:
     described = parse_run(options.config, options.overrides)
     if isinstance(options.resume, str) and not Path(options.resume).is_dir():
         raise ValueError(f"--resume {options.resume}: no such folder; give that of a checkpoint, or nothing for the last one")
-    check_writable(Path(described[1].output_dir))
     trainer = build_trainer(*described)
     config = trainer.args
     if trainer.eval_prompts is not None and config.eval_strategy == "no" and not config.eval_on_start:

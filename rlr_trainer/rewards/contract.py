@@ -37,11 +37,8 @@ def check_signature(name: str, function: Any) -> None:
     try:
         signature.bind(None, None, None)
     except TypeError:
-        way = (
-            f". Define def reward(images, prompts, metadata): return {name}(images)"
-            if len(names) == 1 and name.isidentifier()
-            else ""
-        )
+        alone = len(names) == 1 and inspect.isfunction(function) and str(signature)[1] != "*" and name.isidentifier()
+        way = f". Define def reward(images, prompts, metadata): return {name}(images)" if alone else ""
         raise TypeError(f"reward {name!r} takes {signature}: {CONTRACT}{way}") from None
     if names[0] in ("prompt", "prompts"):
         raise TypeError(f"reward {name!r} takes {signature}, the prompts first: {CONTRACT}")

@@ -84,8 +84,8 @@ class Rewards:
         self.names = _unique_names(self.functions)
         for name, function in zip(self.names, self.functions, strict=True):
             contract.check_signature(name, function)
-        given = [1.0] * len(self.functions) if weights is None else weights
-        self.weights = list(given) if isinstance(given, list | tuple) else [given]
+        given: Any = [1.0] * len(self.functions) if weights is None else weights
+        self.weights: list[float] = list(given) if isinstance(given, list | tuple) else [given]
         finite = all(isinstance(weight, numbers.Real) and math.isfinite(weight) for weight in self.weights)
         if not finite or len(self.weights) != len(self.functions):
             raise ValueError(f"reward_weights={weights}: must be {len(self.functions)} finite numbers, one per reward function")

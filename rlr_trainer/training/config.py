@@ -446,8 +446,9 @@ class RLRConfig(TrainingArguments):
         for name, kinds in _kinds().items():
             value = getattr(self, name)
             if isinstance(value, str) and kinds and kinds <= {int, float, bool, list, tuple}:
-                wanted = "True or False" if bool in kinds else "a list" if kinds <= {list, tuple} else "a number"
-                raise ValueError(f"{name}={value!r}: is text, but must be {wanted}; write it without quotes")
+                wanted = "True or False, without quotes" if bool in kinds else "a number, without quotes"
+                wanted = f"a list, such as [{value!r}]" if kinds <= {list, tuple} else wanted
+                raise ValueError(f"{name}={value!r}: is text, but must be {wanted}")
 
     def _check_noise_window(self) -> None:
         kind, length, steps, span = self.noise_window, self.noise_steps, self.sample_num_steps, self.noise_window_range

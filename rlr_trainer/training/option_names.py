@@ -8,7 +8,9 @@ from collections.abc import Iterable
 # Names of options in diffusers, its training scripts and trainers of language models -> the option here.
 ELSEWHERE = {
     **dict.fromkeys(("guidance_scale", "guidance", "cfg", "cfg_scale"), "sample_guidance_scale"),
-    **dict.fromkeys(("num_inference_steps", "inference_steps", "sampling_steps", "num_sampling_steps"), "sample_num_steps"),
+    **dict.fromkeys(
+        ("num_inference_steps", "inference_steps", "num_steps", "sampling_steps", "num_sampling_steps"), "sample_num_steps"
+    ),
     **dict.fromkeys(("batch_size", "per_gpu_batch_size", "micro_batch_size"), "per_device_train_batch_size"),
     **dict.fromkeys(("lora_rank", "rank", "network_dim", "lora_dim"), "lora_r"),
     **dict.fromkeys(("alpha", "network_alpha"), "lora_alpha"),

@@ -130,8 +130,8 @@ class JsonClient:
             except httpx.TimeoutException as error:
                 raise _MayPass(late, self.url) from error
             except httpx.RequestError as error:
-                kind = _NoConnection if isinstance(error, httpx.ConnectError) else _MayPass
-                raise kind(late if deadline.passed else f"no connection: {error!r}", self.url) from error
+                failure_kind = _NoConnection if isinstance(error, httpx.ConnectError) else _MayPass
+                raise failure_kind(late if deadline.passed else f"no connection: {error!r}", self.url) from error
         if deadline.passed:  # an answer whose end is that of the connection
             raise _MayPass(late, self.url)
         status, wait = answer.status_code, answer.headers.get("Retry-After", "")
