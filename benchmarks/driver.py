@@ -28,30 +28,32 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TUNING_TASK, TUNING_SEED = "digit", 100
 QUERIES = 1280  # reward queries of a run
+LONG = 3 * QUERIES  # of one that looks for collapse
 SECONDS = 75.0  # of one run on one core, roughly
 # model, task, methods, number of reported seeds; the headline first
 PLAN: list[tuple[str, str, list[str], int]] = [
     ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo", "nft", "awm"], 3),
-    ("digits", "compressibility", ["rlr_black_box", "trl_ddpo"], 3),
-    ("digits", TUNING_TASK, ["rlr"], 3),
+    ("digits", "compressibility", ["rlr_black_box", "trl_ddpo", "nft"], 3),
     ("digits", "ink_black_box", ["rlr_black_box", "trl_ddpo"], 3),
-    ("digits-flow", TUNING_TASK, ["rlr_black_box", "awm", "nft"], 3),
-    ("digits", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 2),
-    ("digits", "compressibility", ["rlr_black_box_2", "rlr_black_box_5"], 2),
-    ("digits", "ink_black_box", ["rlr_black_box_2", "rlr_black_box_5"], 2),
-    ("digits-flow", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 2),
-    ("digits", "compressibility", ["awm", "nft"], 3),
-    ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo"], 5),
-    ("digits-flow", TUNING_TASK, ["rlr", "flow_grpo", "mixgrpo", "ddpo"], 3),
-    ("digits", "ink", ["rlr", "draft", "trl_alignprop"], 3),
-    ("digits", TUNING_TASK, ["ddpo", "draft", "trl_alignprop"], 3),
-    ("digits", "ink_black_box", ["awm", "nft"], 3),
-    ("digits", TUNING_TASK, ["rlr", "awm", "nft"], 5),
-    ("digits", "digit_and_ink", ["rlr", "rlr_black_box", "trl_ddpo", "draft"], 3),
-    ("digits", TUNING_TASK, ["rlr_paper", "rlr_paper_without_zo", "rlr_paper_without_ho", "rlr_paper_without_both"], 3),
-    ("digits-flow", "compressibility", ["rlr_black_box", "awm", "nft"], 3),
-    ("digits-flow", "ink", ["rlr", "draft"], 3),
+    ("digits", TUNING_TASK, ["rlr", "trl_alignprop", "draft"], 3),
+    ("digits", "ink", ["rlr", "trl_alignprop", "draft"], 3),
+    ("digits-flow", TUNING_TASK, ["rlr_black_box", "nft", "awm"], 3),
     ("digits", "ocr", ["rlr_black_box", "trl_ddpo"], 3),
+    ("digits", TUNING_TASK, ["rlr_paper", "rlr_paper_without_zo", "rlr_paper_without_ho", "rlr_paper_without_both"], 3),
+    ("digits", "digit_and_ink", ["rlr", "rlr_black_box", "trl_ddpo"], 3),
+    ("digits-flow", TUNING_TASK, ["mixgrpo", "flow_grpo"], 3),
+    ("digits", TUNING_TASK, ["rlr_black_box", "trl_ddpo"], 5),
+    ("digits-flow", TUNING_TASK, ["rlr"], 3),
+    ("digits-flow", "compressibility", ["rlr_black_box", "nft"], 3),
+    ("digits", "ink_black_box", ["nft"], 3),
+    ("digits", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 3),
+    ("digits", "compressibility", ["awm", "rlr_black_box_2", "rlr_black_box_5"], 3),
+    ("digits", TUNING_TASK, ["nft"], 5),
+    ("digits", "ink_black_box", ["awm", "rlr_black_box_2", "rlr_black_box_5"], 3),
+    ("digits-flow", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 3),
+    ("digits", TUNING_TASK, ["ddpo"], 3),
+    ("digits-flow", "ink", ["rlr", "draft"], 3),
+    ("digits-flow", "compressibility", ["awm"], 3),
 ]
 
 
@@ -67,12 +69,17 @@ class Run:
 
     @property
     def path(self) -> Path:
-        return RESULTS / self.model / self.task / self.method / f"batch{self.batch}-lr{self.learning_rate:g}-seed{self.seed}.json"
+        folder = RESULTS / self.model / self.task / self.method
+        folder = folder / "long" if self.queries == LONG else folder
+        return folder / f"batch{self.batch}-lr{self.learning_rate:g}-seed{self.seed}.json"
 
 
 # TRL's DDPO with twice the pictures per update, as it is usually run; at 5e-3 with half as many queries more.
 ALSO = [Run("digits", TUNING_TASK, "trl_ddpo", 1e-2, seed, batch=32) for seed in range(3)]
 ALSO += [Run("digits", TUNING_TASK, "trl_ddpo", 5e-3, seed, batch=32, queries=1920) for seed in range(3)]
+# Whether a score that was reached is kept.
+ALSO += [Run("digits", TUNING_TASK, "rlr_black_box", 1e-2, seed, batch=16, queries=LONG) for seed in range(2)]
+ALSO += [Run("digits", TUNING_TASK, "nft", 1e-2, seed, batch=16, queries=LONG) for seed in range(2)]
 
 
 def runs_left() -> tuple[list[Run], int]:
@@ -82,7 +89,7 @@ def runs_left() -> tuple[list[Run], int]:
     for model, task, methods, seeds in PLAN:
         for method in methods:
             tuned = METHODS[method].tuned_as or method
-            batch = METHODS[method].batch
+            batch = METHODS[method].batch_on(model)
             tuning = [Run(model, TUNING_TASK, tuned, rate, TUNING_SEED, batch) for rate in LEARNING_RATES]
             missing = [run for run in tuning if not run.path.exists()]
             ready |= dict.fromkeys(missing)
@@ -107,7 +114,7 @@ def start(run: Run, old_python: Path) -> subprocess.Popen[Any]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
-def work(jobs: int, time_limit: float, old_python: Path) -> None:
+def work(jobs: int, time_limit: float, old_python: Path, only: str) -> None:
     """Starts runs until none is left or the time is up; those under way then finish."""
     began, running, failed = time.perf_counter(), {}, set()
     while True:
@@ -118,14 +125,14 @@ def work(jobs: int, time_limit: float, old_python: Path) -> None:
                 print(
                     f"{time.perf_counter() - started:5.0f} s  {run.path.relative_to(HERE)}  {process.returncode or ''}", flush=True
                 )
-        ready = [run for run in runs_left()[0] if run not in running and run not in failed]
-        if time.perf_counter() - began > time_limit:
-            ready = []
+        ready: list[Run] = []
+        if len(running) < jobs and time.perf_counter() - began <= time_limit:  # reading all results takes time of its own
+            ready = [run for run in runs_left()[0] if run not in running and run not in failed and only in str(run.path)]
         if not ready and not running:
             break
         for run in ready[: jobs - len(running)]:
             running[run] = (start(run, old_python), time.perf_counter())
-        time.sleep(1)
+        time.sleep(2)
     if failed:
         raise SystemExit(f"{len(failed)} runs failed")
 
@@ -137,6 +144,7 @@ def main() -> None:
     parser.add_argument(
         "--old_python", type=Path, default=HERE.parent / ".venv-trl023/bin/python", help="an environment with TRL 0.23.1"
     )
+    parser.add_argument("--only", default="", help="runs whose file's path has this text")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     ready, waiting = runs_left()
@@ -145,7 +153,7 @@ def main() -> None:
     if options.list:
         print(*[run.path.relative_to(HERE) for run in ready], sep="\n")
         return
-    work(options.jobs, options.time_limit, options.old_python)
+    work(options.jobs, options.time_limit, options.old_python, options.only)
 
 
 if __name__ == "__main__":

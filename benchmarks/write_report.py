@@ -143,6 +143,22 @@ def plot(model: str, task: str, runs: Runs) -> str:
     return name
 
 
+def long_runs() -> list[str]:
+    """Scores of the runs that go on after they have arrived, each third of the way; empty without one."""
+    rows = []
+    for path in sorted(RESULTS.glob("*/*/*/long/*.json")):
+        run = json.loads(path.read_text())
+        for third in (1, 2, 3):
+            queries = third * run["updates"] * run["batch"] // 3
+            row = next(row for row in run["curve"] if row["queries"] == queries)
+            scores = f"{row['reward']:.3f} | {row['judge']:.3f} | {row['frechet']:.0f} | {row['diversity']:.1f}"
+            rows.append(f"| {run['model']} | `{run['method']}` | {run['seed']} | {queries:,} | {scores} |")
+    if not rows:
+        return []
+    head = ["model", "method", "seed", "queries", "reward", "judge", "Frechet", "diversity"]
+    return ["### Long runs: the digit asked for", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows, ""]
+
+
 def results() -> str:
     """All tables."""
     lines: list[str] = []
@@ -155,7 +171,7 @@ def results() -> str:
             best = next(name for name in runs if name.startswith("rlr"))  # the black-box plan, with the fewest pictures per update
             lines += [*ratios(task, runs, best), ""]
             lines += [f"![{task} on {model}](images/{plot(model, task, runs)})", ""]
-    return "\n".join(lines)
+    return "\n".join(lines + long_runs())
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ def candidates_of(options, num_steps):
 ON_ONE_WORKER = pytest.mark.xdist_group("ink_diagnosis")  # it is made once
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a worker may take tests of other modules between two of this one's
 def ink_diagnosis(digits_pipeline_master, tmp_path_factory):
     """Brightness is a smooth reward: its gradient is not lost in noise after a few batches of 4."""
     config = RLRConfig(
