@@ -4,6 +4,8 @@
 # make test-all  the tests, slow ones too
 # make test-old  the tests that depend on versions, against the oldest supported ones (constraints-trl023.txt)
 # make lint      ruff and mypy
+# make package   wheel and source distribution, into dist/
+# make site      the documentation as a site, into build/site/; refuses broken links
 # make benchmark        the runs of the benchmark that have no result yet, then docs/benchmarks.md; hours
 # make benchmark-quick  a small comparison with assertions; minutes
 
@@ -20,7 +22,7 @@ STAMPS_BENCHMARK := $(VENV)/.benchmark $(VENV_OLD)/.benchmark
 OLD_TESTS := tests/parity tests/training tests/persistence tests/pipelines tests/observing tests/cli \
     tests/families/test_sdxl.py tests/families/test_stable_diffusion.py
 
-.PHONY: install demo test test-all test-old lint benchmark benchmark-quick clean
+.PHONY: install demo test test-all test-old lint package site benchmark benchmark-quick clean
 
 install: $(STAMP)
 
@@ -65,6 +67,15 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# build/lib is removed first: setuptools would pack what an earlier build has left there
+package: $(STAMP)
+	rm -rf build/lib dist
+	$(VENV)/bin/python -c "import setuptools.build_meta as build; build.build_sdist('dist'); build.build_wheel('dist')"
+
+site: $(STAMP)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(VENV)/bin/mkdocs build --strict
 
 benchmark: $(STAMPS_BENCHMARK)
 	$(VENV)/bin/python benchmarks/driver.py --jobs $(WORKERS) --old_python $(VENV_OLD)/bin/python $(ARGS)

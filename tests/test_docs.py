@@ -31,6 +31,14 @@ def test_python_blocks_run(code, tmp_path):
     assert exit_code == 0, output[-3000:]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_a_page_write_to_folders_of_their_own(page):
+    """Run one after the other in one folder, as a reader does, none may meet the run of another."""
+    folders = [set(re.findall(r'output_dir="([^"]+)"', code)) for kind, code in BLOCK.findall(page.read_text()) if kind == "python"]
+    named = [folder for block in folders for folder in block]
+    assert len(named) == len(set(named))
+
+
 def test_each_block_is_a_program_of_its_own(tmp_path):
     assert run_program("left = 1; import json, os; json.left = 1; os.environ['LEFT'] = '1'", tmp_path) == (0, "")
     exit_code, output = run_program("import json, os, sys; print(vars(json).get('left'), os.environ.get('LEFT')); left", tmp_path)
@@ -183,3 +191,16 @@ def test_public_names_have_docstrings():
         for name in module.__all__:
             value = getattr(module, name)
             assert isinstance(value, str) or (value.__doc__ and len(value.__doc__) > 30), name
+
+
+def test_the_site_has_every_page_and_no_link_that_leads_out_of_it():
+    import yaml
+
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    pages = [page for part in settings["nav"] for pages in part.values() for page in ([pages] if isinstance(pages, str) else pages)]
+    assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    hook: dict = {}
+    exec((ROOT / settings["hooks"][0]).read_text(), hook)
+    for page in (ROOT / "docs").glob("*.md"):
+        assert "](../" not in hook["on_page_markdown"](page.read_text()), page.name
+    assert hook["on_page_markdown"]("[a](../b.py), [x/c.py](../x/c.py#d), [e](f.md)") == "a (`b.py`), x/c.py, [e](f.md)"

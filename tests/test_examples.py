@@ -1,10 +1,12 @@
 """Every example runs from the repository as it is; one that no test runs is an error."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from documentation_blocks import run_program
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = {
@@ -50,3 +52,14 @@ def test_chain_of_thought_example(tmp_path):
     assert len(table) == 9
     assert table[1][1] > 0.9  # a fine prompt from step 1 on decides everything
     assert table[8][0] > 0.9  # from step 8 on, nothing
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert "UPDATES = 20" in code
+    exit_code, output = run_program(code.replace("UPDATES = 20", "UPDATES = 1"), tmp_path)
+    assert exit_code == 0, output[-3000:]
+    assert "judged: 0." in output
+    assert not any(cell.get("outputs") for cell in cells)

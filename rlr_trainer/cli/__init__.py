@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from rlr_trainer.cli.keys import check_keys
 from rlr_trainer.cli.language import CommandHandler, in_command_language
 from rlr_trainer.cli.parsers import build_parser
 
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = rest
     logging.basicConfig(level=logging.WARNING, handlers=[CommandHandler()])
     try:
+        if getattr(options, "takes_overrides", False):
+            check_keys(options.config, rest)
         command = options.command.replace("-", "_")
         if command in SLOW and not getattr(options, "help", False) and sys.stderr.isatty():
             print("loading torch, diffusers and transformers", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from rlr_trainer.observing.clips import gif_bytes
 from rlr_trainer.observing.pictures import captions, clip_grid, picture_grid, write_pictures
 from rlr_trainer.persistence.output_folder import left_only_if_filled
 from rlr_trainer.pipelines import adapt, load_pipeline
+from rlr_trainer.pipelines.sources import check_source
 from rlr_trainer.rollouts.prompts import DatasetPrompts, PromptRow
 from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.trainer import RLRTrainer
@@ -114,6 +115,7 @@ def _load_model(model: str, lora: str | None) -> Any:
     if lora is None:
         return pipeline
     adapter = adapt(pipeline)
+    check_source("--lora", lora, adapter.lora_file)
     try:
         adapter.add_lora(lora)
     except Exception as error:  # diffusers, safetensors, peft and the hub client raise kinds of their own

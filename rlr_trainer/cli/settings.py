@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import pkgutil
 import re
@@ -21,6 +20,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from rlr_trainer import digits, rewards
+from rlr_trainer.cli.keys import SettingsError, unknown_key
 from rlr_trainer.cli.video_rewards import NAMES, load_video_reward
 from rlr_trainer.digits.rewards import digit_reward, ink
 from rlr_trainer.observing.progress import announce
@@ -51,12 +51,6 @@ MOST_USED = {
     "use_cpu": "No GPU, even if there is one.",
 }
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-
-class SettingsError(ValueError):
-    """A file or an override that cannot be understood, or a key that is missing."""
-
-    exit_code = 2
 
 
 def _key(help_text: str) -> Any:
@@ -159,8 +153,7 @@ def _read_file(path: str | Path, parser: TrlParser) -> dict[str, Any]:
 
 
 def _unknown(key: str, parser: TrlParser) -> str:
-    near = difflib.get_close_matches(key, [action.dest for action in parser._actions], n=1)
-    return f"unknown key {key!r}; " + (f"did you mean {near[0]!r}?" if near else "`rlr-trainer train --help` lists all")
+    return unknown_key(key, [action.dest for action in parser._actions])
 
 
 def help_on_keys() -> str:
@@ -227,7 +220,15 @@ def build_trainer(
 
 
 def load_model(name: str | None) -> Any:
-    """The pipeline: a bundled one ("digits", "digits-flow"), or what the trainer loads itself (a path or a hub id)."""
+    """The pipeline: a bundled one ("digits", "digits-flow"), or what the trainer loads itself (a path or a hub id).
+
+    Raises:
+        ValueError: neither a bundled model nor a folder, and no hub id.
+    """
+    if name is not None and name not in digits.MODELS and "/" not in name and not os.path.exists(name):
+        raise ValueError(
+            f"model={name!r}: no such folder; give one of {', '.join(digits.MODELS)}, a folder, or a hub id, owner/name"
+        )
     return digits.load_pipeline(name) if name in digits.MODELS else name
 
 

@@ -30,6 +30,7 @@ from rlr_trainer.diagnosis.statistics import (
 )
 from rlr_trainer.diagnosis.step_profile import ProfileBuilder, StepCost
 
+ENOUGH_BATCHES = 10  # with fewer, an error of the error hides what is better; then nobody is advised to change the plan
 DETECTABLE = 0.5  # relative bias that must not go unseen where the report says "none seen"
 CONTRADICTION = 4.0  # standard errors of bias that it takes to doubt a plan which is unbiased by construction
 # standard errors of the reference's squared norm above 0 at which numbers relative to it are given (verdicts take more)
@@ -140,10 +141,12 @@ def notes_on_power(rows: Sequence[PlanRow], settings: Mapping[str, Any]) -> list
 
 
 def recommend(rows: list[PlanRow]) -> Recommendation:
-    """The unbiased plan with the most signal per second among those with first order on at most half of the chain.
+    """The unbiased plan with the most signal per second among those with first order on at most half of the chain; yours, if it is
+    unbiased and none of them is better beyond doubt.
 
     Of plans that are equally good within the errors, the one with the fewest first-order steps. Biased plans are never chosen, nor long
-    first order, whose risk (reward hacking) does not show in bias and variance; both are mentioned where they measured better.
+    first order, whose risk (reward hacking) does not show in bias and variance, nor a plan that measured worse than yours; the first two are
+    mentioned where they measured better.
     """
     usable = [
         row for row in rows if row.efficiency.value is not None and row.num_batches >= MINIMUM_BATCHES and not row.sampled_otherwise
@@ -157,14 +160,43 @@ def recommend(rows: list[PlanRow]) -> Recommendation:
             f"{', '.join(wrong)}: unbiased by construction, yet measured as biased. Look for a part of the reward that is cut from its graph "
             "(detach, rounding, a threshold, another precision), or for a network that is not smooth"
         )
-    if not short:
-        return Recommendation(None, {}, f"No recommendation: {_why_none(wrong, sound)}.", remarks)
-    best = max(short, key=_efficiency)
-    equal = [row for row in short if _efficiency(row) + TIE * _error(row, best) >= _efficiency(best)]
-    chosen = min(equal, key=lambda row: (row.fo_steps, bool(row.options.get("control_variate")), row.ho_length, -_efficiency(row)))
+    own = next((row for row in sound if row.is_yours), None)
+    worth = (
+        [row for row in short if not _is_worse_than_yours(row)] if own is None else [r for r in short if _is_clearly_better(r, own)]
+    )
+    if own is None and not worth:
+        return Recommendation(None, {}, f"No recommendation: {_why_none(wrong, sound, short)}.", remarks)
+    best = max(worth, key=_efficiency) if worth else own
+    assert best is not None
+    equal = [row for row in worth if _efficiency(row) + TIE * _error(row, best) >= _efficiency(best)]
+    chosen = min(
+        equal,
+        key=lambda row: (row.fo_steps, bool(row.options.get("control_variate")), row.ho_length, -_efficiency(row)),
+        default=best,
+    )
+    remarks += _passed_over(rows, usable, sound, chosen)
+    promising = [row for row in short if own is not None and _efficiency(row) > _efficiency(own)]
+    if chosen is own and promising:
+        return Recommendation(own.name, own.options, _not_enough(own, max(promising, key=_efficiency)), remarks)
+    return Recommendation(chosen.name, chosen.options, _reason(chosen, best, len(short), len(equal)), remarks)
+
+
+def _is_worse_than_yours(row: PlanRow) -> bool:
+    return row.speed.value is not None and row.speed.value < 1
+
+
+def _is_clearly_better(row: PlanRow, own: PlanRow) -> bool:
+    """Whether the batches suffice to advise the change from one plan to another."""
+    enough = min(row.num_batches, own.num_batches) >= ENOUGH_BATCHES and not row.is_heavy_tailed and not own.is_heavy_tailed
+    return enough and _efficiency(row) - RESOLVED * _error(row, own) > _efficiency(own)
+
+
+def _passed_over(rows: list[PlanRow], usable: list[PlanRow], sound: list[PlanRow], chosen: PlanRow) -> list[str]:
+    """What measured better than the chosen plan and is not recommended, and why."""
     better = [row for row in usable if _efficiency(row) > _efficiency(chosen)]
     long = [row for row in better if row in sound and row.fo_share > LONG_FO_SHARE]
     biased = [row for row in better if not row.is_unbiased and not row.only_smoothed and row.captured.resolved]
+    remarks = []
     if long:
         row = max(long, key=_efficiency)
         remarks.append(f"not recommended for its risk: {row.name} (K={row.fo_steps}), unbiased, with {_times(row, chosen)}")
@@ -182,9 +214,18 @@ def recommend(rows: list[PlanRow]) -> Recommendation:
             f"with other noise: {row.name} has {_times(row, chosen)}, each relative to the gradient of the pictures that its own sampler makes; "
             f"the options are {', '.join(f'{name}={value!r}' for name, value in row.options.items())}"
         )
-    if long or biased:
+    if long or biased or chosen.fo_share > LONG_FO_SHARE:
         remarks.append(HACKING)
-    return Recommendation(chosen.name, chosen.options, _reason(chosen, best, len(short), len(equal)), remarks)
+    return remarks
+
+
+def _not_enough(own: PlanRow, best: PlanRow) -> str:
+    rough = " with most of a variance from one batch," if best.is_heavy_tailed or own.is_heavy_tailed else ""
+    return (
+        f"Not enough data for another plan, keep yours ({own.name}): the best of the others, {best.name}, measured "
+        f"{format_estimate(best.speed)} times its signal per second,{rough} on {min(best.num_batches, own.num_batches)} batches. A change "
+        f"takes {ENOUGH_BATCHES} batches and a difference of {RESOLVED:g} standard errors; give a longer time_limit (or larger num_batches)."
+    )
 
 
 def _reason(chosen: PlanRow, best: PlanRow, count: int, equal: int) -> str:
@@ -200,12 +241,17 @@ def _reason(chosen: PlanRow, best: PlanRow, count: int, equal: int) -> str:
     )
 
 
-def _why_none(wrong: list[str], sound: list[PlanRow]) -> str:
+def _why_none(wrong: list[str], sound: list[PlanRow], short: list[PlanRow]) -> str:
     if wrong:
         return "what should be unbiased measured as biased, so the reward's gradient cannot be relied on (see below)"
+    if short:
+        return "your plan is biased, and every unbiased one measured less signal per second; keep yours if its bias is wanted"
     if sound:
         return "the only unbiased plans here have first order on more than half of the chain, whose risk is not measured"
-    return f"no unbiased plan was measured on {MINIMUM_BATCHES} batches or more; give a longer time_limit (or larger num_batches)"
+    return (
+        f"not enough data, keep yours; no unbiased plan was measured on {MINIMUM_BATCHES} batches or more, so give a longer time_limit (or "
+        "larger num_batches)"
+    )
 
 
 def _efficiency(row: PlanRow) -> float:

@@ -55,8 +55,7 @@ class NonDifferentiableRewardError(TypeError):
 
 
 NON_DIFFERENTIABLE = (
-    "the plan has first-order steps (or predictions, or a control variate) but the reward returned values without a graph: "
-    "it is a black box, or it detaches its input (.detach(), .item(), numpy, PIL, torch.no_grad). Make the reward "
-    "differentiable in its images, or choose a plan that needs no reward gradient: estimator='rlr_black_box', or fo_steps=0 with "
-    "rest_estimator='lr'"
+    "it has no gradient, and the plan needs one (first-order steps, predictions or a control variate). It is a black box, or it detaches "
+    "its input (.detach(), .item(), numpy, PIL, torch.no_grad). Choose a plan that needs no reward gradient, estimator='rlr_black_box' or "
+    "fo_steps=0 with rest_estimator='lr', or make the reward differentiable in its images"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,14 +42,30 @@ def left_only_if_filled(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def check_writable(folder: Path) -> None:
+    """Refuses a folder in which no file can be made; makes none.
+
+    Raises:
+        ValueError: names what is in the way.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        reason = "is a file" if not there.is_dir() else f"cannot be written to ({error.strerror})"
+    raise ValueError(f"output_dir={str(folder)!r}: {there} {reason}; choose another folder")
+
+
 def free_folder(folder: Path, overwrite: bool, trained_before: bool, may_number: bool) -> Path:
     """The folder for a run that begins: `folder`, or one with a number if that is taken and nobody asked for it by name.
 
     With `overwrite` a run there may be replaced, and its checkpoints are removed; with `trained_before` it is one that this trainer did.
 
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder holds another run, or cannot be written to.
     """
+    check_writable(folder)
     found = run_in(folder)
     if not found:
         return folder

@@ -25,6 +25,7 @@ from rlr_trainer.pipelines.sana import SanaAdapter
 from rlr_trainer.pipelines.sana_sprint import SanaSprintAdapter
 from rlr_trainer.pipelines.sd3 import StableDiffusion3Adapter
 from rlr_trainer.pipelines.sdxl import StableDiffusionXLAdapter
+from rlr_trainer.pipelines.sources import check_source
 from rlr_trainer.pipelines.stable_diffusion import StableDiffusionAdapter
 from rlr_trainer.pipelines.wan import LORA_FILES as WAN_LORA_FILES
 from rlr_trainer.pipelines.wan import WanAdapter
@@ -88,6 +89,10 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
             f"sd_pipeline={str(source)!r}: the folder has no model_index.json, so it is not a diffusers pipeline. Load LoRA weights alone "
             "on their base, pipe.load_lora_weights(folder) or what their model card says, then pass pipe"
         )
+    try:
+        check_source("sd_pipeline", source, "model_index.json", options.get("cache_dir"))
+    except ValueError as error:
+        raise ValueError(f"{error}; the bundled models are objects, digits.load_pipeline()") from None
     try:
         absent: dict[str, Any] = {}
         if folder.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rlr_trainer.rewards.black_box import numpy_reward, pil_reward
 from rlr_trainer.rewards.calling import RewardTimeoutError, groupwise
 from rlr_trainer.rewards.compressibility import jpeg_compressibility, jpeg_incompressibility
 from rlr_trainer.rewards.frames import FrameReward
@@ -38,7 +39,7 @@ __all__ = [
     "AestheticScore", "CLIPScore", "ClassifierScore", "FrameReward", "HPSv2", "ImageReward", "NeuralReward", "PickScore",
     "PromptAgreement", "QuestionReward", "RemoteReward", "RemoteRewardError", "RewardError", "RewardFunction", "RewardResult",
     "RewardServer", "RewardTimeoutError", "Rewards", "WeightsError", "enough_motion", "groupwise", "jpeg_compressibility",
-    "jpeg_incompressibility", "motion_amount", "motion_smoothness",
+    "jpeg_incompressibility", "motion_amount", "motion_smoothness", "numpy_reward", "pil_reward",
 ]  # fmt: skip
 
 

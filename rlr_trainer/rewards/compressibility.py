@@ -32,3 +32,6 @@ def jpeg_incompressibility(images: Tensor, prompts: tuple[str, ...], metadata: t
 def jpeg_compressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
     """Minus the size of the JPEG file in kilobytes, [B]. Not differentiable."""
     return -jpeg_incompressibility(images, prompts, metadata)
+
+
+jpeg_incompressibility.black_box = jpeg_compressibility.black_box = True  # type: ignore[attr-defined]

@@ -93,6 +93,7 @@ class FrameReward:
     ) -> None:
         self.reward, self.num_frames, self.choice, self.gradient_frames = reward, num_frames, choice, gradient_frames
         self.__name__ = name or getattr(reward, "__name__", None) or type(reward).__name__
+        self.black_box = getattr(reward, "black_box", False)
         if getattr(reward, "needs_group", False):
             raise TypeError(
                 f"reward {self.__name__!r} is group-wise: it compares the videos of a prompt, and cannot score their frames one by one; "

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rlr_trainer.estimators.chain import as_rows, without_autocast
 from rlr_trainer.estimators.first_order import NON_DIFFERENTIABLE, NonDifferentiableRewardError
+from rlr_trainer.rewards import contract
 from rlr_trainer.rewards import values as checks
 from rlr_trainer.rewards.calling import Workers, invoke
 from rlr_trainer.rewards.frames import FrameReward
@@ -77,16 +78,20 @@ class Rewards:
         self.functions: list[Any] = list(functions) if isinstance(functions, list | tuple) else [functions]
         if not self.functions or not all(map(callable, self.functions)):
             raise TypeError(
-                f"reward_function={functions!r}: must be a function (images, prompts, metadata) -> rewards, or a list of them"
+                f"reward_function={functions!r}: must be a function (images, prompts, metadata) -> rewards, or a list of them; the names of "
+                "built-in rewards are the command line's, in Python they are classes and functions of rlr_trainer.rewards"
             )
-        self.weights = [1.0] * len(self.functions) if weights is None else list(weights)
+        self.names = _unique_names(self.functions)
+        for name, function in zip(self.names, self.functions, strict=True):
+            contract.check_signature(name, function)
+        given: Any = [1.0] * len(self.functions) if weights is None else weights
+        self.weights: list[float] = list(given) if isinstance(given, list | tuple) else [given]
         finite = all(isinstance(weight, numbers.Real) and math.isfinite(weight) for weight in self.weights)
         if not finite or len(self.weights) != len(self.functions):
             raise ValueError(f"reward_weights={weights}: must be {len(self.functions)} finite numbers, one per reward function")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r}: must be one of raise, skip")
         self.groupwise = [bool(getattr(function, "needs_group", False)) for function in self.functions]
-        self.names = _unique_names(self.functions)
         self.group_size, self.batch_size, self.timeout = group_size, batch_size, timeout
         self.on_error, self.asynchronous, self.workers = on_error, asynchronous, workers
         self.queries, self.failures, self.last_failure = 0, 0, ""
@@ -105,6 +110,8 @@ class Rewards:
                 return f"reward {name!r} is group-wise: a black box, because the plan differentiates each picture with the others fixed"
             if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
                 return f"reward {name!r} is an async function: a black box; make it a plain function"
+            if getattr(function, "black_box", False):
+                return f"reward {name!r} is a black box, without a gradient; make it differentiable in its images"
         return None
 
     def __call__(
@@ -283,8 +290,10 @@ class RewardCalls:
             raise
         except (Exception, asyncio.CancelledError) as error:
             if self.on_error == "raise":
+                if contract.needs_plain_pictures(error):
+                    raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}") from error
                 known = isinstance(error, RewardError) and str(error).startswith(f"reward {name!r}")
-                said = str(error) if known else f"reward {name!r} raised {type(error).__name__}: {error}"
+                said = str(error) if known else f"reward {name!r} raised {type(error).__name__}: {error}{contract.hint(error)}"
                 raise RewardError(f"{said} ({checks.place(call.where, call.prompts)})") from error
             self.rewards.count_failure(f"reward {name!r}", len(call.prompts), error)
             call.failed = True

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import logging
 import random
 import re
@@ -55,7 +56,11 @@ class FunctionPrompts:
 
     def __init__(self, function: Callable[[], tuple[str, Any]]) -> None:
         if not callable(function):
-            raise TypeError(f"prompt_function={function!r}: must be a function () -> (prompt, metadata)")
+            raise TypeError(
+                f"prompt_function={function!r:.120}: must be a function () -> (prompt, metadata); a list of prompts, a dataset or a file is "
+                "given by name, train_dataset=..."
+            )
+        _check_takes_nothing(function)
         self.function = function
         self._ahead: list[PromptRow] = []
 
@@ -123,6 +128,19 @@ class FunctionPrompts:
         """The function, or the object whose method it is, if that has both methods of a state."""
         owners = (self.function, getattr(self.function, "__self__", None))
         return next((owner for owner in owners if hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")), None)
+
+
+def _check_takes_nothing(function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some builtins nothing is known
+        return
+    try:
+        signature.bind()
+    except TypeError:
+        raise TypeError(
+            f"prompt_function takes {signature}: it is called without arguments, once per prompt, and returns a pair (prompt, metadata)"
+        ) from None
 
 
 def _function_row(returned: Any) -> PromptRow:

@@ -24,8 +24,18 @@ def is_sharded(accelerator: Any) -> bool:
     return any(getattr(accelerator.state, f"{kind}_plugin", None) is not None for kind in ("fsdp", "deepspeed"))
 
 
+def check_device(config: RLRConfig) -> None:
+    """Refuses fp16 on a CPU, where its networks would meet inputs of another precision."""
+    refuse(
+        (
+            config.fp16 and config.device.type == "cpu",
+            "fp16=True on a CPU: needs an accelerator; leave fp16 unset, or set bf16=True",
+        )
+    )
+
+
 def check_launch(config: RLRConfig, plan: EstimatorPlan, shardable: bool, accelerator: Any) -> None:
-    """Refuses what is not computed with FSDP or DeepSpeed, and fp16 on a CPU, where its networks would meet inputs of another precision."""
+    """Refuses what is not computed with FSDP or DeepSpeed."""
     deepspeed, fsdp = (getattr(accelerator.state, f"{kind}_plugin", None) for kind in ("deepspeed", "fsdp"))
     stage = getattr(deepspeed, "zero_stage", 2)
     version, kind = getattr(fsdp, "fsdp_version", 2), getattr(fsdp, "state_dict_type", "FULL_STATE_DICT")
@@ -57,10 +67,6 @@ def check_launch(config: RLRConfig, plan: EstimatorPlan, shardable: bool, accele
             deepspeed is not None and (config.fp16 or config.bf16),
             "fp16 and bf16 with DeepSpeed: its engine would also keep the trained weights in them; leave both unset, or use plain data "
             "parallelism or FSDP2",
-        ),
-        (
-            config.fp16 and accelerator.scaler is None and accelerator.device.type == "cpu",
-            "fp16=True on a CPU: needs an accelerator; leave fp16 unset, or set bf16=True",
         ),
         (
             is_sharded(accelerator) and not shardable,

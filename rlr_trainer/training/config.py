@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -412,6 +414,7 @@ class RLRConfig(TrainingArguments):
         return {name: values[name] for name in self._changed}
 
     def _check_own_options(self) -> None:
+        self._check_types()
         if not self.output_dir:
             raise ValueError(f"output_dir={self.output_dir!r}: must be a folder; leave it out for the default")
         for name in ("fo_steps", "ho_length"):
@@ -447,6 +450,15 @@ class RLRConfig(TrainingArguments):
             )
         self._check_noise_window()
         self._check_combinations()
+
+    def _check_types(self) -> None:
+        """Refuses text where an option is a number, a truth value or a list: "false" counts as true in Python, "1e-3" fails far later."""
+        for name, kinds in _kinds().items():
+            value = getattr(self, name)
+            if isinstance(value, str) and kinds and kinds <= {int, float, bool, list, tuple}:
+                wanted = "True or False, without quotes" if bool in kinds else "a number, without quotes"
+                wanted = f"a list, such as [{value!r}]" if kinds <= {list, tuple} else wanted
+                raise ValueError(f"{name}={value!r}: is text, but must be {wanted}")
 
     def _check_noise_window(self) -> None:
         kind, length, steps, span = self.noise_window, self.noise_steps, self.sample_num_steps, self.noise_window_range
@@ -576,6 +588,16 @@ def refuse(*conflicts: tuple[bool, str]) -> None:
     for applies, message in conflicts:
         if applies:
             raise ValueError(message)
+
+
+@functools.cache
+def _kinds() -> dict[str, set[Any]]:
+    """The types that every option may have, beside None."""
+    kinds = {}
+    for name, hint in get_type_hints(RLRConfig).items():
+        members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        kinds[name] = {get_origin(kind) or kind for kind in members} - {type(None)}
+    return {option.name: kinds[option.name] for option in dataclasses.fields(RLRConfig) if option.init}
 
 
 def _default(option: Any) -> Any:

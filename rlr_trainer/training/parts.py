@@ -23,6 +23,7 @@ from rlr_trainer.observing.callbacks import BetweenRollouts
 from rlr_trainer.observing.pictures import FixedSamples, SampleLog
 from rlr_trainer.observing.run_files import RunFiles
 from rlr_trainer.persistence.descriptions import in_words
+from rlr_trainer.persistence.output_folder import check_writable
 from rlr_trainer.persistence.provenance import describe_function, describe_prompts
 from rlr_trainer.persistence.run_state import Part, RunState, Stateful, compared_settings
 from rlr_trainer.persistence.weights import Weights
@@ -44,6 +45,7 @@ from rlr_trainer.training.checks import (
     check_batches,
     check_best_metric,
     check_conditions,
+    check_device,
     check_launch,
     check_optimizer,
     check_rewards,
@@ -87,6 +89,9 @@ class Parts:
     ) -> None:
         if sd_pipeline is None:
             raise ValueError("sd_pipeline is None: pass a diffusers pipeline, a local folder, or a hub id")
+        check_device(config)
+        if config.should_save:  # Trainer makes the folder
+            check_writable(Path(config.output_dir))
         same = eval_reward_function is None
         self.rewards = _rewards(config, reward_function, config.reward_weights, config.async_rewards)
         self.eval_rewards = (

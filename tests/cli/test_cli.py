@@ -249,7 +249,7 @@ def test_serve_reward_refuses_what_cannot_be_served(capsys):
     ("arguments", "message"),
     [
         (["--output_dir", "run.yaml"], "File exists: 'run.yaml'"),
-        (["--lora", "no/such/folder"], "--lora no/such/folder: cannot be loaded on --model digits; must be a folder with"),
+        (["--lora", "no/such/folder"], "--lora='no/such/folder': no such folder; give a folder that exists, or a hub id"),
         (["--num_images", "0"], "--num_images 0: must be at least 1"),
     ],
 )

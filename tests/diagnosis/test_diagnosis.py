@@ -246,8 +246,8 @@ def test_the_most_efficient_unbiased_plan_is_recommended():
     assert recommend(rows).plan == "best"
     assert "9 +- 0 times that of your plan" in recommend(rows).reason
     assert "it is your plan" in recommend(rows[:1]).reason
-    rows[2] = dataclasses.replace(rows[2], speed=Estimate(None, None))
-    assert "an unknown number of times that of your plan" in recommend(rows).reason
+    unknown = dataclasses.replace(rows[2], speed=Estimate(None, None))
+    assert "an unknown number of times that of your plan" in recommend([unknown]).reason
     assert recommend([row("mine", 1.0, batches=4)]).plan is None  # too few batches
 
 
@@ -272,6 +272,21 @@ def test_long_first_order_is_mentioned_with_its_risk_but_not_recommended():
     assert "full_bp (K=10), unbiased, with 50 times" in recommendation.remarks[0]
     assert "independent judge" in recommendation.remarks[1]
     assert "whose risk is not measured" in recommend([row("full_bp", 1.0, fo_share=1.0)]).reason
+
+
+@pytest.mark.parametrize("other", [
+    row("ddpo", 0.028, error=0.6, fo_share=0.0),  # equal within the errors, and measured as worse
+    row("ddpo", 3.0, error=0.7, fo_share=0.0),  # better, by less than three errors
+    row("ddpo", 9.0, fo_share=0.0, batches=9),
+    row("ddpo", 9.0, fo_share=0.0, largest_share=0.9),
+])  # fmt: skip
+def test_what_is_not_better_beyond_doubt_leaves_the_configured_plan(other):
+    recommendation = recommend([row("mine", 1.0, fo_share=0.3), other])
+    assert recommendation.plan == "mine"
+    assert ("Not enough data for another plan, keep yours" in recommendation.reason) == (other.efficiency.value > 1)
+    # nor is a plan that measured worse put in the place of a biased one, or of long first order
+    for mine in (row("mine", 1.0, fo_share=1.0), row("mine", 1.0, biases=["leaves"])):
+        assert recommend([mine, dataclasses.replace(other, speed=Estimate(0.5, 0.6), efficiency=Estimate(0.5, 0.6))]).plan != "ddpo"
 
 
 def test_a_std_that_is_mostly_of_one_batch_is_called_rough():

@@ -81,3 +81,16 @@ def test_a_run_s_folder_does_not_take_up_another_run():
     check_folder_to_go_on_in(folder, other / "checkpoint-1", overwrite=True)
     assert not (folder / "checkpoint-1").exists()
     assert (other / "checkpoint-1").is_dir()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, reason in (
+        (tmp_path / "file", "file is a file"),
+        (tmp_path / "file" / "run", "is a file"),
+        (Path("/proc/run"), "cannot be"),
+    ):
+        with pytest.raises(ValueError, match=rf"output_dir=.*{reason}.*choose another folder"):
+            free_folder(folder, False, False, False)
+    free_folder(tmp_path / "new" / "run", False, False, False)
+    assert not (tmp_path / "new").exists()

@@ -449,6 +449,22 @@ def test_proxies_are_not_asked_for_this_machine(serve, monkeypatch):
         RemoteReward("http://reward.example", retries=0)(*BATCH)
 
 
+def test_where_nothing_has_ever_answered_the_attempts_are_few(serve):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with pytest.raises(RewardError, match=r"attempt 3 of 3.*check the URL and start the server, or wait longer with retries=8"):
+        RemoteReward(url, backoff=0.01)(*BATCH)
+    with pytest.raises(RewardError, match=r"attempt 4 of 4(?!.*start the server)"):
+        RemoteReward(url, backoff=0.01, retries=3)(*BATCH)
+    server = serve()
+    reward = RemoteReward(server.url, backoff=0.01)
+    reward(*BATCH)
+    server.stop(1)
+    with pytest.raises(RewardError, match="attempt 9 of 9"):  # it was there: it may come back
+        reward(*BATCH)
+
+
 def run_serve_reward(reward, monkeypatch, *numbers):
     """(exit code, rewards) of the command, run here, which gets signals while it computes the rewards of a request."""
     monkeypatch.setattr("rlr_trainer.cli.settings.load_reward", lambda name: reward)

@@ -193,7 +193,7 @@ def test_a_field_in_an_rlr_config_is_answered_with_the_option(field):
         RLRConfig(use_cpu=True, **{field: OTHER[field]})
     option = re.search(r"-> (\w+)", str(error.value))[1]
     assert option in {field.name for field in dataclasses.fields(RLRConfig)} | {"the"}
-    with pytest.raises(TypeError, match="unexpected keyword argument 'fo_step'"):
+    with pytest.raises(TypeError, match="unknown option 'fo_step'; did you mean 'fo_steps'"):
         RLRConfig(fo_step=3)
 
 

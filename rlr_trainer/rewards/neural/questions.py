@@ -53,6 +53,8 @@ class QuestionReward:
         ValueError: an argument outside its range, or a template that cannot be filled in.
     """
 
+    black_box = True
+
     def __init__(
         self,
         url: str,
@@ -66,7 +68,7 @@ class QuestionReward:
         request_options: Mapping[str, Any] | None = None,
         concurrency: int = 8,
         timeout: float = 60.0,
-        retries: int = 8,
+        retries: int | None = None,
         backoff: float = 0.5,
         token: str | None = None,
         name: str = "question",

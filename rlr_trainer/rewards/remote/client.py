@@ -26,6 +26,8 @@ from rlr_trainer.rewards.values import RewardError, merge_notes
 logger = logging.getLogger(__name__)
 
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})  # may be another the next time; any other is final
+RETRIES = 8
+FIRST_RETRIES = 2  # where nothing listens and nothing ever has: rather a wrong address than a server that is restarted
 MAX_DELAY = 60.0  # seconds between two attempts
 _tls = functools.cache(ssl.create_default_context)  # the system's certificates; reading them takes a while
 
@@ -50,6 +52,10 @@ class _MayPass(RemoteRewardError):
     """A failure that another attempt may not meet."""
 
 
+class _NoConnection(_MayPass):
+    """Nothing listens there."""
+
+
 class JsonClient:
     """Posts JSON to one endpoint, with the arguments of `RemoteReward`.
 
@@ -59,7 +65,9 @@ class JsonClient:
     machine. Redirections are not followed: they would carry the token elsewhere.
     """
 
-    def __init__(self, url: str, *, timeout: float, retries: int, backoff: float, token: str | None) -> None:
+    def __init__(self, url: str, *, timeout: float, retries: int | None, backoff: float, token: str | None) -> None:
+        self._patient = retries is not None  # also with an endpoint that has never answered
+        retries = RETRIES if retries is None else retries
         for name, value, least in (("timeout", timeout, 1e-3), ("retries", retries, 0), ("backoff", backoff, 0)):
             if not least <= value < 1e9:
                 raise ValueError(f"{name}={value!r}: must be at least {least:g}, and finite")
@@ -88,10 +96,16 @@ class JsonClient:
         while True:
             attempt += 1
             try:
-                return self._attempt(body)
+                answer = self._attempt(body)
+                self._patient = True
+                return answer
             except RemoteRewardError as failure:
-                message = f"{self.url}: {failure} (attempt {attempt} of {self.retries + 1}, {len(body) / 1e6:.2f} MB sent)"
-                last = not isinstance(failure, _MayPass) or attempt > self.retries
+                patient = self._patient or not isinstance(failure, _NoConnection)
+                retries = self.retries if patient else min(self.retries, FIRST_RETRIES)
+                message = f"{self.url}: {failure} (attempt {attempt} of {retries + 1}, {len(body) / 1e6:.2f} MB sent)"
+                last = not isinstance(failure, _MayPass) or attempt > retries
+                if last and not patient:
+                    message += "; nothing has answered there yet: check the URL and start the server, or wait longer with retries=8"
                 pause = min(max(delay * self._random.uniform(0.5, 1), failure.retry_after), MAX_DELAY)
                 if not last:
                     logger.warning("%s; the next one in %.1f s", message, pause)
@@ -116,7 +130,8 @@ class JsonClient:
             except httpx.TimeoutException as error:
                 raise _MayPass(late, self.url) from error
             except httpx.RequestError as error:
-                raise _MayPass(late if deadline.passed else f"no connection: {error!r}", self.url) from error
+                failure_kind = _NoConnection if isinstance(error, httpx.ConnectError) else _MayPass
+                raise failure_kind(late if deadline.passed else f"no connection: {error!r}", self.url) from error
         if deadline.passed:  # an answer whose end is that of the connection
             raise _MayPass(late, self.url)
         status, wait = answer.status_code, answer.headers.get("Retry-After", "")
@@ -198,7 +213,7 @@ class RemoteReward:
         url: of the server, such as "http://127.0.0.1:8000".
         timeout: most seconds without progress in connecting and in sending, and from then on until the whole answer is there.
         retries: attempts after a first one that failed for a reason that may pass: no connection, no answer in time, a status such
-            as 500 or 503. 8 of them bridge one to two minutes.
+            as 500 or 503. None: 8, which bridge one to two minutes, but 2 while nothing has ever listened at the URL.
         backoff: seconds before the second attempt; doubles with every further one, up to a minute, and is varied at random.
         token: that the server asks for; None takes that of the environment variable RLR_REWARD_TOKEN, if there is one.
         batch_size: most pictures per request; None sends a batch in one. The requests of a batch follow each other.
@@ -211,12 +226,14 @@ class RemoteReward:
         ValueError: an argument outside its range.
     """
 
+    black_box = True
+
     def __init__(
         self,
         url: str,
         *,
         timeout: float = 60.0,
-        retries: int = 8,
+        retries: int | None = None,
         backoff: float = 0.5,
         token: str | None = None,
         batch_size: int | None = None,

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
+from rlr_trainer.training.option_names import meant
 from rlr_trainer.training.trl.configs import CONVERTED, SAME_MEANING
 
 P = ParamSpec("P")
@@ -158,9 +159,10 @@ def explains_arguments(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def explains_options(config_class: C) -> C:
-    """A config that says, of a field of TRL's DDPOConfig and AlignPropConfig, what the option is called here (TypeError)."""
+    """A config that says, of a field of TRL's configs, of a name in other programs or of a misspelt one, what it is called here (TypeError)."""
     init = vars(config_class)["__init__"]
     known = inspect.signature(init).parameters
+    options = [name for name in known if name != "self"]
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -170,6 +172,9 @@ def explains_options(config_class: C) -> C:
                 f"{config_class.__name__} has other options than TRL's DDPOConfig and AlignPropConfig: {_listed(renamed)}. A whole config of "
                 "TRL's is converted by RLRConfig.from_trl(config)"
             )
+        if unknown := sorted(kwargs.keys() - known.keys()):
+            said = "; ".join(f"unknown option {name!r}; {meant(name, options)}" for name in unknown)
+            raise TypeError(f"{config_class.__name__}: {said}")
         init(self, *args, **kwargs)
 
     setattr(config_class, "__init__", checked)  # noqa: B010  # a type checker forbids the plain assignment
