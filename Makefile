@@ -1,7 +1,7 @@
 # make install   .venv with the newest supported versions (constraints.txt)
 # make demo      fine-tune the bundled digits model with RLR, into runs/demo/
 # make test      the tests
-# make test-all  the tests, slow ones too
+# make test-all  the tests, those that take a second or more (medium, slow) too
 # make test-old  the tests that depend on versions, against the oldest supported ones (constraints-trl023.txt)
 # make lint      ruff and mypy
 # make package   wheel and source distribution, into dist/
@@ -55,7 +55,7 @@ demo: $(STAMP)
 test test-all test-old: export HF_HUB_OFFLINE = 1
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest $(SHARED) -m 'not slow' $(ARGS)
+	$(VENV)/bin/python -m pytest $(SHARED) -m 'not slow and not medium' $(ARGS)
 
 test-all: $(STAMP)
 	$(VENV)/bin/python -m pytest $(SHARED) $(ARGS)

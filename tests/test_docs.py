@@ -17,11 +17,13 @@ LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)")
 
 
 def blocks(language):
+    """All blocks of the pages; the Python programs of other pages than the README take seconds each."""
     found = []
     for page in PAGES:
         for number, (kind, code) in enumerate(BLOCK.findall(page.read_text())):
             if kind == language:
-                found.append(pytest.param(code, id=f"{page.name}-{number}"))
+                marks = [pytest.mark.medium] if language == "python" and page.name != "README.md" else []
+                found.append(pytest.param(code, id=f"{page.name}-{number}", marks=marks))
     return found
 
 

@@ -36,6 +36,7 @@ def run(name, arguments, folder):
 @pytest.mark.parametrize(
     "name", [name if name.startswith("black_box") else pytest.param(name, marks=pytest.mark.slow) for name in QUICK]
 )
+@pytest.mark.medium
 def test_example_runs(name, tmp_path):
     assert "share of" in run(name, QUICK[name], tmp_path)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,11 +23,22 @@ from rlr_trainer.training.config import RLRConfig
 
 def estimate(options: argparse.Namespace) -> None:
     """Prints what an update of a run will take; trains nothing and leaves no file."""
-    logging.getLogger("rlr_trainer").setLevel(logging.ERROR)  # what a training would warn of
-    with tempfile.TemporaryDirectory() as folder:
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
         trainer, model, given, notes = trainer_of_shapes(options.config, options.overrides, folder)
         found = estimate_run(trainer, memory_gb=options.memory, on_cpu=given["use_cpu"], half_precision=given["fp16"])
         print(told(trainer, model, dataclasses.replace(found, notes=notes + found.notes), options.memory))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, what a training would warn of is not said."""
+    package = logging.getLogger("rlr_trainer")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def trainer_of_shapes(config: str | None, overrides: list[str], folder: str) -> tuple[Any, str, dict[str, bool], list[str]]:

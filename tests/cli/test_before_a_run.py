@@ -1,6 +1,7 @@
 """`estimate`, `train --dry_run`, `doctor`, the summary at the start, and the configurations that ship."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def run_file(tmp_path, monkeypatch):
     Path("run.yaml").write_text(RUN)
 
 
+@pytest.mark.medium
 def test_an_estimate_needs_no_weights_and_leaves_no_files(capsys):
     model = Path("model")
     model.mkdir()
@@ -48,6 +50,7 @@ def test_an_estimate_needs_no_weights_and_leaves_no_files(capsys):
         assert "8 forward and 4 backward passes of the network" in printed
         tables.append(printed.splitlines()[-8:])
     assert tables[0] == tables[1]
+    assert logging.getLogger("rlr_trainer").isEnabledFor(logging.WARNING)  # it was quiet for the estimate alone
     assert sorted(path.name for path in Path().iterdir()) == ["model", "run.yaml"]
 
 
@@ -71,6 +74,7 @@ def test_a_skeleton_takes_no_memory_and_has_every_weight():
         load_skeleton("nowhere", torch.float32, torch.float32)
 
 
+@pytest.mark.medium
 def test_a_run_says_what_it_is_and_how_long_it_takes(capsys):
     assert main(["train", "--config", "run.yaml", "--model", "digits", "--reward", "ink", "--output_dir", "out"]) == 0
     printed = capsys.readouterr().out

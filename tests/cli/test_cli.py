@@ -129,6 +129,7 @@ def test_help_of_train_has_every_option(capsys, monkeypatch):
     assert "T: denoising steps. (default: 50)" in output
 
 
+@pytest.mark.medium
 def test_an_interrupted_run_names_the_checkpoint_to_go_on_from(capsys):
     Path("interrupting.py").write_text(
         "calls = []\n"
@@ -146,6 +147,7 @@ def test_an_interrupted_run_names_the_checkpoint_to_go_on_from(capsys):
     assert not list(Path("out").glob("*.safetensors"))
 
 
+@pytest.mark.medium
 def test_an_error_names_the_checkpoint_to_go_on_from_and_a_failure_leaves_no_folder(capsys):
     Path("breaking.py").write_text(
         "calls = []\n"
@@ -163,6 +165,7 @@ def test_an_error_names_the_checkpoint_to_go_on_from_and_a_failure_leaves_no_fol
     assert not Path("deep").exists()
 
 
+@pytest.mark.medium
 def test_a_resumed_run_is_told_of_other_rewards_and_prompts(caplog):
     assert main([*TRAIN, "--save_steps", "1"]) == 0
     run = json.loads(Path("out/run.json").read_text())
@@ -178,6 +181,7 @@ def test_a_resumed_run_is_told_of_other_rewards_and_prompts(caplog):
     assert 'digits.load_pipeline("digits")' in card and "pypi.org" not in card and str(Path.cwd()) not in card
 
 
+@pytest.mark.medium
 def test_a_run_that_sigterm_ends_can_be_resumed():
     Path("ending.py").write_text(
         "import os, signal\n"
@@ -207,6 +211,7 @@ def test_prompts_for_an_evaluation_that_never_comes(caplog, monkeypatch):
     assert "training evaluates nothing" in caplog.text
 
 
+@pytest.mark.medium
 def test_a_reader_that_goes_ends_the_command_without_noise(tmp_path):
     """`| head`: one line on the standard error, and none of the interpreter's own at its end."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
@@ -221,6 +226,7 @@ def test_a_reader_that_goes_ends_the_command_without_noise(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.medium
 def test_through_accelerate_launch(tmp_path):
     options = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "rlr_trainer.cli"]
@@ -259,6 +265,7 @@ def test_sample_says_what_cannot_be(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("model", digits.MODELS)
+@pytest.mark.medium
 def test_demo_writes_its_files(capsys, model):
     assert main(["demo", "--model", model, "--reward", "ink", "--max_steps", "1", "--output_dir", "out", "--quiet"]) == 0
     summary = json.loads(Path("out/summary.json").read_text())

@@ -56,6 +56,7 @@ def run(text, monkeypatch, *arguments):
     exec(compile(text, "ddpo.py", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.medium
 def test_the_migrated_script_trains(tmp_path, monkeypatch):
     options = {
         "pretrained_model": digits.WEIGHTS / "pipeline", "output_dir": tmp_path, "estimator": "ddpo", "max_steps": 1, "use_cpu": True,

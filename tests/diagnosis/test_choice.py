@@ -65,6 +65,7 @@ def test_k_is_where_the_variance_is_least(variances, max_fo_steps, expected):
     assert choose_fo_steps(variances, max_fo_steps) == expected
 
 
+@pytest.mark.medium
 def test_auto_choices_on_the_bundled_model(make_trainer, monkeypatch):
     given = []
     monkeypatch.setattr(choice, "choose_ho_length", lambda *numbers: given.append(numbers) or choose_ho_length(*numbers))
@@ -79,6 +80,7 @@ def test_auto_choices_on_the_bundled_model(make_trainer, monkeypatch):
         auto_fo_steps(trainer, num_batches=1)
 
 
+@pytest.mark.medium
 def test_k_where_the_last_steps_add_no_noise_or_the_reward_has_no_gradient(make_trainer):
     def black_box(images, prompts, metadata):
         return images.detach().mean((1, 2, 3))

@@ -63,6 +63,7 @@ def test_the_missing_shares_of_truncated_backpropagation_are_seen(ink_diagnosis)
 
 
 @ON_ONE_WORKER
+@pytest.mark.medium
 def test_unbiased_plans_show_no_bias(ink_diagnosis):
     for name in ("ddpo", "rlr K=2", "rlr K=1 h=2", "full_bp"):
         assert ink_diagnosis.row(name).bias.verdict in ("none seen", "underpowered", "reference"), name
@@ -70,6 +71,7 @@ def test_unbiased_plans_show_no_bias(ink_diagnosis):
 
 
 @ON_ONE_WORKER
+@pytest.mark.medium
 def test_noise_is_ordered_and_the_rows_are_complete(ink_diagnosis):
     std = {row.name: row.std.value for row in ink_diagnosis.rows}
     assert std["full_bp"] < std["rlr K=2"] < std["ddpo"]
@@ -85,6 +87,7 @@ def test_noise_is_ordered_and_the_rows_are_complete(ink_diagnosis):
 
 
 @ON_ONE_WORKER
+@pytest.mark.medium
 def test_the_profile_is_that_of_the_chain(ink_diagnosis):
     profile = ink_diagnosis.profile
     assert profile.stds == sorted(profile.stds, reverse=True)
@@ -98,6 +101,7 @@ def test_the_profile_is_that_of_the_chain(ink_diagnosis):
 
 
 @ON_ONE_WORKER
+@pytest.mark.medium
 def test_the_table_and_the_file(ink_diagnosis):
     text = ink_diagnosis.table()
     for row in ink_diagnosis.rows:
@@ -137,6 +141,7 @@ def test_a_partly_detached_reward_is_found_out(make_trainer):
     assert any("cut from its graph" in remark for remark in diagnosis.recommendation.remarks)
 
 
+@pytest.mark.medium
 def test_a_short_time_limit_is_kept_and_said(make_trainer):
     started = time.perf_counter()
     diagnosis = diagnose(make_trainer(reward_function=ink), time_limit=1.0)
@@ -144,6 +149,7 @@ def test_a_short_time_limit_is_kept_and_said(make_trainer):
     assert any("time_limit=1 s does not allow it" in note for note in diagnosis.notes)
 
 
+@pytest.mark.medium
 def test_a_chain_whose_last_steps_add_no_noise(make_trainer):
     trainer = make_trainer(reward_function=ink, sample_eta=0.0, estimator="full_bp", recompute="graph")
     diagnosis = diagnose(trainer, num_batches=2, time_limit=600, candidates=candidates_of({"full_bp": {}, "draft": {}}, 4))
@@ -158,6 +164,7 @@ def test_limits_that_cannot_be(options):
         diagnose(None, **options)
 
 
+@pytest.mark.medium
 def test_the_command_line_writes_prints_and_shows_progress(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(

@@ -96,6 +96,7 @@ def check(trainer, script):
     return found
 
 
+@pytest.mark.medium
 def test_a_peak_on_the_bundled_model(make_trainer, script):
     check(make_trainer(reward_function=ink, check_reward=False, per_device_train_batch_size=8), script)
 
@@ -127,6 +128,7 @@ def test_peaks_of_other_families(make_trainer, script, family):
     check(make_trainer(reward_function=ink, sd_pipeline=family.make_pipeline(), **options), script)
 
 
+@pytest.mark.medium
 def test_a_decoder_of_videos_is_followed_byte_for_byte(make_trainer):
     """By its tensors: the workspace of three-dimensional convolutions on a CPU, which torch's profiler sees, is left out."""
     options = {"height": 16, "width": 16, "num_frames": 3, "silent_estimator": "none"}

@@ -80,6 +80,7 @@ def test_orthogonal_means_capture_nothing():
 
 
 @pytest.mark.parametrize("statistic", [captured, total_variance, relative_bias_square])
+@pytest.mark.medium
 def test_the_jackknife_error_is_the_spread_over_replicates(statistic):
     pairs = gradients(6, count=30, noise_c=1.5, noise_r=0.5, bias=0.8, replicates=150)
     results = [jackknife(statistic, Products.of(*pair)) for pair in pairs]
@@ -88,6 +89,7 @@ def test_the_jackknife_error_is_the_spread_over_replicates(statistic):
     assert 0.8 * spread < typical < 1.25 * spread
 
 
+@pytest.mark.medium
 def test_an_absent_bias_is_seldom_seen_and_a_present_one_often():
     def verdicts(bias, count):
         pairs = gradients(7, count=count, noise_c=1.0, noise_r=0.5, bias=bias)

@@ -42,6 +42,7 @@ def test_no_window_is_an_error():
         choose_window([])
 
 
+@pytest.mark.medium
 def test_windows_are_sums_of_the_shares_of_their_steps(make_trainer):
     with untouched(make_trainer(reward_function=ink, estimator="rlr", fo_steps=1)) as bench:
         builder = ProfileBuilder(bench, differentiable=True)
@@ -57,6 +58,7 @@ def test_windows_are_sums_of_the_shares_of_their_steps(make_trainer):
     assert window.seconds > 1e6
 
 
+@pytest.mark.medium
 def test_a_window_for_a_black_box(make_trainer):
     trainer = make_trainer(reward_function=black_box, estimator="rlr_black_box", noise_steps="auto")
     queries = trainer.rewards.queries
@@ -68,6 +70,7 @@ def test_a_window_for_a_black_box(make_trainer):
     assert trainer.rewards.queries - queries <= 5 * trainer.args.per_device_train_batch_size
 
 
+@pytest.mark.medium
 def test_a_window_with_k_leaves_no_step_out(make_trainer):
     window, windows = auto_noise_steps(make_trainer(reward_function=ink, estimator="rlr", noise_steps="auto", fo_steps="auto"))
     assert {w.covered for w in windows} == {4}
@@ -78,6 +81,7 @@ def test_a_window_with_k_leaves_no_step_out(make_trainer):
     assert fixed in windows
 
 
+@pytest.mark.medium
 def test_a_chain_whose_last_step_adds_no_noise(tmp_path):
     """Flow-CPS: the diagnosis measures the others, and says whose share is missing."""
     config = RLRConfig(

@@ -90,6 +90,7 @@ class Recorder(TrainerCallback):
     ],
     ids=lambda options: options["estimator"],
 )
+@pytest.mark.medium
 def test_an_update_is_the_trainers(make_trainer, options):
     recorder = Recorder()
     trainer = make_trainer(max_steps=1, max_grad_norm=0.0, callbacks=[recorder], **options)
@@ -131,6 +132,7 @@ def test_advantages_are_plain():
     assert measuring_advantages(AdvantageRule("none")).name == "none"
 
 
+@pytest.mark.medium
 def test_composed_updates_are_those_of_the_plan(make_trainer):
     plans = [EstimatorPlan.from_preset(name, 4) for name in ("full_bp", "ddpo", "draft")]
     plans += [EstimatorPlan.from_preset("rlr", 4, fo_steps=3, ho_length=1)]
@@ -154,6 +156,7 @@ def test_zeroth_order_shares_add_up_to_the_update(make_trainer):
         torch.testing.assert_close(bench.zeroth_order_shares(batch).sum(0), update, rtol=0, atol=1e-5 * float(update.abs().max()))
 
 
+@pytest.mark.medium
 def test_a_reward_with_a_dead_graph_is_a_black_box(make_trainer):
     trainer = make_trainer(reward_function=lambda images, prompts, metadata: (images * 255).round().mean((1, 2, 3)))
     with untouched(trainer) as bench:
@@ -203,6 +206,7 @@ def test_nothing_but_the_query_count_changes(make_trainer):
     assert diagnosis.settings["reward_queries"] == trainer.rewards.queries - queries > 0
 
 
+@pytest.mark.medium
 def test_state_is_restored_after_an_error(make_trainer):
     calls = []
 

@@ -82,6 +82,7 @@ def test_digit_out_of_range_is_an_error(digit):
 # ------------------------------------------------------------------------------------------------------------ pipeline
 
 
+@pytest.mark.medium
 def test_import_is_light():
     code = (
         "import sys, rlr_trainer.digits\n"
@@ -91,6 +92,7 @@ def test_import_is_light():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.medium
 def test_runtime_needs_no_sklearn_and_prints_nothing():
     """In a fresh process: no network, no scikit-learn, nothing on either output stream."""
     code = (
@@ -166,6 +168,7 @@ def test_tokenizer_takes_any_text(pipeline):
     assert pipeline.text_encoder.config.max_position_embeddings == tokenizer.model_max_length
 
 
+@pytest.mark.medium
 def test_vae_latents_are_standardized(pipeline, pretrain, data):
     with torch.no_grad():
         latents = pipeline.vae.encode(2 * data.test_images - 1).latent_dist.mean
@@ -223,6 +226,7 @@ class TestClassifier:
                 model(images)
 
 
+@pytest.mark.medium
 def test_judge_withstands_what_fools_the_reward(pretrain, data):
     accuracy = {}
     for name in ("reward", "judge"):
@@ -287,6 +291,7 @@ def test_frechet_distance_needs_enough_pictures():
 # ------------------------------------------------------------------------------------------------------------- quality
 
 
+@pytest.mark.medium
 def test_class_prompts_are_drawn_as_asked(named_samples):
     images, labels = named_samples
     for name in ("reward", "judge"):
@@ -294,6 +299,7 @@ def test_class_prompts_are_drawn_as_asked(named_samples):
         assert accuracy >= 0.94, name
 
 
+@pytest.mark.medium
 def test_class_prompts_are_nearer_to_their_class_than_the_plain_prompt(named_samples, plain_samples):
     images, labels = named_samples
     assert digits.frechet_distance(images[labels == 7], 7) < 0.25 * digits.frechet_distance(plain_samples, 7)
@@ -308,6 +314,7 @@ def test_plain_prompt_draws_every_digit(plain_samples):
         assert 0.03 <= probabilities[:, 7].mean() <= 0.2, name
 
 
+@pytest.mark.medium
 def test_samples_differ_from_each_other(named_samples):
     images, labels = named_samples
     for digit in range(10):
@@ -379,6 +386,7 @@ def test_pretrain_runs_and_its_result_loads(tmp_path):
     assert "--quick" in (tmp_path / "made" / "README.md").read_text()
 
 
+@pytest.mark.medium
 def test_pretrain_refuses_wrong_options(tmp_path):
     command = [sys.executable, str(PROGRAM), "--output_dir", str(tmp_path), "--unet_steps", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -79,6 +79,7 @@ def test_every_word_of_the_prompts_is_one_token(pipeline):
         assert encoder.config.eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.medium
 def test_vae_latents_are_standardized(pipeline, program):
     pytest.importorskip("sklearn")
     data, config = importlib.import_module("pretrain").load_data(), pipeline.vae.config
@@ -190,6 +191,7 @@ def test_noise_between_keeps_the_level_of_noise(pipeline, program):
 
 
 @pytest.mark.parametrize(("noise", "guidance"), [(0.0, 1.0), (0.8, 1.0), (0.0, 3.0)])
+@pytest.mark.medium
 def test_class_prompts_are_drawn_as_asked(pipeline, program, named, noise, guidance):
     prompts, labels = named
     images = program.sample(pipeline, prompts, program.Mode(rows=0, noise=noise, guidance=guidance), seed=12345)
@@ -197,6 +199,7 @@ def test_class_prompts_are_drawn_as_asked(pipeline, program, named, noise, guida
     assert share_read_as(labels, images) >= 0.93
 
 
+@pytest.mark.medium
 def test_class_prompts_are_drawn_as_asked_with_the_rows_that_the_pipeline_adds(pipeline, named):
     prompts, labels = named
     generator = torch.Generator().manual_seed(3)
@@ -204,6 +207,7 @@ def test_class_prompts_are_drawn_as_asked_with_the_rows_that_the_pipeline_adds(p
     assert share_read_as(labels[:40], images) >= 0.9
 
 
+@pytest.mark.medium
 def test_plain_prompt_draws_every_digit(pipeline, program):
     images = program.sample(pipeline, [digits.PROMPT] * 200, program.Mode(rows=0), seed=54321)
     probabilities = digits.load_classifier("judge")(images).softmax(-1)

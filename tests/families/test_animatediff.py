@@ -16,6 +16,7 @@ RISES = [check for check in CONFORMANCE if getattr(check, "values", (check,))[0]
 
 
 @pytest.mark.parametrize("check", RISES)
+@pytest.mark.medium
 def test_it_conforms(check):
     check_adapter(make_pipeline, checks=[check], **SIZE)
 
@@ -42,6 +43,7 @@ def test_other_ways_of_sampling_are_refused():
         adapt(make_pipeline(time_cond_proj_dim=8))
 
 
+@pytest.mark.medium
 def test_rewards_and_pictures_are_videos(tmp_path):
     seen = []
 

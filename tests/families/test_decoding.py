@@ -66,6 +66,7 @@ def test_values_and_gradients_in_chunks_are_those_of_the_whole(family):
         assert_equal_in_chunks(adapter, layout, whole)
 
 
+@pytest.mark.medium
 def test_so_are_those_of_tiles(family):
     """The tiles of `enable_tiling` make other pictures than the whole: the pipeline's own."""
     adapter, layout = family.adapter, family.adapter.layout(16, 16, family.few)
@@ -106,6 +107,7 @@ def test_slices_of_the_batch_are_the_same_videos(family):
 
 
 @pytest.mark.parametrize("family", ["animatediff", "wan"], indirect=True)
+@pytest.mark.medium
 def test_a_frame_more_costs_less_memory_in_chunks(family):
     """What is left grows: the pixels and their gradients, and what a causal decoder hands on."""
 
@@ -141,6 +143,7 @@ def make_trainer(folder, pipeline, **options):
     return RLRTrainer(config, ink, lambda: ("a seven", {}), pipeline)
 
 
+@pytest.mark.medium
 def test_the_option_of_a_run(tmp_path):
     weights = []
     for chunks in (False, True):

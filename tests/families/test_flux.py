@@ -22,6 +22,7 @@ def test_dev_conforms(check):
 
 
 @pytest.mark.parametrize("make", [make_pipeline, make_schnell], ids=["dev", "schnell"])
+@pytest.mark.medium
 def test_each_generates_as_its_pipeline(make):
     check_adapter(make, height=16, width=16, checks=["generation"])
 

@@ -16,12 +16,14 @@ DEV_TOKENS, KLEIN_TOKENS = 256, 96  # of a padded prompt, for speed; dev has a s
 
 
 @pytest.mark.parametrize("check", CONFORMANCE)
+@pytest.mark.medium
 def test_it_conforms(check):
     arguments = {"max_sequence_length": DEV_TOKENS}
     check_adapter(make_pipeline, make_adapter=_with_tokens(DEV_TOKENS), call_arguments=arguments, checks=[check])
 
 
 @pytest.mark.parametrize("check", CONFORMANCE)
+@pytest.mark.medium
 def test_klein_conforms(check):
     arguments = {"max_sequence_length": KLEIN_TOKENS}
     check_adapter(
@@ -29,6 +31,7 @@ def test_klein_conforms(check):
     )
 
 
+@pytest.mark.medium
 def test_distilled_klein_is_not_guided(caplog):
     _warn_of_unused_guidance.cache_clear()
     make_distilled = functools.partial(make_klein, distilled=True)

@@ -105,6 +105,7 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.policy.trainable_parameters().items()}
 
 
+@pytest.mark.medium
 def test_a_run_on_pictures_is_logged_evaluated_and_resumes_bit_for_bit(tmp_path):
     assert isinstance(dataset().features["image"], ImageColumn)
     seen = []
@@ -127,6 +128,7 @@ def test_a_run_on_pictures_is_logged_evaluated_and_resumes_bit_for_bit(tmp_path)
         assert torch.equal(value, ended[name]), name
 
 
+@pytest.mark.medium
 def test_a_prompt_function_may_bring_pictures_and_resume(tmp_path):
     def prompt():
         return "a cat", {"image": random.choice(pictures())}

@@ -18,6 +18,7 @@ def test_it_conforms(check):
     check_adapter(make_pipeline, checks=[check], **SIZE, **SHORT)
 
 
+@pytest.mark.medium
 def test_a_decoder_that_is_told_a_time_generates_as_its_pipeline():
     def make_adapter(pipeline):
         adapter = SHORT["make_adapter"](pipeline)

@@ -25,6 +25,7 @@ def test_the_layout_is_what_the_call_samples():
     check_adapter(lambda: make_pipeline(levels=6, sample_size=16), checks=["layout"])
 
 
+@pytest.mark.medium
 def test_the_time_is_scaled_as_the_transformer_says():
     check_adapter(lambda: make_pipeline(timestep_scale=0.1), checks=["generation"], call_arguments=AS_ASKED)
 

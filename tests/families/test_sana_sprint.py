@@ -20,6 +20,7 @@ def test_it_conforms(check):
     check_adapter(make_sprint, checks=[check], num_steps=2, call_arguments=AS_ASKED)
 
 
+@pytest.mark.medium
 def test_it_takes_more_steps():
     check_adapter(make_sprint, checks=["generation"], num_steps=4, call_arguments=EVENLY)
 

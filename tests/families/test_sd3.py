@@ -21,6 +21,7 @@ def test_it_conforms(check):
 
 
 @pytest.mark.parametrize("options", [{}, {"t5": False}, {"dynamic_shifting": True}])
+@pytest.mark.medium
 def test_every_variant_generates_as_its_pipeline(options):
     check_adapter(functools.partial(make_pipeline, **options), checks=["generation"])
 

@@ -30,6 +30,7 @@ def without_zeros():
 
 
 @pytest.mark.parametrize("check", CONFORMANCE)
+@pytest.mark.medium
 def test_the_adapter_conforms(check):
     # likelihood ratios are noisy on these random weights: the kit's own number of pictures hardly tells a rise from noise
     more = {"per_device_train_batch_size": 64} if check == "rlr" else None
@@ -47,6 +48,7 @@ def test_the_adapter_conforms(check):
         pytest.param(without_zeros, {}, id="no negative prompt is an encoded one"),
     ],
 )
+@pytest.mark.medium
 def test_other_models_of_the_family_generate_as_their_pipeline_does(make, options):
     check_adapter(make, checks=["generation"], **options)
 

@@ -13,6 +13,7 @@ from rlr_trainer.testing import check_adapter
 
 
 @pytest.mark.parametrize("check", CONFORMANCE)
+@pytest.mark.medium
 def test_a_model_that_predicts_v_conforms(check):
     check_adapter(with_scheduler(make_pipeline, "DDIMScheduler", prediction_type="v_prediction"), checks=[check])
 
@@ -30,6 +31,7 @@ def test_a_latent_consistency_model_conforms(check):
         pytest.param(functools.partial(lcm.make_pipeline, distilled=False), 1.5, id="LCM-LoRA"),
     ],
 )  # fmt: skip
+@pytest.mark.medium
 def test_other_latent_consistency_models_generate_as_their_pipeline_does(make, guidance_scale):
     check_adapter(make, guidance_scale=guidance_scale, checks=["generation"])
 

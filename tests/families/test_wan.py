@@ -30,10 +30,12 @@ PAIR = [check for check in CONFORMANCE if isinstance(check, str) and check not i
 
 
 @pytest.mark.parametrize("check", [*PAIR, pytest.param("whole_network", marks=pytest.mark.slow)])
+@pytest.mark.medium
 def test_two_denoisers_conform(check):
     check_adapter(make_pair, checks=[check], **SIZE, **SHORT)
 
 
+@pytest.mark.medium
 def test_the_second_denoiser_has_a_guidance_of_its_own():
     def make_adapter(pipeline):
         adapter = SHORT["make_adapter"](pipeline)
@@ -44,6 +46,7 @@ def test_the_second_denoiser_has_a_guidance_of_its_own():
     check_adapter(make_pair, make_adapter=make_adapter, checks=["generation"], call_arguments=call, **SIZE)
 
 
+@pytest.mark.medium
 def test_a_time_per_token_generates_as_its_pipeline():
     check_adapter(functools.partial(make_pipeline, expand_timesteps=True), checks=["generation"], **SIZE, **SHORT)
 
@@ -56,6 +59,7 @@ def adapt_one(name, pipeline):
 
 
 @pytest.mark.parametrize("name", ["transformer", "transformer_2"])
+@pytest.mark.medium
 def test_one_of_two_denoisers_is_trained(name, tmp_path):
     """By steps of both; those of the frozen one alone have no graph but for the idle one's."""
     pipeline = make_pair()
@@ -74,6 +78,7 @@ def test_one_of_two_denoisers_is_trained(name, tmp_path):
 
 
 @pytest.mark.parametrize("check", ["gradients", "lora"])
+@pytest.mark.medium
 def test_the_first_of_two_denoisers_alone_conforms(check):
     options = {"make_adapter": functools.partial(adapt_one, "transformer"), "call_arguments": SHORT["call_arguments"]}
     check_adapter(make_pair, checks=[check], **SIZE, **options)

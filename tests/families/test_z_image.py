@@ -13,6 +13,7 @@ SIZE = 16  # pixels; every pipeline's own size is 1024
 
 
 @pytest.mark.parametrize("check", CONFORMANCE)
+@pytest.mark.medium
 def test_it_conforms(check):
     check_adapter(make_pipeline, height=SIZE, width=SIZE, checks=[check])
 

@@ -34,6 +34,7 @@ class TinyModel(torch.nn.Module):
         return {"loss": ((self.weight * x).mean() - 1) ** 2, "logits": self.weight * x}
 
 
+@pytest.mark.medium
 def test_events_come_in_the_order_of_a_plain_trainer(make_trainer):
     options = {
         "gradient_accumulation_steps": 2, "max_steps": 3, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True,
@@ -52,6 +53,7 @@ def test_events_come_in_the_order_of_a_plain_trainer(make_trainer):
     assert {name for name, _ in ours.events} == {name for name in dir(RLRCallback) if name.startswith("on_")} - rare
 
 
+@pytest.mark.medium
 def test_a_callback_sees_every_rollout_and_may_stop_the_run(make_trainer):
     seen = []
 
@@ -153,6 +155,7 @@ def test_a_training_that_stops_inside_a_rollout_saves_at_once(caplog):
     assert "a run that goes on from here begins with a new one" in caplog.text
 
 
+@pytest.mark.medium
 def test_requests_of_a_training_are_met_after_the_updates_of_the_rollout(make_trainer):
     """Those that come with the second rollout, and with the first update of it."""
 

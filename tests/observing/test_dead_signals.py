@@ -85,6 +85,7 @@ def test_layers_of_a_reward_in_training_mode_are_seen():
     assert not found and net[1].num_batches_tracked == moved + 1
 
 
+@pytest.mark.medium
 def test_a_dead_run_is_told_of_and_reported(make_trainer, caplog, tmp_path):
     """A black box that takes pictures for 0..255, with a network in training mode."""
     from rlr_trainer.observing.report import write_report

@@ -62,6 +62,7 @@ def shown(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.medium
 def test_a_notebook_has_a_table_with_the_reward_and_no_stale_bar(shown, make_trainer, tmp_path, monkeypatch):
     from transformers.utils.notebook import NotebookProgressCallback
 

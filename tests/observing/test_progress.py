@@ -45,6 +45,7 @@ def test_the_bar_is_quiet_when_it_should_be(monkeypatch, terminal, disable):
     assert output.getvalue() == ""
 
 
+@pytest.mark.medium
 def test_a_run_on_a_terminal_shows_both_bars(make_trainer, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -320,6 +320,7 @@ def shown_frames(source):
         return kind, getattr(opened, "n_frames", 1), opened.size
 
 
+@pytest.mark.medium
 def test_clips_are_shown_as_clips(tmp_path):
     """Made anew from the pixels: nothing of the file itself goes into the page. Long ones lose frames, not time."""
     small = encode(make_clip(tmp_path / "small.gif", comment=b"<script>secret</script>"))
@@ -368,6 +369,7 @@ def test_clips_outside_the_folder_are_not_read(make_run, tmp_path):
     assert [file for *_, file in read_run(folder).pictures[0].rows] == [None, None]
 
 
+@pytest.mark.medium
 def test_motion_has_its_chart_and_clips_hold_still_in_print(make_run):
     folder = add_everything(make_run(lines=rising(motion=lambda p: 0.05 + 0.01 * p)))
     for path in (folder / "samples").glob("step_*.json"):
@@ -432,6 +434,7 @@ def test_outputs_that_cannot_be(make_run, tmp_path):
         write_report([tmp_path / "nothing"], tmp_path / "report.html")
 
 
+@pytest.mark.medium
 def test_the_command(make_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_run(lines=rising()[:2])
@@ -499,6 +502,7 @@ def test_facts(make_run):
     assert math.isnan(reward_at(run, "seconds", 1).value)
 
 
+@pytest.mark.medium
 def test_runs_are_compared_at_equal_queries_and_time(make_run):
     slow = make_run("run/slow", [row | {"reward": row["reward"] / 2, "kl": 0.1} for row in rising()])
     fast = make_run("run/fast", [row | {"seconds": row["step"] * 0.5} for row in rising(20, extra=lambda p: p)])
@@ -582,6 +586,7 @@ def test_the_whole_page(pages):
     assert "panda ? end" in text_of(pages[1])
 
 
+@pytest.mark.medium
 def test_it_loads_no_heavy_library():
     program = "import sys, rlr_trainer.observing.report; print(*{'torch', 'transformers', 'datasets'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
@@ -589,6 +594,7 @@ def test_it_loads_no_heavy_library():
 
 
 @pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed (apt-get install chromium)")
+@pytest.mark.medium
 def test_in_a_browser(pages, tmp_path):
     """No complaint in the console, no request, nothing wider than a phone; the switch works without a script, print shows updates."""
     shown = "[...document.querySelectorAll('#reward .on-updates, #reward .on-queries')].map(e => getComputedStyle(e).display)"
@@ -611,6 +617,7 @@ def test_in_a_browser(pages, tmp_path):
 
 
 @pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed (apt-get install chromium)")
+@pytest.mark.medium
 def test_the_browser_check_sees_errors_and_requests(tmp_path):
     (tmp_path / "bad.html").write_text("<script>console.error('no'); fetch('file:///nothing'); undefined_name()</script>")
     with chromium.browser(tmp_path / "profile") as page:

@@ -129,6 +129,7 @@ def test_a_full_disk_leaves_what_was_there():
         run_files._append(Path("/dev/full"), {"step": 1})
 
 
+@pytest.mark.medium
 def test_what_a_trainer_tells_of_itself(make_trainer):
     trainer = make_trainer(max_steps=1, sample_num_steps=2, learning_rate=2e-3, output_dir="run")
     trainer.train()

@@ -32,6 +32,7 @@ def record(folder, step):
     return json.loads((Path(folder) / "samples" / f"step_{step:06d}.json").read_text())
 
 
+@pytest.mark.medium
 def test_pictures_before_and_after_show_the_same_noise_with_other_weights(make_trainer):
     trainer = make_trainer(num_log_images=5, max_steps=2, learning_rate=1e-2)
     trainer.train()
@@ -59,6 +60,7 @@ def weights_after(trainer):
 
 
 @pytest.mark.parametrize("check_reward", [True, False])
+@pytest.mark.medium
 def test_pictures_and_evaluations_change_nothing_in_the_training(make_trainer, pipeline, seven, check_reward):
     """Not even with prompts and rewards that draw from the global generators."""
 
@@ -91,6 +93,7 @@ def test_pictures_and_evaluations_change_nothing_in_the_training(make_trainer, p
     assert len(set(record("own", 0)["prompts"])) > 1
 
 
+@pytest.mark.medium
 def test_a_resumed_run_shows_the_pictures_of_its_beginning(make_trainer, pipeline):
     names = iter(digits.DIGIT_NAMES * 10)
     options = {"save_strategy": "steps", "save_steps": 1, "num_log_images": 3, "check_reward": False, "num_images_per_prompt": 2}
@@ -108,6 +111,7 @@ def test_a_resumed_run_shows_the_pictures_of_its_beginning(make_trainer, pipelin
     assert record(folder, 2)["prompts"] == record(folder, 0)["prompts"]
 
 
+@pytest.mark.medium
 def test_overwriting_removes_the_pictures_of_the_other_run(make_trainer, pipeline):
     make_trainer(sd_pipeline=copy.deepcopy(pipeline), num_log_images=1, max_steps=3).train()
     trainer = make_trainer(sd_pipeline=copy.deepcopy(pipeline), num_log_images=1, max_steps=1, overwrite=True)
@@ -116,6 +120,7 @@ def test_overwriting_removes_the_pictures_of_the_other_run(make_trainer, pipelin
     assert sorted(path.stem for path in folder.glob("samples/step_*.json")) == ["step_000000", "step_000001"]
 
 
+@pytest.mark.medium
 def test_a_run_that_is_stopped_from_outside_takes_no_pictures_at_its_end(make_trainer):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -165,6 +170,7 @@ def test_large_pictures_are_compared_as_thumbnails_and_videos_too():
     assert picture_grid(video, ["one", "two"]).size[0] > 2 * 128
 
 
+@pytest.mark.medium
 def test_diversity_of_a_rollout_is_logged_where_prompts_repeat(make_trainer):
     trainer = make_trainer(max_steps=1)
     trainer.train()

@@ -69,6 +69,7 @@ def wandb(tmp_path, monkeypatch):
     wandb.finish()
 
 
+@pytest.mark.medium
 def test_a_run_with_tensorboard(make_trainer, tensorboard):
     """Metrics, pictures of the fixed prompts, options, and what a hook logs, which belongs to the updates so far."""
 
@@ -95,6 +96,7 @@ def test_a_run_with_tensorboard(make_trainer, tensorboard):
     assert (written["log_step_norms"], written["fo_steps"], written["learning_rate"]) == (True, 1, 1e-3)
 
 
+@pytest.mark.medium
 def test_step_norms_make_up_the_norms_of_the_parts(make_trainer):
     trainer = make_trainer(log_step_norms=True, estimator="full_bp", max_steps=1)
     trainer.train()
@@ -126,6 +128,7 @@ def test_tensorboard(tensorboard, tmp_path):
         assert frames_of(io.BytesIO(clips[0].encoded_image_string)) == (4, (6, 4))
 
 
+@pytest.mark.medium
 def test_wandb_offline(wandb, tmp_path):
     tracker = HookTracker([begun("WandbCallback")], tmp_path)
     use(tracker)
@@ -155,6 +158,7 @@ def test_trackio_local(tmp_path, monkeypatch):
     assert [frames_of(path) for path in (tmp_path / "trackio").rglob("*.gif")] == [(4, (6, 4))] * 5
 
 
+@pytest.mark.medium
 def test_mlflow_in_a_folder(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     address = f"file://{tmp_path}/mlruns"
@@ -199,6 +203,7 @@ def test_a_writer_that_takes_pictures_alone_gets_strips(monkeypatch, tensorboard
     assert (strip.width, strip.height) == (4 * 6, 4)
 
 
+@pytest.mark.medium
 def test_the_accelerator_reaches_the_trackers_of_the_run(tensorboard, wandb, tmp_path, caplog):
     accelerator = Accelerator(cpu=True)
     board, bias = (begun(name, begin=False) for name in ("TensorBoardCallback", "WandbCallback"))

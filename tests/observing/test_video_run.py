@@ -38,6 +38,7 @@ def trained(tmp_path_factory):
     return trainer, folder, hooked
 
 
+@pytest.mark.medium
 def test_motion_is_in_the_metrics(trained):
     trainer, _, _ = trained
     lines = [row for row in trainer.state.log_history if "reward" in row]
@@ -49,6 +50,7 @@ def test_motion_is_in_the_metrics(trained):
     assert "motion" in trainer.parts.evaluator.metric_names()
 
 
+@pytest.mark.medium
 def test_clips_are_in_the_files_the_hook_the_report_and_the_card(trained):
     trainer, folder, hooked = trained
     assert hooked == [(4, 3, 3, 16, 16)] * 2

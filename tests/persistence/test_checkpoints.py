@@ -80,6 +80,7 @@ def test_damage_of_any_file_is_found_by_its_name():
     check(folder)
 
 
+@pytest.mark.medium
 def test_every_bit_of_the_list_counts():
     """Among the flips are those that give two files one name, by which one of them would go unchecked."""
     _, folder = write(1)

@@ -111,6 +111,7 @@ def test_the_first_argument_is_a_repository_or_a_message(repo_id, message, repos
     assert trainer.calls == (["finish"] if repository else [])
 
 
+@pytest.mark.medium
 def test_a_training_uploads_the_last_weights_however_slow_the_hub_is(make_trainer, hub):
     """And neither what is half written nor what is superseded."""
     answers = []
@@ -137,6 +138,7 @@ def test_a_training_uploads_the_last_weights_however_slow_the_hub_is(make_traine
     assert not [name for name in content if "checkpoint-" in name]
 
 
+@pytest.mark.medium
 def test_a_trainer_pushes_to_a_repository_and_a_branch(make_trainer, hub):
     trainer = make_trainer(output_dir="run", max_steps=1)
     trainer.train()

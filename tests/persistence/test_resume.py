@@ -100,6 +100,7 @@ EVERY_DAY = ("rlr", "rlr_black_box", "rlr_paper", "sqdf", "nft")  # one of each 
 
 
 @pytest.mark.parametrize("preset", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS])
+@pytest.mark.medium
 def test_every_preset_goes_on_at_the_end_of_a_rollout(make, preset):
     """With two updates per rollout, except for zeroth order, which has one."""
     zeroth_order = preset in ("rlr_paper", "es")
@@ -127,6 +128,7 @@ def test_every_preset_goes_on_at_the_end_of_a_rollout(make, preset):
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
+@pytest.mark.medium
 def test_state_beside_weights(make, options):
     check_resume(make, train_dataset=ROWS, **options)
 
@@ -137,6 +139,7 @@ def draw_prompt():
     return digits.class_prompt(choice), {"choice": choice}
 
 
+@pytest.mark.medium
 def test_prompts_of_the_global_generators(make):
     seen = []
 
@@ -151,6 +154,7 @@ def test_prompts_of_the_global_generators(make):
 # ---- where checkpoints are, and where a run goes on ----
 
 
+@pytest.mark.medium
 def test_a_run_that_stops_inside_a_rollout_goes_on_with_a_new_one(make, caplog):
     options = {"num_inner_epochs": 2, "estimator": "ddpo", **SAVES}
     make("run", max_steps=3, **options).train()
@@ -171,6 +175,7 @@ def test_going_on_from_an_earlier_checkpoint(make):
     assert [row["step"] for row in logged("run")] == [1, 2, 3, 4, 4]  # with the closing line
 
 
+@pytest.mark.medium
 def test_a_finished_run_is_not_trained_on(make, caplog):
     """As a queue that restarts whatever ends does; the epoch has more updates than the run."""
     options = {"max_steps": 2, "train_dataset": ROWS * 3, **SAVES}
@@ -183,6 +188,7 @@ def test_a_finished_run_is_not_trained_on(make, caplog):
     assert logged("run") == before
 
 
+@pytest.mark.medium
 def test_the_best_checkpoint_is_that_of_the_best_metric(make, caplog):
     """Evaluations and checkpoints wait for the ends of rollouts together; the folder may move before the best one is loaded."""
     evaluations = []
@@ -212,6 +218,7 @@ def test_the_best_checkpoint_is_that_of_the_best_metric(make, caplog):
     assert_same(weights_of(moved), weights_of(reread))
 
 
+@pytest.mark.medium
 def test_no_other_run_is_taken_up(make):
     for folder in ("one", "other"):
         make(folder, max_steps=1, **SAVES).train()
@@ -231,12 +238,14 @@ def test_no_other_run_is_taken_up(make):
         ({"use_lora": False}, CheckpointError, "the checkpoint's weights are of the other kind"),
     ],
 )
+@pytest.mark.medium
 def test_weights_that_do_not_fit_are_refused(make, changed, error, message):
     make("run", max_steps=1, **SAVES).train()
     with pytest.raises(error, match=message):
         make("run", max_steps=2, **SAVES, **changed).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.medium
 def test_what_changed_is_said_and_kept_in_the_run_file(make, caplog):
     make("run", reward_function=ink, max_steps=1, **SAVES).train()
     for updates in (2, 3):
@@ -252,6 +261,7 @@ def test_what_changed_is_said_and_kept_in_the_run_file(make, caplog):
     assert second["changed"] == {"max_steps": [2, 3]}
 
 
+@pytest.mark.medium
 def test_more_updates_stretch_the_schedule_from_the_first_on(make):
     options = {"lr_scheduler_type": "linear", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
     make("run", max_steps=2, **options).train()
@@ -262,6 +272,7 @@ def test_more_updates_stretch_the_schedule_from_the_first_on(make):
 # ---- ends of other kinds ----
 
 
+@pytest.mark.medium
 def test_a_failing_reward_leaves_the_last_checkpoint_whole(make):
     calls = []
 
@@ -300,6 +311,7 @@ class Terminate(TrainerCallback):
     ],
     ids=["no", "weights alone", "best"],
 )  # fmt: skip
+@pytest.mark.medium
 def test_sigterm_saves_at_the_end_of_the_rollout_and_leaves(make, options, checkpoints, caplog):
     options = {"max_steps": 6, "num_inner_epochs": 2, "estimator": "ddpo", **options}
     whole = make("whole", **options)
@@ -332,6 +344,7 @@ def test_a_process_killed_at_random_moments():
     assert logged("killed") == logged("whole")
 
 
+@pytest.mark.medium
 def test_the_log_in_a_checkpoint_does_not_grow_with_the_run(make_trainer, monkeypatch):
     """0.8 kB an update, in every checkpoint; the trainer and metrics.jsonl keep all of it."""
     shortened = running.shortened

@@ -104,6 +104,7 @@ def test_a_whole_network_for_use_is_a_pipeline_with_the_averaged_weights(make):
         assert same(StableDiffusionPipeline.from_pretrained("saved").unet.state_dict(), weights.adapter.denoiser.state_dict())
 
 
+@pytest.mark.medium
 def test_a_trainer_writes_the_result_to_any_folder_and_a_model_card(make_trainer):
     """A checkpoint's weights are not averaged; this folder is none, whatever it is called."""
     name = "checkpoint-final"

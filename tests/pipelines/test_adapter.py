@@ -81,6 +81,7 @@ def test_text_encoders_that_wait_on_the_cpu_come_to_encode_alone():
     assert adapter.moves == [torch.device("meta"), "encode", "cpu"]
 
 
+@pytest.mark.medium
 def test_text_encoders_are_offloaded_on_request(make_trainer, tmp_path):
     trainer = make_trainer(reward_function=ink, offload_text_encoders=True, max_steps=1)
     trainer.train()

@@ -72,6 +72,7 @@ def test_a_checkpoint_has_the_count_and_the_weights_are_the_average(followed):
         assert parameter.tolist() == [2, 2]
 
 
+@pytest.mark.medium
 def test_pictures_evaluation_and_the_saved_weights_are_the_average_s(make_trainer, pipeline):
     rows = [{"prompt": digits.PROMPT}] * 3
     trainer = make_trainer(sd_pipeline=copy.deepcopy(pipeline), ema_decay=0.15, max_steps=4, learning_rate=1e-2, eval_dataset=rows)
@@ -91,6 +92,7 @@ def test_pictures_evaluation_and_the_saved_weights_are_the_average_s(make_traine
     assert not torch.allclose(trainer.generate([digits.PROMPT] * 2), pictures, atol=1e-4)
 
 
+@pytest.mark.medium
 def test_the_best_checkpoint_brings_its_average(make_trainer):
     trainer = make_trainer(
         ema_decay=0.15, eval_dataset=[{"prompt": digits.PROMPT}] * 4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,

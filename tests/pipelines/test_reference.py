@@ -64,6 +64,7 @@ def test_gradient_is_that_of_reward_minus_divergence(recompute):
     assert all(torch.allclose(parts[name], tensor, atol=1e-6) for name, tensor in found.items())
 
 
+@pytest.mark.medium
 def test_lora_weights_are_off_in_the_reference(make_trainer, pipeline):
     untouched = Policy(copy.deepcopy(pipeline).unet)
     trainer = make_trainer(
@@ -79,6 +80,7 @@ def test_lora_weights_are_off_in_the_reference(make_trainer, pipeline):
     check_gradient({name: p.grad for name, p in params.items()}, summary, reward, kl, 0.05, params)
 
 
+@pytest.mark.medium
 def test_metric_starts_at_zero_and_grows_with_training(make_trainer):
     trainer = make_trainer(kl_coef=0.0, max_steps=3, learning_rate=5e-3)
     trainer.train()
@@ -87,6 +89,7 @@ def test_metric_starts_at_zero_and_grows_with_training(make_trainer):
     assert all(value > 0 for value in lines[1:])
 
 
+@pytest.mark.medium
 def test_the_penalty_alone_leads_back_to_the_reference(make_trainer):
     def nothing(images, prompts, metadata):
         return 0 * images.mean((1, 2, 3))
@@ -100,6 +103,7 @@ def test_the_penalty_alone_leads_back_to_the_reference(make_trainer):
     assert lines[-1] < 0.5 * lines[0]
 
 
+@pytest.mark.medium
 def test_without_it_there_is_no_metric_and_the_run_is_the_same(make_trainer, pipeline):
     weights = []
     for options in ({}, {"kl_coef": 0.0}):

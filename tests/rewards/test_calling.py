@@ -325,6 +325,7 @@ def test_a_gradient_within_a_time_limit():
         ).total.requires_grad
 
 
+@pytest.mark.medium
 def test_a_hung_reward_does_not_keep_the_program_alive():
     program = (
         "import time, torch\n"

@@ -224,6 +224,7 @@ def test_the_token(serve, monkeypatch):
     assert len(RemoteReward(url)(*BATCH)[0]) == 3
 
 
+@pytest.mark.medium
 def test_without_a_token_only_names_of_this_machine_are_answered(serve, caplog):
     """A web page whose own name resolves to 127.0.0.1 could ask otherwise."""
     url = serve().url
@@ -449,6 +450,7 @@ def test_proxies_are_not_asked_for_this_machine(serve, monkeypatch):
         RemoteReward("http://reward.example", retries=0)(*BATCH)
 
 
+@pytest.mark.medium
 def test_where_nothing_has_ever_answered_the_attempts_are_few(serve):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

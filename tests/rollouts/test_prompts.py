@@ -138,6 +138,7 @@ def test_a_list_of_strings_is_a_dataset():
     assert [row.prompt for row in DatasetPrompts(["a", "b"], 0, shuffle=False).take(3)] == ["a", "b", "a"]
 
 
+@pytest.mark.medium
 def test_a_training_run_on_groups_with_metadata(make_trainer):
     """Two prompts with two pictures each; the other columns arrive with their own prompt."""
     seen = []
@@ -162,6 +163,7 @@ def test_a_training_run_on_groups_with_metadata(make_trainer):
     assert sorted(metadata["digit"] for batch in seen for _, metadata in batch[::2]) == [0, 1, 2, 3]
 
 
+@pytest.mark.medium
 def test_a_negative_prompt_of_a_row_changes_only_that_rows_picture(make_trainer, pipeline):
     def pictures(negatives):
         kept = []
@@ -314,6 +316,7 @@ def test_a_state_that_only_one_side_has_is_warned_of(caplog):
     assert "the checkpoint has a state for the prompts and prompt_function has none" in caplog.text
 
 
+@pytest.mark.medium
 def test_negative_prompts_without_guidance_are_said_to_be_unused(make_trainer, caplog):
     from rlr_trainer.rollouts import sampler
 

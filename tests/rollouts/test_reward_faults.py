@@ -104,6 +104,7 @@ def weights_of(trainer):
         (lambda: torch.ones(3), r"reward 'FailsOnCall' returned shape \(3,\) for a batch of 2", RewardError),
     ],
 )
+@pytest.mark.medium
 def test_the_error_tells_where(make_trainer, fail, message, cause):
     # rollouts of two sampling batches: the 6th call is the second batch of the third rollout, counted from 0
     options = SMALL | {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -116,6 +117,7 @@ def test_the_error_tells_where(make_trainer, fail, message, cause):
 
 
 @pytest.mark.parametrize("options", [SMALL, SCORED, SCORED | {"async_rewards": True}], ids=["gradient", "black box", "async"])
+@pytest.mark.medium
 def test_skipping_goes_on_without_the_samples_and_counts_them(make_trainer, options):
     reward = FailsOnCall(2, 3)
     trainer = make_trainer(
@@ -135,6 +137,7 @@ def test_skipping_goes_on_without_the_samples_and_counts_them(make_trainer, opti
 
 
 @pytest.mark.parametrize("options", [SMALL, SCORED], ids=["gradient", "black box"])
+@pytest.mark.medium
 def test_a_skipped_sample_is_as_one_without_a_reward(first_gradient, options):
     """The other samples give the gradient that they give when the reward itself says None."""
     calls = 0
@@ -153,6 +156,7 @@ def test_a_skipped_sample_is_as_one_without_a_reward(first_gradient, options):
     assert_same(skipped, none, 1e-6)
 
 
+@pytest.mark.medium
 def test_a_rollout_that_fails_altogether_ends_the_run(make_trainer):
     def broken(images, prompts, metadata):
         raise ConnectionError("no route")
@@ -169,6 +173,7 @@ def test_the_check_before_the_first_rollout_skips_nothing(make_trainer, monkeypa
         trainer.train()
 
 
+@pytest.mark.medium
 def test_a_hanging_reward_ends_the_run(make_trainer):
     release = threading.Event()
 
@@ -183,6 +188,7 @@ def test_a_hanging_reward_ends_the_run(make_trainer):
 
 
 @pytest.mark.parametrize("options", [SMALL, SCORED | {"async_rewards": True}])
+@pytest.mark.medium
 def test_an_interrupt_in_the_reward_passes_through(make_trainer, options):
     def interrupted(images, prompts, metadata):
         raise KeyboardInterrupt
@@ -212,6 +218,7 @@ def test_a_failure_in_one_process_ends_all(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"control_variate": True}], ids=str)
+@pytest.mark.medium
 def test_pieces_do_not_change_the_update_and_bound_the_memory(first_gradient, seven, options):
     sizes = []
 
@@ -227,6 +234,7 @@ def test_pieces_do_not_change_the_update_and_bound_the_memory(first_gradient, se
         assert first_row(trainer)["reward_queries"] == 4
 
 
+@pytest.mark.medium
 def test_the_decoder_sees_pieces_too_when_it_is_differentiated(make_trainer, seven):
     trainer = make_trainer(reward_function=seven, reward_batch_size=1, max_steps=1, **SMALL)
     sizes, decode = [], trainer.adapter.decode
@@ -235,6 +243,7 @@ def test_the_decoder_sees_pieces_too_when_it_is_differentiated(make_trainer, sev
     assert sizes == [1, 1, 1, 1]
 
 
+@pytest.mark.medium
 def test_async_rewards_give_the_same_update(first_gradient, seven):
     def slow_first(images, prompts, metadata):
         if threading.current_thread() is not threading.main_thread():
@@ -261,6 +270,7 @@ def test_async_rewards_give_the_same_update(first_gradient, seven):
     assert first_row(trainer)["reward_queries"] == 4
 
 
+@pytest.mark.medium
 def test_async_rewards_run_while_the_next_batch_is_sampled(make_trainer):
     """Events, not seconds: the first reward waits for the second batch's sampling, which a call in turn would never see."""
     sampling_again = threading.Event()
@@ -301,6 +311,7 @@ def rank(images, prompts, metadata):
 
 
 @pytest.mark.parametrize(("batch", "async_rewards"), [(1, True), (2, False)])
+@pytest.mark.medium
 def test_groups_across_sampling_batches_give_the_same_update(first_gradient, batch, async_rewards):
     rows = [{"prompt": digits.class_prompt(d), "row": d} for d in range(3)]
     options = {"reward_function": [rank, ink], "train_dataset": rows, "num_images_per_prompt": 4, "estimator": "ddpo", "check_reward": True,
@@ -350,6 +361,7 @@ def normalized_by_hand(group):
     ],
     ids=str,
 )
+@pytest.mark.medium
 def test_all_parts_estimate_the_gradient_of_the_normalized_objective(first_gradient, plan, group):
     options = plan | {"num_images_per_prompt": group, "per_device_train_batch_size": 8, "adv_clip_max": 100.0}
     _, expected = first_gradient(
@@ -368,6 +380,7 @@ def test_all_parts_estimate_the_gradient_of_the_normalized_objective(first_gradi
     assert row["reward"] == pytest.approx(row["rewards/bright/mean"] - 0.5 * row["rewards/contrast/mean"], rel=1e-5)
 
 
+@pytest.mark.medium
 def test_per_prompt_statistics_of_every_reward(make_trainer):
     rows = [{"prompt": digits.class_prompt(d)} for d in range(2)]
     trainer = make_trainer(

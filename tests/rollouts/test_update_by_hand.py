@@ -1,5 +1,6 @@
 """CONTRIBUTING's "one update, in code": ten lines with the parts give what the trainer's own update is made of."""
 
+import pytest
 import torch
 
 from rlr_trainer import digits
@@ -16,6 +17,7 @@ class Recorder:
         return 1.0
 
 
+@pytest.mark.medium
 def test_ten_lines_are_the_trainers_update(make_trainer):
     trainer = make_trainer(max_grad_norm=0.0)
     parts, model, seed = trainer.parts, trainer.model, trainer.args.seed

@@ -87,6 +87,7 @@ def test_predictions_are_clipped_as_the_scheduler_clips_them(prediction_type):
 
 @pytest.mark.parametrize("to_one", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.medium
 def test_a_long_chain_s_small_strides(eta, to_one):
     """Neighbouring timesteps differ so little that the scheduler's own float32 tables cost digits: 2e-5."""
     scheduler = make(set_alpha_to_one=to_one, steps_offset=1)

@@ -219,11 +219,13 @@ MUTANTS = [
         for mutant in MUTANTS
     ],
 )
+@pytest.mark.medium
 def test_a_mistake_is_rejected(adapter, check, make):
     names, _ = failed(adapter, [check], make)
     assert names == {check}
 
 
+@pytest.mark.medium
 def test_the_message_gives_figure_rule_and_cause():
     _, message = failed(SwappedBranches, ["generation"])
     assert "1 of 1 checks failed" in message
@@ -231,6 +233,7 @@ def test_the_message_gives_figure_rule_and_cause():
     assert re.search(expected + r"\. Usual cause: .*guide", message)
 
 
+@pytest.mark.medium
 def test_a_degenerate_pipeline_is_reported():
     """A network whose output is zero makes the same picture of every prompt: nothing could fail on it."""
 
@@ -245,6 +248,7 @@ def test_a_degenerate_pipeline_is_reported():
     assert "the tiny pipeline is degenerate: the time changes it by" in message
 
 
+@pytest.mark.medium
 def test_a_solver_that_looks_back_is_replaced_and_named():
     from diffusers import UniPCMultistepScheduler
 

@@ -45,6 +45,7 @@ def test_rewards_and_datasets_of_its_own(make_trainer):
         trainer.predict(PROMPTS)
 
 
+@pytest.mark.medium
 def test_queries_are_counted_apart(make_trainer):
     trainer = make_trainer(eval_dataset=PROMPTS, eval_strategy="steps", eval_steps=1, num_log_images=3)
     trainer.train()
@@ -56,6 +57,7 @@ def test_queries_are_counted_apart(make_trainer):
     assert pictures["prompts"] == [row["prompt"] for row in PROMPTS[:3]]
 
 
+@pytest.mark.medium
 def test_when_evaluation_runs(make_trainer, pipeline):
     steps = []
 
@@ -78,6 +80,7 @@ def test_when_evaluation_runs(make_trainer, pipeline):
         make_trainer(sd_pipeline=copy.deepcopy(pipeline), output_dir="none").evaluate()
 
 
+@pytest.mark.medium
 def test_the_best_checkpoint_is_kept_and_loaded(make_trainer):
     """A reward that is best after one update, and has no slope: the weights after one update are those at the end."""
     values = iter([0.2, 0.9, 0.4, 0.3, 0.9, 0.9])  # evaluations after 1, 2, 3 updates; then the evaluation by hand
@@ -168,6 +171,7 @@ def picture(path):
         )
 
 
+@pytest.mark.medium
 def test_the_command_samples_what_the_run_has_learnt(make_trainer, capsys):
     trainer = make_trainer(learning_rate=1e-2, max_steps=2)
     trainer.train()

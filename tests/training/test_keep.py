@@ -176,6 +176,7 @@ def test_free_memory_is_that_of_the_machine_within_the_limit_of_its_cgroup(tmp_p
         assert _cgroup_left(tmp_path) == left
 
 
+@pytest.mark.medium
 def test_a_training_ends_at_the_same_weights(make_trainer, pipeline, tmp_path):
     ends, logs = [], []
     for number, recompute in enumerate(("recursive", "keep")):

@@ -150,6 +150,7 @@ def test_a_run_trains_and_logs(make_trainer, options):
     ],
     ids=str,
 )
+@pytest.mark.medium
 def test_activation_checkpointing_changes_nothing(make_trainer, pipeline, options):
     if "use_lora" not in options:
         warm_lora(pipeline)
@@ -164,6 +165,7 @@ def test_activation_checkpointing_changes_nothing(make_trainer, pipeline, option
         assert trainer.parts.reference.copy.denoiser.is_gradient_checkpointing
 
 
+@pytest.mark.medium
 def test_clipping_leaves_on_policy_updates_alone(make_trainer, pipeline):
     """Another batch size than that of the sampling rounds otherwise; over little noise such a ratio leaves DDPO's clip range."""
     options = {"estimator": "ddpo", "sample_eta": 3e-4, "sample_batch_size": 4, "per_device_train_batch_size": 1, "sample_num_steps": 3,
@@ -176,6 +178,7 @@ def test_clipping_leaves_on_policy_updates_alone(make_trainer, pipeline):
     assert second["clip_ratio"] > 0
 
 
+@pytest.mark.medium
 def test_off_policy_updates_move_the_ratio_and_use_every_sample(make_trainer):
     trainer = make_trainer(estimator="ddpo", num_inner_epochs=2, sample_num_batches_per_epoch=2, max_steps=4)
     assert trainer.args.updates_per_rollout == 4
@@ -186,6 +189,7 @@ def test_off_policy_updates_move_the_ratio_and_use_every_sample(make_trainer):
     assert rows[-1]["reward_queries"] == 4 + 8  # the probe, and one rollout of two batches
 
 
+@pytest.mark.medium
 def test_dataset_columns_reach_the_reward(make_trainer):
     from datasets import Dataset
 
@@ -212,6 +216,7 @@ def test_reward_rises(make_trainer):
     assert after > before + 0.02
 
 
+@pytest.mark.medium
 def test_same_seed_same_run(make_trainer, pipeline):
     def run(name, seed):
         torch.rand(seed + 3)  # the state of the global generator must not matter
@@ -224,6 +229,7 @@ def test_same_seed_same_run(make_trainer, pipeline):
     assert any(not torch.equal(first[n], other[n]) for n in first)
 
 
+@pytest.mark.medium
 def test_callbacks_fire(make_trainer):
     events = []
 
@@ -263,6 +269,7 @@ def test_a_wrong_reward_fails_before_the_sampling(make_trainer, monkeypatch):
         trainer.train()
 
 
+@pytest.mark.medium
 def test_rewards_that_overflow_stop_the_run(make_trainer):
     """The gradient's norm would be infinite, and clipped by it every entry 0: the weights stayed put, and nothing was said."""
 
@@ -414,6 +421,7 @@ def test_options_outside_the_chain(make_trainer, options, message):
         make_trainer(**options)
 
 
+@pytest.mark.medium
 def test_output_folder_of_another_run(make_trainer, pipeline, seven, caplog):
     for _ in range(2):
         trainer = make_trainer(sd_pipeline=copy.deepcopy(pipeline), max_steps=1, overwrite=True)
@@ -445,6 +453,7 @@ def test_fp16_needs_an_accelerator(make_trainer):
         make_trainer(fp16=True)
 
 
+@pytest.mark.medium
 def test_auto_chooses_before_the_first_update_and_keeps_it(make_trainer, pipeline, monkeypatch, caplog):
     options = {"fo_steps": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     monkeypatch.setattr(running, "_measured", lambda trainer, name: ({name: 3}, "for a test"))
@@ -459,6 +468,7 @@ def test_auto_chooses_before_the_first_update_and_keeps_it(make_trainer, pipelin
     assert resumed.plan == trainer.plan
 
 
+@pytest.mark.medium
 def test_a_noise_window_is_chosen_with_k_and_lasts(make_trainer, pipeline, monkeypatch, caplog):
     options = {"noise_steps": "auto", "fo_steps": "auto", "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     seen = []
@@ -512,6 +522,7 @@ def test_auto_sub_chain_length_needs_a_budget():
             RLRConfig(use_cpu=True, **options)
 
 
+@pytest.mark.medium
 def test_another_training_begins_with_no_measurements(make_trainer):
     """What the last update of the first one took down, which was not logged, does not belong to the second one's first line."""
     trainer = make_trainer(sample_num_steps=1, max_steps=3, logging_steps=2)

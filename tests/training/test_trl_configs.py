@@ -221,6 +221,7 @@ def test_truncation_of_alignprop(options, steps, expected, caplog):
     )
 
 
+@pytest.mark.medium
 def test_only_a_ddpo_config_scales_the_clipping_of_the_gradient(make_trainer, pipeline, seven):
     def trainer(config):
         return RLRTrainer(config, seven, lambda: (digits.PROMPT, {}), copy.deepcopy(pipeline)).args
@@ -242,6 +243,7 @@ def test_only_a_ddpo_config_scales_the_clipping_of_the_gradient(make_trainer, pi
 # ---- a script's calls ----
 
 
+@pytest.mark.medium
 def test_train_takes_a_number_of_epochs(pipeline, seven):
     config = ddpo_config(sample_num_steps=2, sample_guidance_scale=1.0, sample_num_batches_per_epoch=1, save_freq=100)
     trainer = RLRTrainer(config, seven, lambda: (digits.PROMPT, {}), pipeline)
@@ -256,6 +258,7 @@ def test_prompts_drawn_by_numpy_do_not_spoil_checkpoints():
     assert type(prompts.take(1)[0].prompt) is str
 
 
+@pytest.mark.medium
 def test_a_prompt_function_may_return_a_list(pipeline, seven):
     """TRL unpacks any pair."""
     config = ddpo_config(num_epochs=1, sample_num_steps=2, sample_guidance_scale=1.0)
@@ -288,6 +291,7 @@ def test_a_reward_that_returns_three_things_is_answered_clearly():
         Rewards(lambda *batch: (torch.ones(2), {}, {}))(torch.zeros(2, 3, 4, 4), ("a", "b"), ({}, {}), differentiable=False)
 
 
+@pytest.mark.medium
 def test_the_futures_of_an_asynchronous_ddpo_reward_are_waited_for(pipeline):
     """DDPOTrainer calls `result()` on both parts, so rewards that worked there return futures."""
     config = ddpo_config(num_epochs=1, sample_num_steps=2, sample_guidance_scale=1.0, async_reward_computation=True)
@@ -306,6 +310,7 @@ def test_the_futures_of_an_asynchronous_ddpo_reward_are_waited_for(pipeline):
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.medium
 def test_a_hook_logs_what_accelerate_s_trackers_take(pipeline, seven):
     config = ddpo_config(num_epochs=1, sample_num_steps=2, sample_guidance_scale=1.0, sample_batch_size=2, log_with="tensorboard")
     names = []
@@ -327,6 +332,7 @@ def test_a_hook_logs_what_accelerate_s_trackers_take(pipeline, seven):
     assert {"by/least", "by/most"} <= found["scalars"]
 
 
+@pytest.mark.medium
 def test_alignprop_hook_gets_the_last_batch_as_a_dict(pipeline, seven):
     seen = []
     config = alignprop_config(

@@ -117,6 +117,7 @@ def test_T02_two_processes_save_and_resume(tmp_path):
     assert {"rng_state_0.pth", "rng_state_1.pth", LORA_FILE} <= saved  # every process's random numbers, not the first one's alone
 
 
+@pytest.mark.medium
 def test_T06_the_default_config_trains_and_saves(from_trl):
     config = ddpo_config(
         mixed_precision="fp16", num_epochs=3, **SMALL
@@ -137,6 +138,7 @@ def test_T07_construction_needs_no_accelerate_state(from_trl):
 
 
 @pytest.mark.parametrize("log_with", [None, "tensorboard"])
+@pytest.mark.medium
 def test_T08_image_hooks_work_with_and_without_a_tracker(from_trl, log_with):
     def hook(image_data, global_step, tracker):  # the hook of TRL's example
         images, prompts, _, rewards, _ = image_data[-1]
@@ -148,6 +150,7 @@ def test_T08_image_hooks_work_with_and_without_a_tracker(from_trl, log_with):
     assert list(Path("logs").rglob("*.png" if log_with is None else "events.out.tfevents*"))
 
 
+@pytest.mark.medium
 def test_T09_async_rewards_take_plain_functions(from_trl, seven):
     threads = set()
 
@@ -168,6 +171,7 @@ def test_T09_async_rewards_take_plain_functions(from_trl, seven):
     assert all(torch.equal(in_turn[name], together[name]) for name in in_turn)
 
 
+@pytest.mark.medium
 def test_T10_weights_and_card_are_saved_and_pushed(from_trl, hub):
     trainer = from_trl(
         ddpo_config(num_epochs=2, push_to_hub=True, logdir="digits-ddpo", save_freq=1, train_learning_rate=0.01, **SMALL)
@@ -187,6 +191,7 @@ def test_T10_weights_and_card_are_saved_and_pushed(from_trl, hub):
 
 
 @pytest.mark.parametrize("use_lora", [True, False])
+@pytest.mark.medium
 def test_T11_what_is_saved_can_be_loaded(make_trainer, pipeline, use_lora):
     from diffusers import StableDiffusionPipeline
 
@@ -216,6 +221,7 @@ def test_T12_a_step_without_noise_is_an_error_that_names_it(from_trl, pipeline, 
         RLRTrainer(ddpo_config(**SMALL), seven, lambda: (digits.PROMPT, {}), pipeline)
 
 
+@pytest.mark.medium
 def test_T13_T14_the_ratio_is_one_before_the_first_update(from_trl):
     """In bf16, at the published eta, where rounding of the stored latents decides everything in TRL; and without guidance (T14)."""
     with pytest.raises(ValueError, match="train_cfg=False with sample_guidance_scale=3"):
@@ -235,6 +241,7 @@ def test_T15_integer_rewards_make_real_advantages():
     torch.testing.assert_close(values, torch.tensor([-1.1832, -0.5071, 0.1690, 1.5213]), rtol=0, atol=1e-4)
 
 
+@pytest.mark.medium
 def test_T03_T04_T05_T18_a_resumed_run_goes_on_where_it_was(from_trl):
     def make(epochs, seen, **options):
         def prompt():
@@ -275,6 +282,7 @@ def test_T03_T04_T05_T18_a_resumed_run_goes_on_where_it_was(from_trl):
     assert all(not torch.equal(loaded[name], last[name]) for name in loaded)
 
 
+@pytest.mark.medium
 def test_T20_weights_found_in_the_folder_are_trained_on(from_trl, make_trainer, pipeline, seven):
     first = make_trainer(sd_pipeline=copy.deepcopy(pipeline), learning_rate=0.01, lora_r=3)
     first.train()
@@ -290,6 +298,7 @@ def test_T20_weights_found_in_the_folder_are_trained_on(from_trl, make_trainer, 
     assert moved(start, second)
 
 
+@pytest.mark.medium
 def test_T21_rank_targets_scheduler_and_resolution_are_options(pipeline, seven):
     from diffusers import EulerDiscreteScheduler
 
@@ -323,6 +332,7 @@ def test_T21_rank_targets_scheduler_and_resolution_are_options(pipeline, seven):
     assert trainer.adapter.pipeline.scheduler is own
 
 
+@pytest.mark.medium
 def test_T22_truncation_is_drawn_once_per_trajectory():
     plan = RLRConfig.from_trl(alignprop_config(sample_num_steps=50), use_cpu=True).plan
     counts = torch.zeros(51)
@@ -345,6 +355,7 @@ def test_T23_alignprop_defaults_train_with_any_number_of_steps(steps):
         assert plan.draw(1, torch.Generator().manual_seed(seed), shared=True).first_order.any()
 
 
+@pytest.mark.medium
 def test_T24_alignprop_saves_and_has_no_policy_gradient(from_trl):
     seen = []
     trainer = from_trl(alignprop_config(num_epochs=3, save_freq=2, **SMALL), lambda *data: seen.append(data))
@@ -356,6 +367,7 @@ def test_T24_alignprop_saves_and_has_no_policy_gradient(from_trl):
     assert all(line["grad_norm"] > 0 for line in log_lines("logs"))
 
 
+@pytest.mark.medium
 def test_T25_the_trained_weights_are_float32_in_any_precision(pipeline, seven):
     wrapped = SimpleNamespace(sd_pipeline=pipeline.to(torch.bfloat16), use_lora=False)
     config = ddpo_config(num_epochs=1, mixed_precision="bf16", train_learning_rate=1e-5, **SMALL)
@@ -369,6 +381,7 @@ def test_T25_the_trained_weights_are_float32_in_any_precision(pipeline, seven):
     assert {p.dtype for p in trainer.adapter.denoiser.parameters()} == {torch.float32}
 
 
+@pytest.mark.medium
 def test_T25_the_first_loss_scale_of_fp16_does_not_skip_updates(from_trl, monkeypatch):
     """fp16 as on a GPU, with the CPU's autocast and scaler. The gradient of the summed log-density overflows at the usual scale of 65536."""
     config = ddpo_config(num_epochs=1, sample_batch_size=2, train_batch_size=2, sample_num_batches_per_epoch=1, **SMALL)

@@ -40,6 +40,7 @@ def test_a_misspelt_argument_is_refused_and_the_signature_stays(seven):
     assert all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
+@pytest.mark.medium
 def test_an_optimizer_that_would_train_nothing_is_refused(make_trainer, pipeline, caplog):
     """LoRA weights do not exist when the optimizer of a script is made of the pipeline."""
     with pytest.raises(ValueError, match=r"optimizers: the SGD has none of the \d+ trained parameters") as error:
@@ -145,6 +146,7 @@ def test_the_options_that_are_named_exist():
     assert not [name for name in named if f"`{name}`" not in page]
 
 
+@pytest.mark.medium
 def test_no_limit_of_the_gradient_may_be_written_as_none(make_trainer):
     trainer = make_trainer(max_grad_norm=None, max_steps=1)
     assert trainer.args.max_grad_norm == 0.0
@@ -167,6 +169,7 @@ class DefaultDDPOStableDiffusionPipeline:
     get_trainable_layers = scheduler_step = save_pretrained = __call__
 
 
+@pytest.mark.medium
 def test_a_ddpo_script_runs_with_the_class_name_changed(pipeline, seven, tmp_path):
     images, prompts = [], lambda: (digits.PROMPT, {})
     config = ddpo_config(
@@ -193,6 +196,7 @@ def test_a_ddpo_script_runs_with_the_class_name_changed(pipeline, seven, tmp_pat
     assert (tmp_path / "logs/pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.medium
 def test_assignments_work_or_are_refused(make_trainer, seven):
     """They were kept in an attribute that nothing reads: a statistics tracker of one's own, or another reward, had no effect."""
     calls = []
@@ -208,6 +212,7 @@ def test_assignments_work_or_are_refused(make_trainer, seven):
     assert calls == ["second"]
 
 
+@pytest.mark.medium
 def test_an_assigned_callback_of_alignprop_is_called_as_there(pipeline, seven):
     seen = []
     config = alignprop_config(num_epochs=2, sample_num_steps=2, sample_guidance_scale=1.0, log_image_freq=2)
@@ -218,6 +223,7 @@ def test_an_assigned_callback_of_alignprop_is_called_as_there(pipeline, seven):
 
 
 @pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.medium
 def test_a_scheduler_made_on_the_trainer_s_optimizer_trains(make_trainer, pipeline, resumes):
     """The optimizer exists before the training, as in DDPOTrainer."""
 
