@@ -17,16 +17,16 @@ LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)")
 
 
 def blocks(language):
-    """All blocks of the pages; the Python programs of other pages than the README take seconds each."""
+    """All blocks of the pages."""
     found = []
     for page in PAGES:
         for number, (kind, code) in enumerate(BLOCK.findall(page.read_text())):
             if kind == language:
-                marks = [pytest.mark.medium] if language == "python" and page.name != "README.md" else []
-                found.append(pytest.param(code, id=f"{page.name}-{number}", marks=marks))
+                found.append(pytest.param(code, id=f"{page.name}-{number}"))
     return found
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code, tmp_path):
     exit_code, output = run_program(code, tmp_path)
@@ -41,6 +41,7 @@ def test_blocks_of_a_page_write_to_folders_of_their_own(page):
     assert len(named) == len(set(named))
 
 
+@pytest.mark.medium
 def test_each_block_is_a_program_of_its_own(tmp_path):
     assert run_program("left = 1; import json, os; json.left = 1; os.environ['LEFT'] = '1'", tmp_path) == (0, "")
     exit_code, output = run_program("import json, os, sys; print(vars(json).get('left'), os.environ.get('LEFT')); left", tmp_path)

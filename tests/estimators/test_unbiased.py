@@ -91,6 +91,7 @@ def test_on_the_nonlinear_chain(name):
     assert_unbiased(estimate(NonlinearChain(), nonlinear_reward, PLANS[name], 2, target), target)
 
 
+@pytest.mark.medium
 def test_zeroth_order_on_the_nonlinear_chain():
     """With h = T - K - 1 one step is left for zeroth order at either end of the sub-chain; the reference averages over both."""
     chain = NonlinearChain()
@@ -109,6 +110,7 @@ def test_zeroth_order_on_the_nonlinear_chain():
     [(False, T, {"zo_scale": 0.05}), (True, 2, {"zo_scale": 0.5, "zo_antithetic": False})],
     ids=["antithetic", "single evaluations"],
 )
+@pytest.mark.medium
 def test_evolution_strategies_on_a_nearly_deterministic_chain(shared, num_steps, options):
     """Zeroth order on every step has the noise of 6 T directions; with little noise of the chain's own it can be seen through."""
     problem = LinearProblem.make(shared, num_steps, stds=[0.1] * num_steps)
@@ -127,6 +129,7 @@ ZEROTH_ORDER = {
 
 
 @pytest.mark.parametrize("name", ZEROTH_ORDER)
+@pytest.mark.medium
 def test_zeroth_order_to_a_twentieth(name):
     """The variance of P directions is at least (P + 1) / N of the gradient's square. What comes on top is taken away: the chain's own
     noise is small and common to a pair, the chain short, and of the reward its known mean is left out, which moves no gradient."""
