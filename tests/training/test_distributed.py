@@ -133,7 +133,7 @@ def two(tmp_path_factory):
         {"name": "inner resumed", "options": INNER, "resume": str(folder / "inner/run/checkpoint-2")},
         {"name": "state", "options": STATE},
         {"name": "state resumed", "options": STATE, "resume": str(folder / "state/run/checkpoint-2")},
-        {"name": "overwritten", "options": {"save_strategy": "steps", "overwrite": True}},
+        {"name": "overwritten", "options": {"save_strategy": "steps", "save_steps": 2, "overwrite": True}},
     ]
     return launch(folder, 2, jobs)
 
@@ -421,7 +421,7 @@ def test_sigterm_to_one_process_saves_a_checkpoint_and_ends_both(tmp_path):
     (checkpoint,) = CheckpointStore(tmp_path / "job/run").checkpoints()
     check(checkpoint)
     updates = checkpoint.name.removeprefix("checkpoint-")
-    assert f"stopped after update {updates}; continue with resume_from_checkpoint=True" in errors
+    assert f"stopped after update {updates}, which is saved; continue with resume_from_checkpoint=True" in errors
 
 
 def test_a_full_disk_ends_both_processes_with_the_error_of_one(tmp_path):
