@@ -11,7 +11,7 @@
 
 PYTHON ?= python3.11
 WORKERS ?= 2
-SHARED = -n $(WORKERS) --dist loadgroup  # tests that share something expensive go to one worker
+SHARED = -n $(WORKERS) --dist loadfile  # what the tests of a file share is made once (loadgroup has no effect with pytest 9.2 and pytest-xdist 3.8)
 VENV := .venv
 VENV_OLD := .venv-trl023
 STAMP := $(VENV)/.installed

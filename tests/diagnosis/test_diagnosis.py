@@ -37,10 +37,7 @@ def candidates_of(options, num_steps):
     ]
 
 
-ON_ONE_WORKER = pytest.mark.xdist_group("ink_diagnosis")  # it is made once
-
-
-@pytest.fixture(scope="session")  # a worker may take tests of other modules between two of this one's
+@pytest.fixture(scope="module")
 def ink_diagnosis(digits_pipeline_master, tmp_path_factory):
     """Brightness is a smooth reward: its gradient is not lost in noise after a few batches of 4."""
     config = RLRConfig(
@@ -51,7 +48,6 @@ def ink_diagnosis(digits_pipeline_master, tmp_path_factory):
     return diagnose(trainer, num_batches=6, time_limit=600, candidates=candidates_of(OPTIONS, 4))
 
 
-@ON_ONE_WORKER
 @pytest.mark.slow
 def test_the_missing_shares_of_truncated_backpropagation_are_seen(ink_diagnosis):
     row = ink_diagnosis.row("draft K=1")
@@ -62,7 +58,6 @@ def test_the_missing_shares_of_truncated_backpropagation_are_seen(ink_diagnosis)
     assert row.bias.value == pytest.approx(1 - row.captured.value, abs=0.3)
 
 
-@ON_ONE_WORKER
 @pytest.mark.medium
 def test_unbiased_plans_show_no_bias(ink_diagnosis):
     for name in ("ddpo", "rlr K=2", "rlr K=1 h=2", "full_bp"):
@@ -70,7 +65,6 @@ def test_unbiased_plans_show_no_bias(ink_diagnosis):
         assert ink_diagnosis.row(name).is_unbiased
 
 
-@ON_ONE_WORKER
 @pytest.mark.medium
 def test_noise_is_ordered_and_the_rows_are_complete(ink_diagnosis):
     std = {row.name: row.std.value for row in ink_diagnosis.rows}
@@ -86,7 +80,6 @@ def test_noise_is_ordered_and_the_rows_are_complete(ink_diagnosis):
     assert ink_diagnosis.row("sqdf").peak_bytes > ink_diagnosis.row("ddpo").peak_bytes  # it differentiates the decoder
 
 
-@ON_ONE_WORKER
 @pytest.mark.medium
 def test_the_profile_is_that_of_the_chain(ink_diagnosis):
     profile = ink_diagnosis.profile
@@ -100,7 +93,6 @@ def test_the_profile_is_that_of_the_chain(ink_diagnosis):
     assert zo.held_bytes == 0
 
 
-@ON_ONE_WORKER
 @pytest.mark.medium
 def test_the_table_and_the_file(ink_diagnosis):
     text = ink_diagnosis.table()

@@ -20,7 +20,6 @@ from rlr_trainer.digits import gaussian_frechet_distance
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "digits" / "pretrain.py"
 WEIGHT_LIMIT = 5_000_000
-pytestmark = pytest.mark.xdist_group("digits")  # the samples that many tests look at are made once
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from rlr_trainer.persistence.checkpoints import CheckpointStore, check
 
 WORKER = Path(__file__).parents[1] / "distributed_worker.py"
 CONFIGS = WORKER.parent.parent / "examples" / "accelerate_configs"
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]  # the runs that all tests look at are made once
+pytestmark = pytest.mark.slow
 
 # The batch of all processes is 4 unless a case says another. LoRA weights that do something, and a smooth reward.
 CASES = {
