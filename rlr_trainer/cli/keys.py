@@ -31,8 +31,7 @@ def check_keys(path: str | None, overrides: Sequence[str]) -> None:
         SettingsError: names the key and what it may mean.
     """
     known = known_keys()
-    given = [text.removeprefix("--").partition("=")[0] for text in overrides if text.startswith("--")]
-    for key in [*_keys_of_file(path), *given] if known else ():
+    for key in [*keys_of_file(path), *flags_of(overrides)] if known else ():
         if key.replace("-", "_").removeprefix("no_") not in known and key not in known:
             raise SettingsError(unknown_key(key, sorted(known)))
 
@@ -58,7 +57,13 @@ def _fields(file: Path, name: str) -> set[str]:
     return set()
 
 
-def _keys_of_file(path: str | None) -> list[str]:
+def flags_of(overrides: Sequence[str]) -> list[str]:
+    """The names of options on a command line, as they are written there."""
+    return [text[2:].partition("=")[0] for text in overrides if text.startswith("--")]
+
+
+def keys_of_file(path: str | Path | None) -> list[str]:
+    """The keys that a file has; none without one, or where it cannot be read."""
     import yaml
 
     if path is not None:

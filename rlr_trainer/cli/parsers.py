@@ -28,6 +28,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _of_a_run(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A command on a run that a file describes, and keys on the command line after it."""
+    command.set_defaults(takes_overrides=True)
+    command.add_argument("--config", help="YAML file of keys and values")
+    return command
+
+
 def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
@@ -39,7 +46,7 @@ def _add_train(commands: Any) -> None:
         formatter_class=argparse.HelpFormatter,
     )
     train.add_argument("-h", "--help", action="store_true", help="show this message with every option, and exit")
-    train.add_argument("--config", help="YAML file of keys and values")
+    _of_a_run(train)
     train.add_argument(
         "--dry_run", action="store_true", help="say what a run would take, as `rlr-trainer estimate`, and train nothing"
     )
@@ -50,7 +57,7 @@ def _add_train(commands: Any) -> None:
         metavar="CHECKPOINT",
         help="go on from this checkpoint's folder, or without a value from the last one in output_dir",
     )
-    train.set_defaults(usage=train.format_help, takes_overrides=True)
+    train.set_defaults(usage=train.format_help)
 
 
 def _add_demo(commands: Any) -> None:
@@ -111,10 +118,7 @@ def _add_diagnose(commands: Any) -> None:
         "Measures what each estimator would do in the run that a YAML file and overrides describe (as for train), prints a table with "
         "a recommendation, and writes diagnosis.json to output_dir. Nothing is trained."
     )
-    diagnose = commands.add_parser("diagnose", help=short, description=description)
-    diagnose.set_defaults(takes_overrides=True)
-    add = diagnose.add_argument
-    add("--config", help="YAML file of keys and values")
+    add = _of_a_run(commands.add_parser("diagnose", help=short, description=description)).add_argument
     add("--time_limit", type=float, default=300.0, help="seconds to measure for")
     add("--num_batches", type=int, help="at most so many updates per plan; otherwise what the time allows")
 
@@ -126,10 +130,7 @@ def _add_estimate(commands: Any) -> None:
         "network and decoder, floating-point operations. Of a model on the hub configuration and tokenizer files alone are downloaded; no GPU "
         "is used, and nothing is trained."
     )
-    estimate = commands.add_parser("estimate", help=short, description=description)
-    estimate.set_defaults(takes_overrides=True)
-    add = estimate.add_argument
-    add("--config", help="YAML file of keys and values")
+    add = _of_a_run(commands.add_parser("estimate", help=short, description=description)).add_argument
     add(
         "--memory",
         type=float,

@@ -12,6 +12,7 @@ import yaml
 from transformers import TrainerCallback
 
 from rlr_trainer import __version__
+from rlr_trainer.cli.keys import flags_of
 from rlr_trainer.persistence.provenance import SECRETS
 
 FILE = "run.yaml"
@@ -19,7 +20,7 @@ FILE = "run.yaml"
 
 def keys_of(file: Collection[str], overrides: Sequence[str]) -> set[str]:
     """The keys that a file and overrides give."""
-    flags = {word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")}
+    flags = {flag.replace("-", "_") for flag in flags_of(overrides)}
     return {*file, *flags, *(flag.removeprefix("no_") for flag in flags)}
 
 

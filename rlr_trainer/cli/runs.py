@@ -7,8 +7,9 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from rlr_trainer.cli.keys import keys_of_file
 from rlr_trainer.cli.resolved import RunFile, keys_of
-from rlr_trainer.cli.settings import RunArguments, build_trainer, help_on_keys, parse_run, read_keys
+from rlr_trainer.cli.settings import RunArguments, build_trainer, help_on_keys, parse_run
 from rlr_trainer.cli.summary import FirstUpdate, summary
 from rlr_trainer.persistence.checkpoints import CheckpointStore
 from rlr_trainer.persistence.output_folder import left_only_if_filled
@@ -38,7 +39,7 @@ def train(options: argparse.Namespace) -> None:
 def _train(run: RunArguments, config: RLRConfig, options: argparse.Namespace) -> None:
     trainer = build_trainer(run, config)
     trainer.parts.arguments = dataclasses.asdict(run)
-    trainer.add_callback(RunFile(run, keys_of(read_keys(options.config), options.overrides)))
+    trainer.add_callback(RunFile(run, keys_of(keys_of_file(options.config), options.overrides)))
     config = trainer.args
     if trainer.eval_prompts is not None and config.eval_strategy == "no" and not config.eval_on_start:
         logger.warning("eval_prompts are given, but training evaluates nothing: set eval_strategy to steps, and eval_steps")

@@ -112,11 +112,6 @@ def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[R
     return run, config
 
 
-def read_keys(path: str | Path | None) -> list[str]:
-    """The keys that a file has; none without one."""
-    return [] if path is None else list(_read_file(path, _parser()))
-
-
 def _read_file(path: str | Path, parser: TrlParser) -> dict[str, Any]:
     """The file's keys and values, as defaults of the parser.
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlr_trainer.rewards.black_box import eight_bit
 from rlr_trainer.rewards.frames import even_frames
 
 MILLISECONDS = 120  # of each frame; a GIF counts in steps of 10
@@ -19,7 +20,7 @@ STRIP_FRAMES = 8  # most frames of a strip
 def pixels(image: Tensor) -> np.ndarray:
     """[3, H, W] in [0, 1] -> bytes [H, W, 3]; of a batch [N, 3, H, W] the pictures side by side."""
     image = torch.cat(list(image), dim=-1) if image.dim() == 4 else image
-    return (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return eight_bit(image.float())
 
 
 def strip_frames(total: int) -> list[int]:

@@ -105,12 +105,11 @@ def in_own_form(callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
     """Callbacks with this library's progress in the place of Trainer's own; those of the user's stay."""
 
     def own(callback: TrainerCallback) -> TrainerCallback:
-        kind = type(callback).__name__
         if type(callback) is ProgressCallback:
             return RewardProgress()
         if type(callback) is PrinterCallback:
             return RewardPrinter()
-        if kind == "NotebookProgressCallback":
+        if type(callback).__name__ == "NotebookProgressCallback":  # its module needs IPython
             from rlr_trainer.observing.notebook import RewardTable
 
             return RewardTable()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlr_trainer.rewards.black_box import pil_pictures
 from rlr_trainer.rewards.frames import scores_videos
 
 JPEG_QUALITY = 95  # DDPO's setting
@@ -18,12 +19,10 @@ JPEG_QUALITY = 95  # DDPO's setting
 @scores_videos
 def jpeg_incompressibility(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
     """Size of the JPEG file in kilobytes (1,000 bytes), [B]. Not differentiable."""
-    from PIL import Image
-
     sizes = []
-    for picture in (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+    for picture in pil_pictures(images):
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+        picture.save(buffer, format="JPEG", quality=JPEG_QUALITY)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes)
 

@@ -5,9 +5,10 @@ import logging
 import pytest
 import yaml
 
+from rlr_trainer.cli.keys import keys_of_file
 from rlr_trainer.cli.language import CommandFormatter, in_command_language
 from rlr_trainer.cli.resolved import keys_of, resolved
-from rlr_trainer.cli.settings import parse_run, read_keys
+from rlr_trainer.cli.settings import parse_run
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_the_file_of_a_run_describes_the_same_run(tmp_path):
         f"output_dir: {tmp_path / 'out'}\nlr_scheduler_type: constant\nuse_cpu: true\n"
     )
     first = parse_run(file, overrides)
-    text = resolved(*first, keys_of(read_keys(file), overrides))
+    text = resolved(*first, keys_of(keys_of_file(file), overrides))
     assert "hush" not in text
     assert yaml.safe_load(text)["reward"] == ["digit:1", "digit:2"]
     again = tmp_path / "again.yaml"
@@ -64,4 +65,4 @@ def test_the_file_of_a_run_describes_the_same_run(tmp_path):
     assert second[0] == first[0]
     assert second[1].rlr_options() == first[1].rlr_options()
     assert second[1].changed_options().keys() == first[1].changed_options().keys() - {"hub_token"}
-    assert resolved(*second, read_keys(again)) == text
+    assert resolved(*second, keys_of_file(again)) == text

@@ -19,6 +19,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from rlr_trainer.rewards.black_box import eight_bit
+
 PROTOCOL_VERSION = 1
 SCORE_PATH, HEALTH_PATH = "/score", "/health"
 TOKEN_VARIABLE = "RLR_REWARD_TOKEN"  # environment variable that holds the token, on both sides
@@ -82,9 +84,8 @@ def encode_png(picture: Tensor) -> bytes:
     picture = picture.detach().float()
     if not torch.isfinite(picture).all():
         raise WireError("a picture holds values that are not finite (NaN or infinite), which no PNG file can hold")
-    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().contiguous().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=PNG_COMPRESSION)
+    Image.fromarray(eight_bit(picture)).save(buffer, format="PNG", compress_level=PNG_COMPRESSION)
     return buffer.getvalue()
 
 
