@@ -245,7 +245,6 @@ def main(arguments: list[str] | None = None) -> int:
         torch.device(options.device or ("cuda" if options.size == "full" else "cpu")),
         FULL if options.size == "full" else TINY,
     )
-    logging.getLogger("rlr_trainer").setLevel(logging.ERROR)  # biases of plans are no news here
     torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
     options.output.parent.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[dict[str, Any]]] = {}
@@ -263,4 +262,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("rlr_trainer").setLevel(logging.ERROR)  # biases of plans are no news here
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,17 @@ def _precision_of_its_own() -> Iterator[None]:
     """transformers 4 leaves a run's precision in the environment, where the next run, or a program that a test starts, would find it."""
     yield
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """A test that leaves the package's logger silent fails itself, and not another test that looks for a warning after it."""
+    logger = logging.getLogger("rlr_trainer")
+    before = logger.level
+    yield
+    after = logger.level
+    logger.setLevel(before)
+    assert after == before
 
 
 @pytest.fixture
