@@ -18,6 +18,7 @@ SLOW = {
     "diffusive_chain_of_thought.py": ["--max_steps", "2"],
     "digits/pretrain.py": None,  # run by tests/digits/test_digits.py
     "digits/pretrain_flow.py": None,  # run by tests/digits/test_digits_flow.py
+    "digits/pretrain_moving.py": None,  # run by tests/digits/test_moving_digits.py
 }
 
 

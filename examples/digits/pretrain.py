@@ -235,11 +235,11 @@ def merge_word(word: str, merges: list[tuple[str, str]]) -> None:
         symbols = merged
 
 
-def write_tokenizer(directory: Path, length: int = TOKENS) -> None:
+def write_tokenizer(directory: Path, length: int = TOKENS, words: tuple[str, ...] = VOCABULARY) -> None:
     """A CLIP tokenizer for prompts of that many tokens, in files that transformers 4 (slow) and 5 (fast) read alike."""
     letters = bytes_to_letters()
     merges: list[tuple[str, str]] = []
-    for word in VOCABULARY:
+    for word in words:
         merge_word(word, merges)
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     directory.mkdir(parents=True, exist_ok=True)
@@ -468,11 +468,11 @@ def write_text_encoder(text_encoder: nn.Module, directory: Path) -> None:
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def rewrite_tokenizer(directory: Path, length: int = TOKENS) -> None:
+def rewrite_tokenizer(directory: Path, length: int = TOKENS, words: tuple[str, ...] = VOCABULARY) -> None:
     """Our files in place of those of the tokenizer's own save, which transformers 4 does not read."""
     for path in directory.iterdir():
         path.unlink()
-    write_tokenizer(directory, length)
+    write_tokenizer(directory, length, words)
 
 
 # ------------------------------------------------------------------------------------------------------------- quality
@@ -790,7 +790,16 @@ def parse_arguments(program: str, description: str, defaults, quick) -> tuple:
     return arguments.output_dir, settings, command
 
 
-def run(program: str, description: str, defaults, quick, train: Callable, measure: Callable, write_card: Callable) -> None:
+def run(
+    program: str,
+    description: str,
+    defaults,
+    quick,
+    train: Callable,
+    measure: Callable,
+    write_card: Callable,
+    load_data: Callable[[], Data] = load_data,
+) -> None:
     """The whole program: trains by `train`, measures by `measure`, and writes `quality.json` and the card."""
     directory, settings, command = parse_arguments(program, description, defaults, quick)
     start = time.perf_counter()

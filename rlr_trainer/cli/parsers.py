@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+from pathlib import Path
 from typing import Any
 
 from rlr_trainer import __version__
+
+WEIGHTS_OF_CLIPS = Path(__file__).parents[1] / "digits" / "weights_moving"  # without them moving-digits is not offered
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,10 +65,14 @@ def _add_train(commands: Any) -> None:
 
 def _add_demo(commands: Any) -> None:
     short = "fine-tune a bundled digits model"
-    description = "Fine-tunes a bundled digits model on a reward, in about a minute, and judges the result."
+    description = "Fine-tunes a bundled digits model on a reward, pictures in about a minute, and judges the result."
     add = commands.add_parser("demo", help=short, description=description).add_argument
-    add("--model", default="digits", choices=("digits", "digits-flow"), help="Stable Diffusion 1 or, for flow, Stable Diffusion 3")
+    moving = WEIGHTS_OF_CLIPS.is_dir()
+    kinds = "Stable Diffusion 1; for flow, Stable Diffusion 3" + "; for clips, Wan" * moving
+    add("--model", default="digits", choices=("digits", "digits-flow", *["moving-digits"] * moving), help=kinds)
     add("--target", type=int, default=7, choices=range(10), help="digit that the digit reward asks for")
+    direction = "in which the digit of moving-digits shall move; right, if it is not given"
+    add("--direction", choices=("left", "right", "up", "down"), help=direction if moving else argparse.SUPPRESS)
     add(
         "--reward",
         default="digit",

@@ -5,11 +5,11 @@ Everything here was trained from nothing by the programs in `examples/digits` on
 scikit-learn ships; each folder of weights has a model card `README.md` with the measured quality. Nothing is downloaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +27,9 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 PROMPT = "a handwritten digit"
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = {"digits": WEIGHTS, "digits-flow": Path(__file__).parent / "weights_flow"}
+MOVING_WEIGHTS = Path(__file__).parent / "weights_moving"
+if MOVING_WEIGHTS.is_dir():  # until they have been trained, nobody is offered the model
+    MODELS["moving-digits"] = MOVING_WEIGHTS
 
 
 def class_prompt(digit: int) -> str:
@@ -54,9 +57,10 @@ def load_pipeline(model: str | Path = "digits") -> "DiffusionPipeline":
 
         # parts that the pipeline was saved without, such as a T5, are found only if they are named
         absent = {name: None for name, part in DiffusionPipeline.load_config(folder).items() if part == [None, None]}
-        # low_cpu_mem_usage=False fills float32 modules, whatever the precision of the files; the argument for the
-        # precision is called torch_dtype in older versions and dtype in newer ones
-        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, **absent)
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **absent)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.float()  # the files hold half precision
     if str(model) in MODELS:
         pipeline.register_to_config(
             _name_or_path=str(model)
@@ -66,7 +70,19 @@ def load_pipeline(model: str | Path = "digits") -> "DiffusionPipeline":
         # training and sampling encode prompts by this method; the 256 zero rows that stand for T5 would be 8 of 9 of the tokens
         # (diffusers 0.35 adds as many as the tokenizer's length instead)
         pipeline.encode_prompt = partial(pipeline.encode_prompt, max_sequence_length=0)
+    if type(pipeline).__name__ == "WanPipeline":
+        pipeline.encode_prompt = _with_rows_at_most(pipeline.tokenizer.model_max_length, pipeline.encode_prompt)
     return pipeline
+
+
+def _with_rows_at_most(rows: int, encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
+    """`WanPipeline.encode_prompt` with no more zero rows than the tokenizer's length; all else of the 512 would be zeros."""
+
+    @wraps(encode_prompt)
+    def encode(*args: Any, max_sequence_length: int = rows, **options: Any) -> Any:
+        return encode_prompt(*args, max_sequence_length=min(max_sequence_length, rows), **options)
+
+    return encode
 
 
 def load_classifier(name: str, directory: str | Path = WEIGHTS) -> DigitClassifier:
@@ -161,7 +177,8 @@ def _weights_of(directory: str | Path, name: str) -> Iterator[Path]:
     try:
         yield Path(directory) / name
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        program = "pretrain_flow.py" if Path(directory) == MODELS["digits-flow"] else "pretrain.py"
+        programs = {MODELS["digits-flow"]: "pretrain_flow.py", MOVING_WEIGHTS: "pretrain_moving.py"}
+        program = programs.get(Path(directory), "pretrain.py")
         raise RuntimeError(
             f"the digits weights {Path(directory) / name} are missing or damaged ({error}); reinstall rlr_trainer, or make them "
             f"anew: `python examples/digits/{program} --output_dir {directory}`"

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from rlr_trainer.digits import load_classifier
+from rlr_trainer.digits.moving import load_moving_classifier, moving_prompt, read_clips
+from rlr_trainer.digits.moving_classifiers import DIRECTIONS
 
 
 def ink(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
@@ -26,3 +28,22 @@ def digit_reward(target: int) -> Callable[[Tensor, tuple[str, ...], tuple[Any, .
 
     digit.__name__ = f"digit_{target}"  # a name that every tracker takes; several of them are told apart
     return digit
+
+
+def moving_digit_reward(target: int, direction: str) -> Callable[[Tensor, tuple[str, ...], tuple[Any, ...]], Tensor]:
+    """Of clips of moving-digits: the mean of the probabilities of `target` (over the frames) and of `direction`, [B]; differentiable.
+
+    The bundled reward classifier's. A mean and not a product, which is near 0, and hardly differs between clips, until both are nearly right.
+
+    Raises:
+        ValueError: there is no such direction or digit.
+    """
+    moving_prompt(target, direction)  # checks both
+    classifier, place = load_moving_classifier("reward"), DIRECTIONS.index(direction)
+
+    def moving_digit(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
+        of_digits, of_directions = read_clips(classifier, images)
+        return (of_digits[:, target] + of_directions[:, place]) / 2
+
+    moving_digit.__name__ = f"digit_{target}_{direction}"
+    return moving_digit

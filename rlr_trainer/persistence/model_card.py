@@ -21,7 +21,7 @@ GRIDS = {
     ".png": "samples.png",
     ".gif": "clips.gif",
 }  # of the pictures, or videos, of fixed prompts: what they are called beside the card
-BUNDLED = re.compile(r"digits(-flow)?")  # models that are no folder of their own
+BUNDLED = re.compile(r"digits(-flow)?|moving-digits")  # models that are no folder of their own
 EVALUATION = re.compile(r"eval_(?:.+_)?reward(?:s/.+/mean)?")
 _USE = """```python
 {import_pipeline}{import_export}

@@ -270,7 +270,8 @@ def test_demo_writes_its_files(capsys, model):
     assert main(["demo", "--model", model, "--reward", "ink", "--max_steps", "1", "--output_dir", "out", "--quiet"]) == 0
     summary = json.loads(Path("out/summary.json").read_text())
     assert summary["model"] == model
-    keys = {"reward_before", "reward_after", "judge_before", "judge_after", "frechet_before", "frechet_after", "seconds",
+    own = "motion" if model == "moving-digits" else "frechet"
+    keys = {"reward_before", "reward_after", "judge_before", "judge_after", f"{own}_before", f"{own}_after", "seconds",
             "reward_queries", "peak_memory_mb"}  # fmt: skip
     assert keys <= summary.keys()
     for name in ("metrics.jsonl", "reward.png", "before_after.png", "pytorch_lora_weights.safetensors", "README.md"):
