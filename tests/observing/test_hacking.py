@@ -84,7 +84,7 @@ def test_a_run_that_resumes_remembers_its_beginning():
 @pytest.mark.usefixtures("in_temporary_folder")
 def test_a_collapse_is_found_and_a_healthy_run_is_not_disturbed(capsys, caplog):
     with caplog.at_level(logging.WARNING, logger=monitor.__name__):
-        assert main(["demo", "--output_dir", "healthy", "--quiet"]) == 0
+        assert main(["demo", "--output_dir", "healthy", "--quiet", "--max_steps", "12"]) == 0
         assert not [entry for entry in caplog.records if "loss of" in entry.getMessage()]
         assert (
             main(["demo", "--output_dir", "white", "--quiet", "--reward", "ink", "--estimator", "full_bp", "--max_steps", "12"])
