@@ -46,11 +46,9 @@ PLAN: list[tuple[str, str, list[str], int]] = [
     ("digits-flow", TUNING_TASK, ["rlr"], 3),
     ("digits-flow", "compressibility", ["rlr_black_box", "nft"], 3),
     ("digits", "ink_black_box", ["nft"], 3),
-    ("digits", TUNING_TASK, ["rlr_black_box_2", "rlr_black_box_5"], 3),
     ("digits", "compressibility", ["awm"], 3),
     ("digits", TUNING_TASK, ["nft"], 5),
     ("digits", "ink_black_box", ["awm"], 3),
-    ("digits", TUNING_TASK, ["ddpo"], 3),
     ("digits-flow", "ink", ["rlr", "draft"], 3),
     ("digits-flow", "compressibility", ["awm"], 3),
 ]
