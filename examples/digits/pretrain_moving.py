@@ -401,10 +401,21 @@ def train_vae(data: Data, settings: Settings) -> Training:
     def loss(generator: torch.Generator) -> Tensor:
         videos = as_input(draw_clips(data.train_images, data.train_labels, count, generator).videos)
         posterior = vae.encode(videos).latent_dist
-        error = vae.decode(posterior.sample(generator)).sample - videos
+        error = decode_unclamped(vae, posterior.sample(generator)) - videos
         return error.abs().mean() + error.square().mean() + 1e-3 * kl_divergence(posterior)
 
     return Training("vae", vae, loss, settings.vae_steps, settings.seed + 3, weight_decay=1e-4)
+
+
+def decode_unclamped(vae: nn.Module, latents: Tensor) -> Tensor:
+    """As the VAE's `decode`, [B, 3, F, H, W], without its clamp to [-1, 1]: beyond black it has no gradient, and training ends in all black."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    chunks: list[Tensor] = []
+    hook = vae.decoder.register_forward_hook(lambda module, inputs, output: chunks.append(output))
+    vae.decode(latents)
+    hook.remove()
+    return unpatchify(torch.cat(chunks, dim=2), vae.config.patch_size)
 
 
 def as_input(videos: Tensor) -> Tensor:

@@ -229,6 +229,15 @@ def test_pipeline_makes_clips_with_few_rows_of_text(bundled):
     assert torch.equal(clips[0], clips[1]) and not torch.equal(clips[0], clips[2])
 
 
+def test_the_vae_is_trained_on_what_it_decodes_before_the_clamp(bundled, program):
+    latents = 3 * torch.randn(2, 4, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        decoded, unclamped = bundled.vae.decode(30 * latents).sample, program.decode_unclamped(bundled.vae, 30 * latents)
+    assert unclamped.abs().max() > 1
+    torch.testing.assert_close(unclamped.clamp(-1, 1), decoded)
+    assert not bundled.vae.decoder._forward_hooks
+
+
 def test_training_encodes_prompts_as_the_pipeline_does(bundled, program):
     prompts = [moving.moving_prompt(3, "left"), ""]
     with torch.no_grad():
