@@ -6,11 +6,12 @@ The monitor warns of them during the training, and the report shows them afterwa
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import fmean, variance
 from typing import Any
+
+from rlr_trainer.persistence.metric_names import EVAL_REWARD
 
 DIVERSITY_LINES = 5  # first and last ones, whose means are compared
 DIVERSITY_FRACTION = 0.4
@@ -24,8 +25,6 @@ EVAL_PATIENCE = 2  # consecutive evaluations below the best
 EVAL_DROP = 0.25  # by so many standard deviations of single rewards; the training reward must have risen as clearly
 
 LOSSES = {"diversity": "pictures of one prompt", "motion": "neighbouring frames of a video"}  # metric -> what differs
-
-EVAL_REWARD = re.compile(r"eval_(?:.+_)?reward")  # with the name of the data where there are several
 
 WAYS_OUT = (
     "Look at the pictures in samples/. What helps: stop at an earlier checkpoint, raise kl_coef, lower learning_rate, add a second reward "

@@ -9,7 +9,7 @@ import torch
 
 from rlr_trainer.cli import doctor, main
 from rlr_trainer.cli.settings import parse_run
-from rlr_trainer.cli.summary import in_time, in_units
+from rlr_trainer.cli.summary import in_units
 from rlr_trainer.digits import MODELS
 from rlr_trainer.pipelines.skeleton import load_skeleton
 
@@ -97,7 +97,6 @@ def test_the_doctor_answers_without_a_network(capsys, monkeypatch):
 
 def test_numbers_in_words():
     assert [in_units(n, "B") for n in (0, 999, 1234, 12_345_678, 2e12)] == ["0 B", "999 B", "1.23 kB", "12.3 MB", "2 TB"]
-    assert [in_time(s) for s in (0.123, 59.6, 600, 9000)] == ["0.12 s", "60 s", "10 min", "2.5 h"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
