@@ -79,6 +79,7 @@ ALSO = [Run("digits", TUNING_TASK, "trl_ddpo", 1e-2, seed, batch=32) for seed in
 ALSO += [Run("digits", TUNING_TASK, "trl_ddpo", 5e-3, seed, batch=32, queries=1920) for seed in range(3)]
 # The rates were chosen on the digit task, and 1e-2 looks too high for these.
 ALSO += [Run("digits", "ocr", "rlr_black_box", 5e-3, seed, batch=16) for seed in range(3)]
+ALSO += [Run("digits", "digit_and_ink", method, 5e-3, seed, batch=16) for method in ("rlr_black_box", "rlr") for seed in range(3)]
 ALSO += [Run("digits", "compressibility", method, 5e-3, seed, batch=16) for method in ("rlr_black_box", "nft") for seed in range(3)]
 # Whether a score that was reached is kept.
 ALSO += [Run("digits", TUNING_TASK, "rlr_black_box", 1e-2, seed, batch=16, queries=LONG) for seed in range(2)]
