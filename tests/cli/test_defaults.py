@@ -88,7 +88,7 @@ def test_the_documented_run_learns():
     for command in commands:
         assert main([*command.split(), "--disable_tqdm", "true"]) == 0
     found = rewards(given["output_dir"])
-    assert len(found) == 40 and learns(found), found
+    assert len(found) == 30 and learns(found), found
 
 
 @pytest.mark.slow
