@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from statistics import fmean, variance
 from typing import Any
@@ -20,12 +20,13 @@ KL_WINDOW = 10
 KL_FIRST_LINE = 50
 KL_FACTOR = 2.0
 KL_STANDARD_ERRORS = 2.0  # by which the reward must have risen to justify it
-EVAL_PATIENCE = 2  # consecutive evaluations below the best
+EVAL_PATIENCE = 2  # consecutive evaluations below the best, or the first
 EVAL_DROP = 0.25  # by so many standard deviations of single rewards; the training reward must have risen as clearly
 
 LOSSES = {"diversity": "pictures of one prompt", "motion": "neighbouring frames of a video"}  # metric -> what differs
 
 EVAL_REWARD = re.compile(r"eval_(?:.+_)?reward")  # with the name of the data where there are several
+EVAL_LOSSES = {metric: re.compile(rf"eval_(?:.+_)?{metric}") for metric in LOSSES}
 
 WAYS_OUT = (
     "Look at the pictures in samples/. What helps: stop at an earlier checkpoint, raise kl_coef, lower learning_rate, add a second reward "
@@ -37,7 +38,7 @@ class HackingSigns:
     """Reads the lines of a log one after the other and tells each sign once; docs/evaluation.md explains the rules.
 
     - diversity: pictures of one prompt differ less than `DIVERSITY_FRACTION` of what they did at first, while the reward rose;
-    - motion: the frames of a video do, likewise;
+    - motion: the frames of a video do, likewise; both also in `EVAL_PATIENCE` evaluations, against the first;
     - kl: it doubled from one window of `KL_WINDOW` log lines to the next, while the reward did not rise;
     - evaluation: the evaluation reward fell `EVAL_PATIENCE` times below its best, while the training reward rose.
 
@@ -53,6 +54,9 @@ class HackingSigns:
         self._first_reward: float | None = None
         self._reward_std = 0.0
         self._evaluations: dict[str, list[tuple[float, float, float | None]]] = {}  # (reward, its std, training reward)
+        self._evaluated: dict[str, dict[str, list[tuple[float, float | None]]]] = {
+            metric: {} for metric in LOSSES
+        }  # (value, training reward)
 
     def read(self, line: Mapping[str, Any]) -> list[str]:
         """Takes the next log line; returns what is seen now for the first time."""
@@ -74,24 +78,36 @@ class HackingSigns:
                 if name in numbers:
                     kept.append((numbers[name], reward))
         evaluations = [name for name in line if EVAL_REWARD.fullmatch(name)]
+        trained = fmean(self._since_evaluation) if self._since_evaluation else self._first_reward
         for name in (name for name in evaluations if name in numbers):
-            trained = fmean(self._since_evaluation) if self._since_evaluation else self._first_reward
             self._evaluations.setdefault(name, []).append((numbers[name], numbers.get(f"{name}_std", 0.0), trained))
+        for metric, pattern in EVAL_LOSSES.items():
+            for name in filter(pattern.fullmatch, numbers):
+                self._evaluated[metric].setdefault(name, []).append((numbers[name], trained))
         if evaluations and "reward" not in line:
             self._since_evaluation = self._since_evaluation[-1:]  # several datasets are evaluated one after the other
 
     def _check_loss(self, metric: str) -> str | None:
+        for name, before, reward_before, now, reward_now in self._first_and_last(metric):
+            if now < DIVERSITY_FRACTION * before and reward_now > reward_before:
+                return (
+                    f"loss of {metric}: {LOSSES[metric]} differ by {now:.3g} now and by {before:.3g} at first (metric {name}), while the "
+                    f"reward went from {reward_before:.4g} to {reward_now:.4g}"
+                )
+        return None
+
+    def _first_and_last(self, metric: str) -> Iterator[tuple[str, float, float, float, float]]:
+        """(name in the log, first value and training reward, last ones) of a metric in the training lines and in the evaluations."""
         values = self._values[metric]
-        if len(values) < 2 * DIVERSITY_LINES:
-            return None
-        first, reward_before = map(fmean, zip(*values[:DIVERSITY_LINES], strict=True))
-        last, reward_after = map(fmean, zip(*values[-DIVERSITY_LINES:], strict=True))
-        if last >= DIVERSITY_FRACTION * first or reward_after <= reward_before:
-            return None
-        return (
-            f"loss of {metric}: {LOSSES[metric]} differ by {last:.3g} now and by {first:.3g} at first (metric {metric}), while the "
-            f"reward went from {reward_before:.4g} to {reward_after:.4g}"
-        )
+        if len(values) >= 2 * DIVERSITY_LINES:
+            ends = values[:DIVERSITY_LINES], values[-DIVERSITY_LINES:]
+            first, last = ([fmean(column) for column in zip(*end, strict=True)] for end in ends)
+            yield metric, first[0], first[1], last[0], last[1]
+        for name, history in self._evaluated[metric].items():
+            (before, reward_before), (_, reward_now) = history[0], history[-1]
+            reward_before = self._first_reward if reward_before is None else reward_before  # None: evaluated before the training
+            if len(history) > EVAL_PATIENCE and reward_before is not None and reward_now is not None:
+                yield name, before, reward_before, max(value for value, _ in history[-EVAL_PATIENCE:]), reward_now
 
     def _check_kl(self) -> str | None:
         if len(self._values["kl"]) < KL_FIRST_LINE:

@@ -139,8 +139,9 @@ def check_best_metric(config: RLRConfig, evaluator: Evaluator, prompts: EvalProm
     metric = config.metric_for_best_model
     if metric is None or prompts is None or config.eval_strategy == "no":
         return
-    prefixes = [f"eval_{name}" for name in prompts] if isinstance(prompts, dict) else ["eval"]
-    known = [f"{prefix}_{name}" for prefix in prefixes for name in evaluator.metric_names()]
+    sources = {f"eval_{name}": rows for name, rows in prompts.items()} if isinstance(prompts, dict) else {"eval": prompts}
+    repeats = config.eval_images_per_prompt
+    known = [f"{prefix}_{name}" for prefix, rows in sources.items() for name in evaluator.metric_names(rows, repeats)]
     if (metric if metric.startswith("eval_") else f"eval_{metric}") not in known:
         raise ValueError(
             f"metric_for_best_model={metric!r} is none of the metrics of an evaluation: {', '.join(known)}; choose one of them, or override "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlr_trainer.estimators.chain import seeded_generator
-from rlr_trainer.observing.pictures import FixedSamples
+from rlr_trainer.observing.pictures import FixedSamples, thumbnails, vector_diversity
 from rlr_trainer.persistence.run_state import is_plain
 from rlr_trainer.rewards.interface import RewardError
 from rlr_trainer.rewards.motion import mean_frame_difference
@@ -64,10 +65,10 @@ class Evaluator:
         where: str,
         *,
         on_batch: Callable[[], None] | None = None,
-        keep: bool = False,
+        keep: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Values [N, 2 + K] (the total reward, each function's, and the motion of videos), and with `keep` the pictures, of all processes,
-        on the CPU. NaN for what there is not.
+        """Values [N, 2 + K] (the total reward, each function's, and the motion of videos), NaN for what there is not; and what `keep` makes
+        of the pictures, [N, ...]. Of all processes, on the CPU.
 
         Raises:
             RewardError: a reward fails.
@@ -90,8 +91,8 @@ class Evaluator:
                 if self._makes_videos:
                     values[:own, -1] = mean_frame_difference(images[:own]).cpu()
                 batches.append(values)
-                if keep:
-                    kept.append(self._gather_pictures(images, own, total))
+                if keep is not None:
+                    kept.append(self._gather_pictures(keep(images), own, total))
                 if on_batch is not None:
                     on_batch()
                 first += size * self.processes.count
@@ -99,7 +100,7 @@ class Evaluator:
         self.queries += len(rows) if scored else 0
         gathered = self.processes.gather(torch.stack(batches))  # [processes * batches, size, 2 + K]
         by_process = gathered.reshape(self.processes.count, len(batches), size, -1)
-        return by_process.transpose(0, 1).flatten(0, 2)[: len(rows)], torch.cat(kept) if keep else None
+        return by_process.transpose(0, 1).flatten(0, 2)[: len(rows)], torch.cat(kept) if kept else None
 
     def evaluate(
         self,
@@ -122,8 +123,10 @@ class Evaluator:
             )
         rows = [row for row in source.peek(len(source)) for _ in range(repeats)]
         streams = [stream(*divmod(number, repeats)) for number in range(len(rows))]
-        values, _ = self.score(model, rows, streams, seed, where, on_batch=on_batch)
-        return self.metrics(values)
+        keep = thumbnails if _share_a_prompt(rows) else None
+        values, vectors = self.score(model, rows, streams, seed, where, on_batch=on_batch, keep=keep)
+        differ = math.nan if vectors is None else vector_diversity(vectors, [row.prompt for row in rows])
+        return self.metrics(values) | ({} if math.isnan(differ) else {"diversity": differ})
 
     def metrics(self, values: Tensor) -> dict[str, float]:
         """Metrics of the values [N, 2 + K] of `score`; motion of videos alone."""
@@ -135,9 +138,10 @@ class Evaluator:
         motion = {"motion": float(values[:, -1].nanmean())} if self._makes_videos else {}
         return reward_metrics(names, total, values[:, 1:-1]) | motion
 
-    def metric_names(self) -> list[str]:
+    def metric_names(self, source: DatasetPrompts, repeats: int) -> list[str]:
         """Of what `evaluate` returns."""
-        return list(self.metrics(torch.zeros(1, 2 + len(self.scorer.rewards.names))))
+        several = repeats > 1 or _share_a_prompt(source.peek(len(source)))
+        return [*self.metrics(torch.zeros(1, 2 + len(self.scorer.rewards.names))), *(["diversity"] if several else [])]
 
     @property
     def _makes_videos(self) -> bool:
@@ -213,7 +217,9 @@ class FixedPictures:
     def take(self, model: nn.Module, seed: int, on_batch: Callable[[], None] | None = None) -> FixedSamples:
         """The pictures of the present policy, scored; collective."""
         rows, streams = zip(*self.rows(), strict=True)
-        values, images = self.evaluator.score(model, rows, streams, seed, "the pictures for the log", on_batch=on_batch, keep=True)
+        values, images = self.evaluator.score(
+            model, rows, streams, seed, "the pictures for the log", on_batch=on_batch, keep=lambda pictures: pictures
+        )
         assert images is not None
         return FixedSamples(images, [row.prompt for row in rows], values[:, 0])
 
@@ -234,6 +240,10 @@ def eval_source(dataset: Any) -> EvalPrompts | None:
             raise ValueError("eval_dataset={}: names no dataset; leave it out, or give name -> rows")
         return {str(name): DatasetPrompts(rows, 0, False, f"eval_dataset[{name!r}]") for name, rows in dataset.items()}
     return DatasetPrompts(dataset, 0, False, "eval_dataset")
+
+
+def _share_a_prompt(rows: Sequence[PromptRow]) -> bool:
+    return len({row.prompt for row in rows}) < len(rows)
 
 
 def stream(row: int, repeat: int = 0) -> Stream:

@@ -10,9 +10,9 @@ from rlr_trainer import RLRConfig, RLRTrainer
 from rlr_trainer.pipelines import adapt
 from rlr_trainer.testing import check_adapter
 
-# "rlr" and "ddpo" are left out: at the learning rates tried (rlr: 1e-2, 5e-2, 1e-1; ddpo: 1e-2) the tiny network moves the reward by less
+# "rlr" is left out: at the learning rates tried (1e-2, 5e-2, 1e-1) the tiny network moves the reward by less
 # than the noise of a likelihood ratio. First order ("draft") raises it, and the gradients of both plans equal plain autograd ("gradients").
-RISES = [check for check in CONFORMANCE if getattr(check, "values", (check,))[0] not in ("rlr", "ddpo")]
+RISES = [check for check in CONFORMANCE if getattr(check, "values", (check,))[0] != "rlr"]
 
 
 @pytest.mark.parametrize("check", RISES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from families.conformance import CONFORMANCE
+from families.conformance import WITH_DDPO
 from families.short_prompts import SHORT
 from families.tiny.sd3 import make_pipeline
 
@@ -13,7 +13,7 @@ from rlr_trainer.pipelines import adapt
 from rlr_trainer.testing import check_adapter
 
 
-@pytest.mark.parametrize("check", CONFORMANCE)
+@pytest.mark.parametrize("check", WITH_DDPO)
 def test_it_conforms(check):
     # With flow_cps the scheduler's last but one step leads to a sigma of 0.009, and adds so little noise that likelihood ratios there
     # are mostly variance.

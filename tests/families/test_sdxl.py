@@ -34,7 +34,7 @@ def without_zeros():
 def test_the_adapter_conforms(check):
     # likelihood ratios are noisy on these random weights: the kit's own number of pictures hardly tells a rise from noise
     more = {"per_device_train_batch_size": 64} if check == "rlr" else None
-    check_adapter(make_pipeline, checks=[check], options=more, learning_rate=3e-2 if check == "ddpo" else 1e-2)
+    check_adapter(make_pipeline, checks=[check], options=more)
 
 
 @pytest.mark.parametrize(

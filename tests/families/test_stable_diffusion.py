@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from families.conformance import CONFORMANCE
+from families.conformance import FAST
 from families.schedulers import with_scheduler
 from families.tiny import lcm
 from families.tiny.stable_diffusion import make_pipeline
@@ -12,7 +12,7 @@ from rlr_trainer.pipelines import PromptCache, adapt
 from rlr_trainer.testing import check_adapter
 
 
-@pytest.mark.parametrize("check", CONFORMANCE)
+@pytest.mark.parametrize("check", FAST)
 @pytest.mark.medium
 def test_a_model_that_predicts_v_conforms(check):
     check_adapter(with_scheduler(make_pipeline, "DDIMScheduler", prediction_type="v_prediction"), checks=[check])

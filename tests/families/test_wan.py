@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from families.conformance import CONFORMANCE
+from families.conformance import CONFORMANCE, FAST
 from families.short_prompts import SHORT, TOKENS
 from families.tiny.wan import SIZE, make_pipeline
 
@@ -17,7 +17,7 @@ from rlr_trainer.testing import check_adapter
 from rlr_trainer.testing.runs import greenness
 
 BOUNDARY = 0.8  # of four steps at shift 3, at times 1000, 900, 750 and 500, two come before it
-SMALLER = {"rlr": {"max_steps": 8}, "ddpo": {"max_steps": 20}}  # trainings
+SMALLER = {"rlr": {"max_steps": 8}}  # a shorter training
 make_pair = functools.partial(make_pipeline, boundary_ratio=BOUNDARY)
 
 
@@ -26,7 +26,7 @@ def test_it_conforms(check):
     check_adapter(make_pipeline, checks=[check], options=SMALLER.get(check), **SIZE, **SHORT)
 
 
-PAIR = [check for check in CONFORMANCE if isinstance(check, str) and check not in ("prompts", "layout")]
+PAIR = [check for check in FAST if check not in ("prompts", "layout")]
 
 
 @pytest.mark.parametrize("check", [*PAIR, pytest.param("whole_network", marks=pytest.mark.slow)])

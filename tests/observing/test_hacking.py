@@ -50,6 +50,23 @@ def test_loss_of_motion_while_the_reward_rises(caplog):
     assert not watch(curve(40, reward=lambda t: t, motion=lambda t: 0.05 + t))
 
 
+def test_losses_that_evaluations_show():
+    """The training pictures have a prompt each, so that only evaluations tell how much those of one prompt differ."""
+
+    def rows(name, value, reward):
+        yield {name: value(0), "eval_reward": 0.5}
+        for n in range(12):
+            yield {"reward": reward(n / 12)}
+            if n % 4 == 3:
+                yield {name: value((n + 1) / 12), "eval_reward": 0.5}
+
+    assert watch(rows("eval_diversity", lambda t: 0.3 * (1 - t), lambda t: t)) == {"diversity": 15}  # the two last are below
+    assert set(watch(rows("eval_animals_motion", lambda t: 0.1 * (1 - t), lambda t: t))) == {"motion"}
+    assert not watch(rows("eval_diversity", lambda t: 0.3 * (1 - t), lambda t: -t))
+    assert not watch(rows("eval_diversity", lambda t: 0.3 - 0.15 * t, lambda t: t))
+    assert not watch(rows("eval_diversity", lambda t: 0.01 if t == 1 else 0.3, lambda t: t))  # one evaluation alone
+
+
 def test_kl_that_grows_without_gain():
     runaway = curve(100, reward=lambda t: 0.5, kl=lambda t: math.exp(10 * t))
     assert set(watch(runaway)) == {"kl"}
@@ -84,7 +101,7 @@ def test_a_run_that_resumes_remembers_its_beginning():
 @pytest.mark.usefixtures("in_temporary_folder")
 def test_a_collapse_is_found_and_a_healthy_run_is_not_disturbed(capsys, caplog):
     with caplog.at_level(logging.WARNING, logger=monitor.__name__):
-        assert main(["demo", "--output_dir", "healthy", "--quiet"]) == 0
+        assert main(["demo", "--output_dir", "healthy", "--quiet", "--max_steps", "12"]) == 0
         assert not [entry for entry in caplog.records if "loss of" in entry.getMessage()]
         assert (
             main(["demo", "--output_dir", "white", "--quiet", "--reward", "ink", "--estimator", "full_bp", "--max_steps", "12"])

@@ -47,7 +47,7 @@ def test_motion_is_in_the_metrics(trained):
         assert 0 < lines[0][f"rewards/{name}/mean"] <= 1
     evaluation = next(row for row in trainer.state.log_history if "eval_reward" in row)
     assert evaluation["eval_motion"] == pytest.approx(evaluation["eval_rewards/motion_amount/mean"])
-    assert "motion" in trainer.parts.evaluator.metric_names()
+    assert "motion" in trainer.parts.evaluator.metric_names(trainer.parts.eval_prompts, 1)
 
 
 @pytest.mark.medium

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families.conformance import CONFORMANCE
+from families.conformance import WITH_DDPO
 from families.tiny import animatediff, flux, sd3
 from families.tiny.stable_diffusion import make_pipeline
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,7 @@ def failed(make_adapter, checks, make=make_pipeline):
     return set(re.findall(r"^- (\w+):", message, re.MULTILINE)), message
 
 
-@pytest.mark.parametrize("check", CONFORMANCE)
+@pytest.mark.parametrize("check", WITH_DDPO)
 def test_stable_diffusion_conforms(check):
     # its weights are trained, so they move less than random ones do
     (line,) = check_adapter(make_pipeline, checks=[check], learning_rate=3e-2 if check == "ddpo" else 1e-2)

@@ -10,6 +10,7 @@ import torch
 from tiny_adapter import brightness, processes, tiny_run
 
 from rlr_trainer import RewardError
+from rlr_trainer.observing.pictures import diversity
 from rlr_trainer.rewards.calling import groupwise
 from rlr_trainer.rewards.interface import Rewards
 from rlr_trainer.rollouts.processes import Processes
@@ -53,7 +54,7 @@ def test_the_rewards_are_those_of_the_generated_pictures():
     assert metrics["reward"] == pytest.approx(float(expected.mean()) + 1)
     assert metrics["reward_std"] == pytest.approx(float(expected.std(correction=0)), rel=1e-4)
     assert metrics["rewards/brightness/mean"] == pytest.approx(float(expected.mean()))
-    assert metrics.keys() == set(evaluation.evaluator.metric_names())
+    assert metrics.keys() == set(evaluation.evaluator.metric_names(eval_source(ROWS), 1))
     assert (len(batches), evaluation.evaluator.queries) == (3, 5)
     assert evaluation.evaluate() == metrics
 
@@ -76,6 +77,22 @@ def test_several_pictures_per_prompt_keep_the_first_and_add_others():
     for one, three in zip(single, seen[::3], strict=True):
         torch.testing.assert_close(three[1], one[1], rtol=0, atol=1e-6)
     assert len({round(float(image.sum()), 4) for _, image, _ in seen}) == 15  # no picture twice
+
+
+def test_diversity_is_that_of_the_pictures_of_a_prompt():
+    seen = []
+
+    def keep(images, prompts, metadata):
+        seen.append((images.clone(), prompts))
+        return brightness(images, prompts, metadata)
+
+    evaluation = Evaluation(keep)
+    assert "diversity" not in evaluation.evaluate()
+    seen.clear()
+    metrics = evaluation.evaluate(repeats=3)
+    expected = diversity(torch.cat([images for images, _ in seen]), [prompt for _, prompts in seen for prompt in prompts])
+    assert metrics["diversity"] == pytest.approx(expected) and expected > 0
+    assert metrics.keys() == set(evaluation.evaluator.metric_names(eval_source(ROWS), 3))
 
 
 def test_it_leaves_no_trace_and_sees_the_averaged_weights():
@@ -114,7 +131,7 @@ def test_group_wise_rewards_do_not_evaluate():
     with pytest.raises(ValueError, match="pass another eval_reward_function"):
         evaluation.evaluate()
     values, pictures = evaluation.evaluator.score(
-        evaluation.run.policy, [PromptRow("a", {})] * 2, STREAMS[:2], 0, "the pictures", keep=True
+        evaluation.run.policy, [PromptRow("a", {})] * 2, STREAMS[:2], 0, "the pictures", keep=lambda pictures: pictures
     )
     assert (torch.isnan(values).all(), len(pictures), evaluation.evaluator.queries) == (True, 2, 0)  # shown without rewards
 

@@ -21,7 +21,7 @@ MOST_CHARTS = 24  # of a section
 REWARDS, OTHERS = "Rewards in detail", "Other logged values"
 SECTIONS = {
     REWARDS: rf"{EVAL_REWARD.pattern}|fixed/rewards|(eval_)?rewards/.+/mean|reward_std",
-    "KL, diversity and motion": r"kl|(fixed/)?(diversity|motion)|eval_(.+_)?motion",
+    "KL, diversity and motion": r"kl|(fixed/)?(diversity|motion)|eval_(.+_)?(diversity|motion)",
     "Estimator": r"grad_norm|estimator/\w+|loss|ratio/.+|clip_ratio|learning_rate",
     "Time and losses of samples": r"time/.+|samples_dropped",
 }
