@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def about_updates(trainer: Any) -> str:
     return f"{samples} {kind}, {counts}{guided}"
 
 
-def summary(trainer: Any, model: str | None = None) -> str:
-    """Model, plan, update, trained weights, memory that is known beforehand, and files of a run."""
+def summary(trainer: Any, model: str | None = None, of_model: Mapping[str, Any] | None = None) -> str:
+    """Model, options `of_model` that nobody gave, plan, update, trained weights, memory that is known beforehand, and files of a run."""
     config, parts = trainer.args, trainer.parts
     trained = list(parts.policy.trainable_parameters().values())
     frozen = weight_bytes(parts.policy, parts.adapter.decoder, *parts.adapter.frozen_modules)
@@ -53,11 +54,14 @@ def summary(trainer: Any, model: str | None = None) -> str:
     updates = f"max_steps: {steps}" if steps else f"num_train_epochs: {config.num_train_epochs:g}"
     kind = "LoRA weights" if parts.use_lora else "the whole network"
     chains = 4 * config.rollout_size * stored_latents(parts.plan) * math.prod(parts.layout.shape)  # float32
+    chosen = ", ".join(f"{name}: {value:g}" for name, value in (of_model or {}).items())
+    schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
     lines = {
         "model": about_model(trainer, model),
+        **({"options": f"{chosen} (of this model, because the run gives no others)"} if chosen else {}),
         "plan": str(parts.plan),
         "update": f"{about_updates(trainer)}; {updates}",
-        "trained": f"{sum(p.numel() for p in trained):,} parameters ({kind}), learning rate {config.learning_rate:g}",
+        "trained": f"{sum(p.numel() for p in trained):,} parameters ({kind}), learning rate {config.learning_rate:g}, {schedule}",
         "memory": f"weights {in_units(frozen, 'B')}, gradient and optimizer about {in_units(3 * sum(p.nbytes for p in trained), 'B')}, stored "
         f"chains {in_units(chains, 'B')}; activations: --dry_run estimates them",
         "files": f"{config.output_dir}, checkpoints {_when_saved(config)}",

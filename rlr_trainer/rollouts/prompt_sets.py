@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-# As kvablack/ddpo-pytorch lists them (MIT), in simple_animals.txt and activities.txt.
+# The 45 common animals and the 3 activities of DDPO's experiments: simple_animals.txt and activities.txt of ddpo-pytorch (MIT licence).
 ANIMALS = (
     "cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion", "tiger", "bear",
     "raccoon", "fox", "wolf", "lizard", "beetle", "ant", "butterfly", "fish", "shark", "whale", "dolphin", "squirrel", "mouse", "rat",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,15 @@ def test_numbers_in_words():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_configuration_that_ships_is_valid(path):
+    text = path.read_text()
     run, config = parse_run(path, ["--use_cpu", "true"])
-    assert config.plan and run.prompts
+    assert text.startswith(f"# rlr-trainer train --config examples/configs/{path.name}\n")
+    assert config.plan and run.prompts and config.output_dir == f"runs/{path.stem}"
     json.dumps(config.rlr_options(), default=str)
+    if run.model in MODELS:
+        assert "# Reached " in text
+    else:
+        (memory,) = re.findall(r"# Check: rlr-trainer estimate .* --memory (\d+)\n", text)
+        (network, reward) = re.findall(r"\) ([\d.]+) GB, and ([\d.]+) GB for \w+, in \d+ GB", text)[0]
+        assert path.stem.endswith(f"-{memory}gb") and float(network) + float(reward) <= 0.9 * int(memory)
+        assert "Not run at full size" in text
