@@ -37,7 +37,6 @@ def demo_config(**options: Any) -> RLRConfig:
         sample_guidance_scale=1.0,
         per_device_train_batch_size=BATCH_SIZE,
         learning_rate=5e-3,
-        lr_scheduler_type="constant",
         lora_r=4,
         save_strategy="no",
         num_log_images=16,

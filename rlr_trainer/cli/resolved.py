@@ -16,6 +16,18 @@ from rlr_trainer.cli.keys import flags_of
 from rlr_trainer.persistence.provenance import SECRETS
 
 FILE = "run.yaml"
+# Written even where nobody gave them: what a training is made of stays as it was when a default changes.
+ALWAYS = (
+    *(
+        "output_dir",
+        "estimator",
+        "learning_rate",
+        "lr_scheduler_type",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    ),
+    *("sample_num_steps", "sample_guidance_scale"),
+)
 
 
 def keys_of(file: Collection[str], overrides: Sequence[str]) -> set[str]:
@@ -30,10 +42,10 @@ def resolved(run: Any, config: Any, keys: Collection[str]) -> str:
     Args:
         run: a `RunArguments`.
         config: an `RLRConfig`.
-        keys: what was given; everything else is at its default.
+        keys: what was given; everything else is at its default, and left out if it is not one of `ALWAYS`.
     """
     of_run = {name: value for name, value in dataclasses.asdict(run).items() if value is not None}
-    fields = [field.name for field in dataclasses.fields(config) if field.init and field.name in {*keys, "output_dir"}]
+    fields = [field.name for field in dataclasses.fields(config) if field.init and field.name in {*keys, *ALWAYS}]
     options = {name: _plain(getattr(config, name)) for name in fields if SECRETS.isdisjoint(name.split("_"))}
     head = f"# What `rlr-trainer train` {__version__} trained with: the file and the overrides together. Paths are as they were given.\n"
     return head + yaml.safe_dump(of_run | options, sort_keys=False, allow_unicode=True, width=120)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlr_trainer.cli.keys import keys_of_file
 from rlr_trainer.cli.resolved import RunFile, keys_of
-from rlr_trainer.cli.settings import RunArguments, build_trainer, help_on_keys, parse_run
+from rlr_trainer.cli.settings import RunArguments, build_trainer, help_on_keys, options_of_model, parse_run
 from rlr_trainer.cli.summary import FirstUpdate, summary
 from rlr_trainer.persistence.checkpoints import CheckpointStore
 from rlr_trainer.persistence.output_folder import left_only_if_filled
@@ -39,12 +39,14 @@ def train(options: argparse.Namespace) -> None:
 def _train(run: RunArguments, config: RLRConfig, options: argparse.Namespace) -> None:
     trainer = build_trainer(run, config)
     trainer.parts.arguments = dataclasses.asdict(run)
-    trainer.add_callback(RunFile(run, keys_of(keys_of_file(options.config), options.overrides)))
+    given = keys_of(keys_of_file(options.config), options.overrides)
+    of_model = options_of_model(run.model, given)
+    trainer.add_callback(RunFile(run, {*given, *of_model}))
     config = trainer.args
     if trainer.eval_prompts is not None and config.eval_strategy == "no" and not config.eval_on_start:
         logger.warning("eval_prompts are given, but training evaluates nothing: set eval_strategy to steps, and eval_steps")
     if trainer.is_world_process_zero():
-        print(summary(trainer, run.model), flush=True)
+        print(summary(trainer, run.model, of_model), flush=True)
     trainer.add_callback(FirstUpdate())
     try:
         trainer.train(resume_from_checkpoint=options.resume)

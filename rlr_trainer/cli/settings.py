@@ -11,7 +11,7 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -87,7 +87,7 @@ def _parser() -> TrlParser:
 
 
 def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[RunArguments, RLRConfig]:
-    """The run that a YAML file describes, with `--key value` or `--key=value` overrides on top.
+    """The run that a YAML file describes, with `--key value` or `--key=value` overrides on top, and the options of a bundled model below.
 
     Raises:
         SettingsError: a file that is no mapping, an unknown key (with the nearest known one), a missing key, or a value of another type
@@ -95,11 +95,13 @@ def parse_run(path: str | Path | None, overrides: Sequence[str] = ()) -> tuple[R
         ValueError: an option outside its range.
     """
     parser = _parser()
-    if path is not None:
-        parser.set_defaults(**_read_file(path, parser))
+    file = {} if path is None else _read_file(path, parser)
+    parser.set_defaults(**file)
     try:
-        if not parser.parse_known_args(list(overrides))[0].output_dir:
+        first = parser.parse_known_args(list(overrides))[0]
+        if not first.output_dir:
             raise SettingsError("output_dir='': must be a folder; is a variable of the shell empty?")
+        parser.set_defaults(**options_of_model(first.model, file))
         run, config, unknown = parser.parse_args_into_dataclasses(
             list(overrides), return_remaining_strings=True, look_for_args_file=False
         )
@@ -172,6 +174,11 @@ def help_on_keys() -> str:
     names = " ".join(f"--{name}" for name in theirs if name not in MOST_USED)
     parser.epilog = f"Options of transformers.TrainingArguments, which its documentation explains: {names}"
     return parser.format_help()
+
+
+def options_of_model(model: str | None, given: Collection[str]) -> dict[str, Any]:
+    """The options that suit a bundled model and that a run does not give; none for any other model."""
+    return {name: value for name, value in digits.OPTIONS.get(model or "", {}).items() if name not in given}
 
 
 def raw_options(path: str | Path | None, overrides: Sequence[str], names: Sequence[str]) -> dict[str, bool]:

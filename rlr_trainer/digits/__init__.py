@@ -21,7 +21,17 @@ from rlr_trainer.digits.classifiers import CLASSIFIERS, DigitClassifier
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["DIGIT_NAMES", "MODELS", "PROMPT", "WEIGHTS", "class_prompt", "frechet_distance", "load_classifier", "load_pipeline"]
+__all__ = [
+    "DIGIT_NAMES",
+    "MODELS",
+    "OPTIONS",
+    "PROMPT",
+    "WEIGHTS",
+    "class_prompt",
+    "frechet_distance",
+    "load_classifier",
+    "load_pipeline",
+]
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPT = "a handwritten digit"
@@ -30,6 +40,14 @@ MODELS = {"digits": WEIGHTS, "digits-flow": Path(__file__).parent / "weights_flo
 MOVING_WEIGHTS = Path(__file__).parent / "weights_moving"
 if MOVING_WEIGHTS.is_dir():  # until they have been trained, nobody is offered the model
     MODELS["moving-digits"] = MOVING_WEIGHTS
+
+# Options of `RLRConfig` with which these models learn within minutes; RLRConfig's own defaults are for large models. The command line takes
+# them where a run gives no others. docs/benchmarks.md has what was tried: with 1e-2 the reward of digits-flow is hacked.
+_SMALL: dict[str, float] = {"sample_num_steps": 10, "sample_guidance_scale": 1.0, "per_device_train_batch_size": 16, "lora_r": 4}
+OPTIONS: dict[str, dict[str, float]] = {
+    "digits": _SMALL | {"learning_rate": 1e-2},
+    "digits-flow": _SMALL | {"learning_rate": 5e-3},
+}
 
 
 def class_prompt(digit: int) -> str:

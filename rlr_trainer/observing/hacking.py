@@ -12,6 +12,8 @@ from functools import partial
 from statistics import fmean, variance
 from typing import Any
 
+from rlr_trainer.persistence.metric_names import EVAL_REWARD
+
 DIVERSITY_LINES = 5  # first and last ones, whose means are compared
 DIVERSITY_FRACTION = 0.4
 # KL: two windows that follow each other are compared, once the policy has left the reference: a KL that grows with the square of the
@@ -25,7 +27,6 @@ EVAL_DROP = 0.25  # by so many standard deviations of single rewards; the traini
 
 LOSSES = {"diversity": "pictures of one prompt", "motion": "neighbouring frames of a video"}  # metric -> what differs
 
-EVAL_REWARD = re.compile(r"eval_(?:.+_)?reward")  # with the name of the data where there are several
 EVAL_LOSSES = {metric: re.compile(rf"eval_(?:.+_)?{metric}") for metric in LOSSES}
 
 WAYS_OUT = (

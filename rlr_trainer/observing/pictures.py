@@ -43,11 +43,12 @@ class SampleLog(TrainerCallback):
     """Writes `samples/step_<updates>.json`, a grid beside it and the single pictures, and sends the grid to the trackers; of videos one
     that moves.
 
-    Before the first update, every `every` updates (None: no others), and at the end, with the weights that the training ends with. It must
+    Before the first update, every `every(updates of the run)` updates, and at the end, with the weights that the training ends with. It must
     come before the trackers' callbacks, which close when training ends.
 
     Args:
         sample: makes the pictures; called on every process.
+        every: updates between two sets of pictures, of the number of updates of the run.
         seconds: training time so far.
         trackers: what to send grids to, as it is at that moment.
         stopped: whether the training was stopped from outside: then there is no time for pictures at the end.
@@ -56,7 +57,7 @@ class SampleLog(TrainerCallback):
     def __init__(
         self,
         sample: Callable[[], FixedSamples],
-        every: int | None,
+        every: Callable[[int], int],
         seconds: Callable[[], float],
         trackers: Callable[[], Any],
         stopped: Callable[[], bool] = lambda: False,
@@ -74,7 +75,7 @@ class SampleLog(TrainerCallback):
             self._take(args, state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.every is not None and state.global_step % self.every == 0:
+        if state.global_step % self.every(state.max_steps) == 0:
             self._take(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,14 +9,14 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-# The 45 common animals and the 3 activities of DDPO's experiments.
+# The 45 common animals and the 3 activities of DDPO's experiments: simple_animals.txt and activities.txt of ddpo-pytorch (MIT licence).
 ANIMALS = (
     "cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion", "tiger", "bear",
     "raccoon", "fox", "wolf", "lizard", "beetle", "ant", "butterfly", "fish", "shark", "whale", "dolphin", "squirrel", "mouse", "rat",
     "snake", "turtle", "frog", "chicken", "duck", "goose", "bee", "pig", "turkey", "fly", "llama", "camel", "bat", "gorilla", "hedgehog",
     "kangaroo",
 )  # fmt: skip
-ACTIVITIES = ("riding a bike", "playing chess", "washing the dishes")
+ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 # Singular and plural of things that can be told apart and counted in a picture.
 THINGS = {
     "apple": "apples", "balloon": "balloons", "book": "books", "bottle": "bottles", "candle": "candles", "car": "cars", "cat": "cats",

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
 from rlr_trainer.estimators.presets import PRESETS
@@ -260,17 +261,25 @@ class RLRConfig(TrainingArguments):
         False, "Log the gradient norm of every denoising step, estimator/step_grad_norm/<step>; needs log_estimator_norms."
     )
     num_log_images: int = _option(
-        8, "Pictures of fixed prompts and noise, scored, before and after training, for samples/ and the trackers; 0 for none."
+        8,
+        "Pictures of fixed prompts and noise, scored, before, during and after training, for samples/ and the trackers; 0 for none.",
     )
     log_images_steps: int | None = _option(
-        None, "Updates between two such sets of pictures. Default: only before and after training."
+        None, "Updates between two such sets of pictures. Default: a quarter of the run, 100 at most."
     )
     eval_images_per_prompt: int = _option(1, "Pictures per prompt of eval_dataset; their noise is the same in every evaluation.")
     overwrite: bool = _option(False, "Allow an output_dir that holds another run; without it such a folder is refused.")
 
     # ---- TrainingArguments' defaults that do not fit reinforcement learning of a diffusion model ----
     output_dir: str = _option("rlr-output", "Folder of checkpoints, logs and the final weights.")
-    learning_rate: float = _option(3e-4, "Initial learning rate of AdamW (DDPO's default).")
+    learning_rate: float = _option(
+        3e-4, "Learning rate of AdamW: that of DDPO and Flow-GRPO for LoRA weights; without LoRA take about a tenth."
+    )
+    lr_scheduler_type: SchedulerType | str = _option(
+        "constant",
+        "Schedule of the learning rate: constant, constant_with_warmup, linear (falls to 0 at the end of the run), cosine, and others of "
+        "transformers.",
+    )
     weight_decay: float = _option(1e-4, "Weight decay of AdamW (DDPO's default).")
     num_train_epochs: float = _option(100, "Epochs: rollouts without a dataset, passes over the prompts with one.")
     logging_steps: float = _option(1, "Updates between two log lines.")
@@ -494,7 +503,13 @@ class RLRConfig(TrainingArguments):
 
     def _check_combinations(self) -> None:
         normalizes = self.advantage in (None, *NORMALIZING_ADVANTAGES)
+        warmup = self.warmup_steps or getattr(self, "warmup_ratio", 0)  # transformers 5 has the first alone
         refuse(
+            (
+                self.lr_scheduler_type == "constant" and bool(warmup),
+                f"lr_scheduler_type='constant' with a warm-up of {warmup}: a constant schedule has none; set "
+                "lr_scheduler_type='constant_with_warmup', or leave the warm-up out",
+            ),
             (
                 (self.ho_length == AUTO) != (self.memory_budget_gb is not None),
                 f"ho_length={self.ho_length!r} with memory_budget_gb={self.memory_budget_gb}: formula (8) needs both; set "

@@ -56,6 +56,7 @@ from rlr_trainer.training.evaluator import Evaluator, FixedPictures, eval_source
 from rlr_trainer.training.interruption import StopOnTermination
 from rlr_trainer.training.keeping import graph_keeping
 from rlr_trainer.training.meters import MetricsLog
+from rlr_trainer.training.saving import default_steps
 from rlr_trainer.training.trl import configs, names
 from rlr_trainer.training.updater import UpdateOptions, Updater
 
@@ -205,10 +206,16 @@ class Parts:
 
     def observers(self, fixed_samples: Callable[[], FixedSamples], trackers: Callable[[], Any]) -> list[TrainerCallback]:
         """What watches every run, in the order in which it must be told. `fixed_samples` makes the pictures that `trackers` get."""
-        every, files, termination = self.config.log_images_steps, self.run_files, self.termination
-        log = SampleLog(fixed_samples, every, lambda: files.seconds, trackers, lambda: termination.stopped)
+        config, files, termination = self.config, self.run_files, self.termination
+        log = SampleLog(
+            fixed_samples,
+            lambda updates: config.log_images_steps or default_steps(updates),
+            lambda: files.seconds,
+            trackers,
+            lambda: termination.stopped,
+        )
         followers = [follower for follower in (self.average, self.old_policy) if follower is not None]
-        return [*followers, *([log] if self.config.num_log_images else []), files, termination]
+        return [*followers, *([log] if config.num_log_images else []), files, termination]
 
     def choose(self, **chosen: int) -> None:
         """Takes up the configured plan, with values that were chosen for "auto"."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from rlr_trainer.cli import doctor, main
 from rlr_trainer.cli.settings import parse_run
-from rlr_trainer.cli.summary import in_time, in_units
+from rlr_trainer.cli.summary import in_units
 from rlr_trainer.digits import MODELS
 from rlr_trainer.pipelines.skeleton import load_skeleton
 
@@ -97,11 +98,19 @@ def test_the_doctor_answers_without_a_network(capsys, monkeypatch):
 
 def test_numbers_in_words():
     assert [in_units(n, "B") for n in (0, 999, 1234, 12_345_678, 2e12)] == ["0 B", "999 B", "1.23 kB", "12.3 MB", "2 TB"]
-    assert [in_time(s) for s in (0.123, 59.6, 600, 9000)] == ["0.12 s", "60 s", "10 min", "2.5 h"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_configuration_that_ships_is_valid(path):
+    text = path.read_text()
     run, config = parse_run(path, ["--use_cpu", "true"])
-    assert config.plan and run.prompts
+    assert text.startswith(f"# rlr-trainer train --config examples/configs/{path.name}\n")
+    assert config.plan and run.prompts and config.output_dir == f"runs/{path.stem}"
     json.dumps(config.rlr_options(), default=str)
+    if run.model in MODELS:
+        assert "# Reached " in text
+    else:
+        (memory,) = re.findall(r"# Check: rlr-trainer estimate .* --memory (\d+)\n", text)
+        (network, reward) = re.findall(r"\) ([\d.]+) GB, and ([\d.]+) GB for \w+, in \d+ GB", text)[0]
+        assert path.stem.endswith(f"-{memory}gb") and float(network) + float(reward) <= 0.9 * int(memory)
+        assert "Not run at full size" in text

@@ -65,7 +65,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "rlr-each-normalized": {"rewards": "both", "reward_aggregation": "normalize_then_sum", "fo_steps": 1},
     "ddpo-async": {"estimator": "ddpo", "async_rewards": True, "rewards": "both", "sample_num_batches_per_epoch": 1},
     "rlr-reward-batches": {"reward_batch_size": 3, "fo_steps": 2},
-    "rlr-evaluation": {"dataset": True, "evaluate": True, "eval_strategy": "steps", "eval_steps": 2, "num_log_images": 3},
+    "rlr-evaluation": {"dataset": True, "evaluate": True, "eval_strategy": "steps", "eval_steps": 2, "num_log_images": 3, "log_images_steps": 9},
     "rlr-resumed": {"max_steps": 4, "resumed": 2},
     "ddpo-resumed": OFF_POLICY | {"max_steps": 8, "resumed": 4},
     "rlr-resumed-all": {

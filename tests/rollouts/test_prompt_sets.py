@@ -1,5 +1,6 @@
 """The sets of prompts that ship."""
 
+import hashlib
 import random
 
 import pytest
@@ -22,6 +23,9 @@ def test_every_set_has_its_rows_and_trains():
 def test_rows_say_what_a_reward_wants_to_know():
     assert prompt_set("ddpo_animals")[20] == {"prompt": "an ant", "animal": "ant"}
     assert {row["prompt"] for row in prompt_set("ddpo_activities")} >= {"a cat riding a bike", "an ant playing chess"}
+    names = "\n".join(row["animal"] for row in prompt_set("ddpo_animals"))
+    published = "f6775ca73413cbd26a2c9bb74ab3751b5dad0ce72b3b1f5fd91161e6b55386ba"  # the lines of ddpo-pytorch's simple_animals.txt
+    assert hashlib.sha256(names.encode()).hexdigest() == published
     for row in prompt_set("counting_things"):
         word, thing = row["prompt"].split()[:2]
         assert thing.startswith(row["thing"][:3]) and (word == "one") == (row["count"] == 1) == (thing == row["thing"])

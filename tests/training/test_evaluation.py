@@ -47,7 +47,7 @@ def test_rewards_and_datasets_of_its_own(make_trainer):
 
 @pytest.mark.medium
 def test_queries_are_counted_apart(make_trainer):
-    trainer = make_trainer(eval_dataset=PROMPTS, eval_strategy="steps", eval_steps=1, num_log_images=3)
+    trainer = make_trainer(eval_dataset=PROMPTS, eval_strategy="steps", eval_steps=1, num_log_images=3, log_images_steps=3)
     trainer.train()
     assert trainer.rewards.queries == 4 + 2 * 4  # the probe and two rollouts
     rows = [row for row in trainer.state.log_history if "eval_reward" in row]

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 
 from rlr_trainer import RLRConfig
-from rlr_trainer.training.saving import default_save_steps, save_steps_of
+from rlr_trainer.training.saving import default_steps, save_steps_of
 
 
 @pytest.mark.parametrize(("updates", "steps"), [(1, 1), (3, 1), (4, 1), (40, 10), (41, 11), (400, 100), (10_000, 100)])
 def test_a_quarter_of_the_run_and_no_more_than_a_hundred(updates, steps):
-    assert default_save_steps(updates) == steps <= updates
-    assert default_save_steps(updates, 6) % 6 == 0
+    assert default_steps(updates) == steps <= updates
+    assert default_steps(updates, 6) % 6 == 0
 
 
 def test_the_default_gives_way_to_a_choice(tmp_path):

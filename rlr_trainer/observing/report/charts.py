@@ -8,10 +8,10 @@ import re
 import numpy as np
 from markupsafe import Markup
 
-from rlr_trainer.observing.hacking import EVAL_REWARD
 from rlr_trainer.observing.report.drawing import Series, line_chart, y_range
 from rlr_trainer.observing.report.reading import Floats, Run
 from rlr_trainer.observing.report.series import letters, shorten, spans_decades, thin
+from rlr_trainer.persistence.metric_names import EVAL_REWARD
 
 AXES = {"updates": "updates", "queries": "reward_queries", "seconds": "seconds"}  # axis -> the column that holds it
 WIDE, SMALL = (920, 330), (440, 250)
