@@ -80,7 +80,7 @@ ALSO += [Run("digits", "ocr", "rlr_black_box", 5e-3, seed, batch=16) for seed in
 ALSO += [Run("digits", "digit_and_ink", method, 5e-3, seed, batch=16) for method in ("rlr_black_box", "rlr") for seed in range(3)]
 ALSO += [Run("digits", "compressibility", method, 5e-3, seed, batch=16) for method in ("rlr_black_box", "nft") for seed in range(3)]
 # Whether a score that was reached is kept.
-ALSO += [Run("digits", TUNING_TASK, "rlr_black_box", 1e-2, seed, batch=16, queries=LONG) for seed in range(2)]
+ALSO += [Run("digits", TUNING_TASK, "rlr_black_box", rate, 0, batch=16, queries=LONG) for rate in (5e-3, 1e-2)]
 ALSO += [Run("digits", TUNING_TASK, "nft", 1e-2, 0, batch=16, queries=LONG)]
 
 
