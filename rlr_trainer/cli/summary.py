@@ -86,6 +86,7 @@ class FirstUpdate(TrainerCallback):
             self._started, self._first = time.perf_counter(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says it after the first update, from the main process."""
         if self._started is None or state.global_step != self._first + 1 or not state.is_world_process_zero:
             return
         seconds, left = time.perf_counter() - self._started, state.max_steps - self._first

@@ -262,6 +262,7 @@ class _Precision:
         self.depth = 0  # of modules that are being called
 
     def attach(self, network: nn.Module) -> None:
+        """Puts hooks around every module: the modes are entered with the outermost call, and left with it."""
         for module in network.modules():
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave, always_call=True)  # a block that runs again stops by an exception
