@@ -1,8 +1,8 @@
 """What an update of a run will take: memory by part, calls of its network, floating-point operations; and settings that fit a memory.
 
 Nothing is sampled, trained or timed. Networks are followed as shapes (`Twin`), the plan says how often (`network_calls`), and the peak is that
-of the phase that needs most: sampling, reward, backward pass, optimizer. What is not in it: workspace inside operations, fragmentation, and on
-CUDA the context, about half a gigabyte.
+of the phase that needs most: encoding prompts, sampling, reward, backward pass, optimizer. What is not in it: most workspace inside operations,
+fragmentation, and on CUDA the context, about half a gigabyte.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ class _Work:
         reward = self._reward_phase(sizes.reward_batch_size)
         zeroth = trained if self.plan.uses_zeroth_order else 0
         phases = {
+            "encoding prompts": self._encoding(sizes),
             "sampling": self._sampling(sizes.sample_batch_size) + zeroth + held + pictures - sizes.sample_batch_size * picture,
             "decoder and reward": reward + held + pictures + sizes.sample_batch_size * picture,
             "backward pass": self._backward(sizes, held) + copies,
@@ -181,6 +182,12 @@ class _Work:
     def _picture_numbers(self) -> int:
         layout = self.twin.layout
         return 3 * layout.height * layout.width * (layout.num_frames or 1)
+
+    def _encoding(self, sizes: Sizes) -> int:
+        """Of the prompts of a sampling batch, by encoders that come to the device for it where they wait on the CPU."""
+        count = -(-sizes.sample_batch_size // (self.config.num_images_per_prompt or 1))
+        waiting = weight_bytes(*self.trainer.parts.adapter.frozen_modules) if sizes.offload_text_encoders else 0
+        return waiting + self._once(("encoding", count), lambda: Cost(self.twin.encoding_bytes(count))).peak
 
     def _sampling(self, size: int) -> int:
         return self._once(("sampling", size), lambda: self.twin.sampling_step(size)).peak

@@ -51,6 +51,10 @@ class LiveStorages(TorchDispatchMode):
         """One operation; a subclass may look at it."""
         return func(*args, **kwargs)
 
+    def workspace(self, func: Any, args: Any, result: Any) -> int:
+        """Bytes that an operation takes beside its result and gives back at its end; a subclass may know them."""
+        return 0
+
     def live(self) -> int:
         return sum(self._bytes.values())
 
@@ -60,7 +64,7 @@ class LiveStorages(TorchDispatchMode):
         for storage in storages(result):
             if id(storage) not in given:
                 self._bytes[storage] = storage.nbytes()
-        self.peak = max(self.peak, self.live())
+        self.peak = max(self.peak, self.live() + self.workspace(func, args, result))
         return result
 
 

@@ -35,11 +35,19 @@ class Meter(LiveStorages):
     """Counts, on the meta device, live bytes, their peak and floating-point operations of the operations in the block.
 
     What is read of a meta tensor is 1: a number, a truth value, a copy on the CPU. So code that checks for finite values passes.
+
+    Args:
+        on_cpu: whether to add the workspace that a CPU takes, see `conv3d_workspace`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_cpu: bool = False) -> None:
         super().__init__()
+        self.on_cpu = on_cpu
         self.flops = 0
+
+    def workspace(self, func: Any, args: Any, result: Any) -> int:
+        """That of three-dimensional convolutions on a CPU; of other operations none is known."""
+        return conv3d_workspace(func, args, result) if self.on_cpu else 0
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The operation, or the answer to a question for a value."""
@@ -56,6 +64,33 @@ class Meter(LiveStorages):
 
 def _leaves_meta(kwargs: dict[str, Any]) -> bool:
     return kwargs.get("device") is not None and torch.device(kwargs["device"]) != META
+
+
+def conv3d_workspace(func: Any, args: Any, result: Any) -> int:
+    """Bytes that torch's own three-dimensional convolution takes on a CPU for frozen weights, beside its result.
+
+    It spreads its input out, one column per position of the output, and so does its backward pass; only a kernel of one position without
+    padding needs no columns forward. Torch is asked whether it takes it: with several samples it mostly takes oneDNN's, whose copies in
+    other orders depend on the shapes and are not known here.
+    """
+    if func is torch.ops.aten.convolution.default:
+        into, weight, bias, stride, padding, *others = args
+        output, backward = result, False
+    elif func is torch.ops.aten.convolution_backward.default:
+        output, into, weight, _, stride, padding, *others, _ = args
+        bias, backward = None, True
+    else:
+        return 0
+    backend = torch._C._select_conv_backend(*map(_on_cpu, (into, weight, bias)), stride, padding, *others, None)
+    if backend != torch._C._ConvBackend.Slow3d:
+        return 0
+    is_view = not backward and weight[0, 0].numel() == 1 and not any(padding) and set(stride) == {1}
+    return 0 if is_view else output.nbytes // output.shape[1] * weight[0].numel()
+
+
+def _on_cpu(tensor: Tensor | None) -> Tensor | None:
+    """A tensor of that shape without memory."""
+    return None if tensor is None else torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 class FusedAttention(TorchFunctionMode):
@@ -88,7 +123,7 @@ _SDPA = inspect.Signature(
 
 
 @contextlib.contextmanager
-def counting() -> Iterator[Meter]:
-    """Counts what the operations on the meta device in the block would take."""
-    with FusedAttention(), Meter() as meter:
+def counting(on_cpu: bool = False) -> Iterator[Meter]:
+    """Counts what the operations on the meta device in the block would take, on a CPU if `on_cpu`."""
+    with FusedAttention(), Meter(on_cpu) as meter:
         yield meter

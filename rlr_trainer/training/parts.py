@@ -89,7 +89,9 @@ class Parts:
         eval_reward_function: RewardFunction | Sequence[RewardFunction] | None,
     ) -> None:
         if sd_pipeline is None:
-            raise ValueError("sd_pipeline is None: pass a diffusers pipeline, a local folder, or a hub id")
+            raise ValueError(
+                "sd_pipeline is None: pass a diffusers pipeline, a local folder, or a hub id, by name or as the fourth argument"
+            )
         check_device(config)
         if config.should_save:  # Trainer makes the folder
             check_writable(Path(config.output_dir))

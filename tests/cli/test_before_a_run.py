@@ -3,13 +3,15 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rlr_trainer import RLRConfig
 from rlr_trainer.cli import doctor, main
 from rlr_trainer.cli.settings import parse_run
-from rlr_trainer.cli.summary import in_units
+from rlr_trainer.cli.summary import in_units, when_saved
 from rlr_trainer.digits import MODELS
 from rlr_trainer.pipelines.skeleton import load_skeleton
 
@@ -45,8 +47,9 @@ def test_an_estimate_needs_no_weights_and_leaves_no_files(capsys):
             target.write_bytes(path.read_bytes())
     tables = []
     for name in ("digits", "model"):
-        assert main(["train", "--config", "run.yaml", "--model", name, "--lora_r", "4", "--dry_run"]) == 0
+        assert main(["train", "--config", "run.yaml", "--model", name, "--lora_r", "4", "--dry_run", "--memory", "1"]) == 0
         printed = capsys.readouterr().out
+        assert "fits in 90% of 1 GB" in printed
         assert "8 forward and 4 backward passes of the network" in printed
         tables.append(printed.splitlines()[-8:])
     assert tables[0] == tables[1]
@@ -81,6 +84,27 @@ def test_a_run_says_what_it_is_and_how_long_it_takes(capsys):
     update = "update  2 pictures, 8 forward and 4 backward passes"
     for line in ("model   ", "plan    ", update, "trained ", "memory  ", "files   out", "time    first update"):
         assert line in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_steps": 20}, "every 5 updates"),  # the default, as the training itself chooses it
+        ({"max_steps": 3}, "after every update"),
+        ({"max_steps": 20, "save_steps": 7}, "every 7 updates"),
+        ({"max_steps": 20, "save_strategy": "epoch"}, "every epoch"),
+        ({"save_strategy": "no"}, "none"),
+    ],
+)
+def test_the_summary_says_when_checkpoints_are_saved(options, text):
+    run = SimpleNamespace(args=RLRConfig(use_cpu=True, **options), parts=SimpleNamespace(collector=None))
+    assert when_saved(run) == text
+    assert (when_saved(run, resumed=True) == text) == ("save_steps" in options or "save_strategy" in options)
+
+
+def test_a_memory_belongs_to_a_dry_run(capsys):
+    assert main(["train", "--config", "run.yaml", "--model", "digits", "--memory", "24"]) == 2
+    assert "--memory 24: goes with --dry_run" in capsys.readouterr().err
 
 
 def test_the_doctor_answers_without_a_network(capsys, monkeypatch):

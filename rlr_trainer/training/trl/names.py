@@ -7,8 +7,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from rlr_trainer.training.option_names import meant
-from rlr_trainer.training.trl.configs import CONVERTED, SAME_MEANING
+from rlr_trainer.training.option_names import CONVERTED, SAME_MEANING, meant
 
 P = ParamSpec("P")
 C = TypeVar("C", bound=type)
