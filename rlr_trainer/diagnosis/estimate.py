@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -113,22 +113,31 @@ def estimate(trainer: Any, *, memory_gb: float | None = None, on_cpu: bool | Non
     Raises:
         ValueError: a network that cannot be followed without its values.
     """
-    if memory_gb is not None and not memory_gb > 0:
-        raise ValueError(f"memory={memory_gb}: must be a positive number of GB")
+    return estimates(trainer, [memory_gb], on_cpu=on_cpu, half_precision=half_precision)[0]
+
+
+def estimates(
+    trainer: Any, memories_gb: Sequence[float | None], *, on_cpu: bool | None = None, half_precision: bool = False
+) -> list[Estimate]:
+    """`estimate` for several memories. What they have in common is followed once."""
+    for memory_gb in memories_gb:
+        if memory_gb is not None and not memory_gb > 0:
+            raise ValueError(f"memory={memory_gb}: must be a positive number of GB")
     config = trainer.args
     precision = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     on_cpu = trainer.accelerator.device.type == "cpu" if on_cpu is None else on_cpu
     try:
         work = _Work(trainer, Twin(trainer, precision, on_cpu, half_precision), on_cpu)
         sizes = Sizes.of(config)
-        memory = work.memory(sizes)
-        proposal, proposed = ({}, memory) if memory_gb is None else _proposal(work, sizes, memory, SHARE * memory_gb * 1e9)
+        memory, flops = work.memory(sizes), work.flops(sizes)
+        found: list[tuple[dict[str, Any] | None, Memory | None]]
+        found = [({}, memory) if gb is None else _proposal(work, sizes, memory, SHARE * gb * 1e9) for gb in memories_gb]
     except (NotImplementedError, RuntimeError) as error:  # a network that looks at values: meta tensors have none
         raise ValueError(
             f"{type(trainer.parts.adapter.pipeline).__name__} cannot be followed on shapes alone ({' '.join(str(error).split())[:200]}); "
             "measure a run of one update instead: max_steps=1"
         ) from error
-    return Estimate(memory, work.calls, work.flops(sizes), work.samples, work.notes, proposal, proposed)
+    return [Estimate(memory, work.calls, flops, work.samples, work.notes, *proposal) for proposal in found]
 
 
 class _Work:
