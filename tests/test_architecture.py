@@ -117,7 +117,7 @@ def test_no_module_imports_itself_in_a_circle():
 
 
 def test_the_estimators_load_no_pipeline_libraries():
-    """In a fresh interpreter, with the names that the README imports for a chain of one's own."""
+    """In a fresh interpreter, with the names that docs/estimators.md imports for a chain of one's own."""
     program = (
         "import sys, rlr_trainer.estimators\n"
         "from rlr_trainer import EstimatorPlan, estimate_gradient\n"

@@ -18,15 +18,14 @@ from rlr_trainer.persistence.provenance import SECRETS
 FILE = "run.yaml"
 # Written even where nobody gave them: what a training is made of stays as it was when a default changes.
 ALWAYS = (
-    *(
-        "output_dir",
-        "estimator",
-        "learning_rate",
-        "lr_scheduler_type",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-    ),
-    *("sample_num_steps", "sample_guidance_scale"),
+    "output_dir",
+    "estimator",
+    "learning_rate",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "sample_num_steps",
+    "sample_guidance_scale",
 )
 
 

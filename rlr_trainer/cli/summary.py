@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rlr_trainer.diagnosis.network_calls import network_calls
+from rlr_trainer.diagnosis.network_calls import network_calls, stored_latents
 from rlr_trainer.diagnosis.shapes import weight_bytes
+from rlr_trainer.observing.lines import duration
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -21,13 +23,6 @@ def in_units(number: float, unit: str) -> str:
     """Three digits with a prefix of powers of ten: 1.23 GB."""
     size, prefix = next(((size, prefix) for size, prefix in _UNITS if number >= size), (1.0, ""))
     return f"{float(f'{number / size:.3g}'):g} {prefix}{unit}"
-
-
-def in_time(seconds: float) -> str:
-    """As one says it: 12 s, 3 min, 2.5 h."""
-    if seconds < 100:
-        return f"{float(f'{seconds:.2g}'):g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def about_model(trainer: Any, name: str | None) -> str:
@@ -58,7 +53,7 @@ def summary(trainer: Any, model: str | None = None, of_model: Mapping[str, Any] 
     steps = config.max_steps if config.max_steps > 0 else None
     updates = f"max_steps: {steps}" if steps else f"num_train_epochs: {config.num_train_epochs:g}"
     kind = "LoRA weights" if parts.use_lora else "the whole network"
-    chains = 4 * trainer_chain_numbers(trainer)
+    chains = 4 * config.rollout_size * stored_latents(parts.plan) * math.prod(parts.layout.shape)  # float32
     chosen = ", ".join(f"{name}: {value:g}" for name, value in (of_model or {}).items())
     schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
     lines = {
@@ -72,13 +67,6 @@ def summary(trainer: Any, model: str | None = None, of_model: Mapping[str, Any] 
         "files": f"{config.output_dir}, checkpoints {_when_saved(config)}",
     }
     return "\n".join(f"{name:8}{text}" for name, text in lines.items())
-
-
-def trainer_chain_numbers(trainer: Any) -> int:
-    """Numbers of the chains of a rollout that wait for their update: T + 1 latents, T noises, T means."""
-    parts = trainer.parts
-    stored = 1 if parts.plan.forward is not None else 3 * parts.plan.num_steps + 1
-    return trainer.args.rollout_size * stored * int(torch.Size(parts.layout.shape).numel())
 
 
 def _when_saved(config: Any) -> str:
@@ -102,7 +90,7 @@ class FirstUpdate(TrainerCallback):
             return
         seconds, left = time.perf_counter() - self._started, state.max_steps - self._first
         print(
-            f"time    first update {in_time(seconds)}, the {left} of this run about {in_time(seconds * left)}; {_peak(args.device)}",
+            f"time    first update {duration(seconds)}, the {left} of this run about {duration(seconds * left)}; {_peak(args.device)}",
             flush=True,
         )
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlr_trainer.diagnosis.memory import measuring_memory
-from rlr_trainer.diagnosis.network_calls import NetworkCalls, network_calls
+from rlr_trainer.diagnosis.network_calls import NetworkCalls, network_calls, stored_latents
 from rlr_trainer.diagnosis.shapes import META, counting, weight_bytes
+from rlr_trainer.diagnosis.sizes import Sizes, candidates
 from rlr_trainer.diagnosis.twin import Cost, Twin, shortened, typical_draw
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.pipelines.conditioning import CACHE_BYTES
@@ -26,34 +27,6 @@ from rlr_trainer.pipelines.reference import ReferencePolicy
 
 FLOAT = 4  # bytes
 SHARE = 0.9  # of a memory that the estimate may fill; the rest is for what it does not see
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The settings that a proposal may change, under the names of their options; samples per update stay the same."""
-
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    sample_batch_size: int
-    sample_num_batches_per_epoch: int
-    reward_batch_size: int
-    gradient_checkpointing: bool
-    offload_text_encoders: bool
-    offload_rollouts: bool
-    recompute: str
-
-    @classmethod
-    def of(cls, config: Any) -> Sizes:
-        """Those of an `RLRConfig`."""
-        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
-        values["reward_batch_size"] = values["reward_batch_size"] or config.sample_batch_size
-        values["gradient_checkpointing"] = bool(values["gradient_checkpointing"])
-        return cls(**values)
-
-    @property
-    def samples(self) -> int:
-        """Of a rollout, per process."""
-        return self.sample_batch_size * self.sample_num_batches_per_epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +137,7 @@ class _Work:
         latent = FLOAT * self.twin.latents(1).numel()
         pictures = sizes.samples * picture
         held = self._held(sizes)
-        copies = latent * self._stored(1) * sizes.per_device_train_batch_size
+        copies = latent * stored_latents(self.plan) * sizes.per_device_train_batch_size
         copies = 0 if sizes.per_device_train_batch_size == sizes.sample_batch_size and not sizes.offload_rollouts else copies
         reward = self._reward_phase(sizes.reward_batch_size)
         zeroth = trained if self.plan.uses_zeroth_order else 0
@@ -179,7 +152,7 @@ class _Work:
             phases["predictions"] = held + pictures + self._step(sizes, size).held + self._reward_phase(size)
         if sizes.offload_rollouts:  # the chain of the batch that is being sampled
             for name in ("sampling", "decoder and reward"):
-                phases[name] += sizes.sample_batch_size * latent * self._stored(1)
+                phases[name] += sizes.sample_batch_size * latent * stored_latents(self.plan)
         return Memory(parts, phases)
 
     def flops(self, sizes: Sizes) -> dict[str, float]:
@@ -200,7 +173,7 @@ class _Work:
         copies = (config.ema_decay is not None) + (parts.old_policy is not None)
         encoders = 0 if sizes.offload_text_encoders else weight_bytes(*parts.adapter.frozen_modules)
         latent = FLOAT * self.twin.latents(1).numel()
-        chains = 0 if sizes.offload_rollouts else sizes.samples * latent * self._stored()
+        chains = 0 if sizes.offload_rollouts else sizes.samples * latent * stored_latents(self.plan)
         prompts = sizes.samples * self.twin.conditioning_bytes
         found = {
             "network": network - trained,
@@ -214,14 +187,6 @@ class _Work:
             "encoded prompts": prompts + min(prompts, CACHE_BYTES),
         }
         return {name: value for name, value in found.items() if value}
-
-    def _stored(self, least: int = 0) -> int:
-        """Latents that are stored per sample: T + 1 of the chain, T noises, T means, the reward's gradient."""
-        steps = self.plan.num_steps
-        if self.plan.forward is not None:
-            return max(1, least)
-        controlled = len(self.plan.scored_steps()) if self.plan.uses_control_variate else 0
-        return 3 * steps + 1 + int(self.plan.needs_differentiable_reward) + controlled
 
     def _picture_numbers(self) -> int:
         layout = self.twin.layout
@@ -366,35 +331,6 @@ def _optimizer_bytes(trainer: Any, trained: list[nn.Parameter], on_cpu: bool) ->
     finally:
         for parameter in trained:
             parameter.grad = None
-
-
-def candidates(sizes: Sizes) -> Iterator[Sizes]:
-    """Settings that need less and less memory, for the same samples per update; those that cost least come first."""
-    now = dataclasses.replace(sizes, offload_text_encoders=True)
-    yield now
-    now = dataclasses.replace(now, reward_batch_size=1, recompute="recursive")
-    yield now
-    whole = now.sample_batch_size == now.per_device_train_batch_size
-    for checkpointing in dict.fromkeys((now.gradient_checkpointing, True)):
-        size = sizes.per_device_train_batch_size
-        now = dataclasses.replace(now, gradient_checkpointing=checkpointing)
-        while True:
-            factor = sizes.per_device_train_batch_size // size
-            yield dataclasses.replace(
-                now,
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=sizes.gradient_accumulation_steps * factor,
-                sample_batch_size=size if whole else sizes.sample_batch_size,
-                sample_num_batches_per_epoch=sizes.samples // size if whole else sizes.sample_num_batches_per_epoch,
-            )
-            if size % 2:
-                break
-            size //= 2
-    now = dataclasses.replace(now, per_device_train_batch_size=1, offload_rollouts=True)
-    total = sizes.per_device_train_batch_size * sizes.gradient_accumulation_steps
-    yield dataclasses.replace(
-        now, gradient_accumulation_steps=total, sample_batch_size=1, sample_num_batches_per_epoch=sizes.samples
-    )
 
 
 def _proposal(work: _Work, sizes: Sizes, memory: Memory, limit: float) -> tuple[dict[str, Any] | None, Memory | None]:

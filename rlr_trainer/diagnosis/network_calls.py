@@ -1,4 +1,4 @@
-"""How often an update runs the network and the decoder, from its plan alone."""
+"""How often an update runs the network and the decoder, and what waits for it, from its plan alone."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ class NetworkCalls:
     backward: float
     decodings: float
     decoder_backward: float
+
+
+def stored_latents(plan: EstimatorPlan) -> int:
+    """Latents that wait for the update, per sample: T + 1 of the chain, T noises, T means, dR/dx_0, and the control variate's gradients."""
+    if plan.forward is not None:
+        return 1  # x_0 alone
+    controlled = len(plan.scored_steps()) if plan.uses_control_variate else 0
+    return 3 * plan.num_steps + 1 + int(plan.needs_differentiable_reward) + controlled
 
 
 def network_calls(

@@ -6,11 +6,12 @@ The monitor warns of them during the training, and the report shows them afterwa
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from statistics import fmean, variance
 from typing import Any
+
+from rlr_trainer.persistence.metric_names import EVAL_LOSS, EVAL_REWARD
 
 DIVERSITY_LINES = 5  # first and last ones, whose means are compared
 DIVERSITY_FRACTION = 0.4
@@ -24,9 +25,6 @@ EVAL_PATIENCE = 2  # consecutive evaluations below the best, or the first
 EVAL_DROP = 0.25  # by so many standard deviations of single rewards; the training reward must have risen as clearly
 
 LOSSES = {"diversity": "pictures of one prompt", "motion": "neighbouring frames of a video"}  # metric -> what differs
-
-EVAL_REWARD = re.compile(r"eval_(?:.+_)?reward")  # with the name of the data where there are several
-EVAL_LOSSES = {metric: re.compile(rf"eval_(?:.+_)?{metric}") for metric in LOSSES}
 
 WAYS_OUT = (
     "Look at the pictures in samples/. What helps: stop at an earlier checkpoint, raise kl_coef, lower learning_rate, add a second reward "
@@ -54,9 +52,7 @@ class HackingSigns:
         self._first_reward: float | None = None
         self._reward_std = 0.0
         self._evaluations: dict[str, list[tuple[float, float, float | None]]] = {}  # (reward, its std, training reward)
-        self._evaluated: dict[str, dict[str, list[tuple[float, float | None]]]] = {
-            metric: {} for metric in LOSSES
-        }  # (value, training reward)
+        self._evaluated: dict[str, list[tuple[float, float | None]]] = {}  # (value of one of LOSSES, training reward)
 
     def read(self, line: Mapping[str, Any]) -> list[str]:
         """Takes the next log line; returns what is seen now for the first time."""
@@ -78,14 +74,16 @@ class HackingSigns:
                 if name in numbers:
                     kept.append((numbers[name], reward))
         evaluations = [name for name in line if EVAL_REWARD.fullmatch(name)]
-        trained = fmean(self._since_evaluation) if self._since_evaluation else self._first_reward
         for name in (name for name in evaluations if name in numbers):
-            self._evaluations.setdefault(name, []).append((numbers[name], numbers.get(f"{name}_std", 0.0), trained))
-        for metric, pattern in EVAL_LOSSES.items():
-            for name in filter(pattern.fullmatch, numbers):
-                self._evaluated[metric].setdefault(name, []).append((numbers[name], trained))
+            self._evaluations.setdefault(name, []).append((numbers[name], numbers.get(f"{name}_std", 0.0), self._trained()))
+        for name in filter(EVAL_LOSS.fullmatch, numbers):
+            self._evaluated.setdefault(name, []).append((numbers[name], self._trained()))
         if evaluations and "reward" not in line:
             self._since_evaluation = self._since_evaluation[-1:]  # several datasets are evaluated one after the other
+
+    def _trained(self) -> float | None:
+        """The training reward since the last evaluation."""
+        return fmean(self._since_evaluation) if self._since_evaluation else self._first_reward
 
     def _check_loss(self, metric: str) -> str | None:
         for name, before, reward_before, now, reward_now in self._first_and_last(metric):
@@ -103,7 +101,8 @@ class HackingSigns:
             ends = values[:DIVERSITY_LINES], values[-DIVERSITY_LINES:]
             first, last = ([fmean(column) for column in zip(*end, strict=True)] for end in ends)
             yield metric, first[0], first[1], last[0], last[1]
-        for name, history in self._evaluated[metric].items():
+        for name in (name for name in self._evaluated if name.endswith(metric)):
+            history = self._evaluated[name]
             (before, reward_before), (_, reward_now) = history[0], history[-1]
             reward_before = self._first_reward if reward_before is None else reward_before  # None: evaluated before the training
             if len(history) > EVAL_PATIENCE and reward_before is not None and reward_now is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlr_trainer.observing.hacking import EVAL_REWARD
+from rlr_trainer.persistence.metric_names import EVAL_REWARD
 
 CLOSING = "train_runtime"  # is in the line that Trainer logs when training ends, and in no other
 # Metrics of an update's line, after the reward and the gradient, where they are logged: name -> the word before them.

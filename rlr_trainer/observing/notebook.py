@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker
 
-from rlr_trainer.observing.hacking import EVAL_REWARD
+from rlr_trainer.persistence.metric_names import EVAL_REWARD
 
 ROWS = 50  # the last ones; the whole table is drawn again at every log line
 # Metric -> column. transformers' own table has the losses, which say little here.

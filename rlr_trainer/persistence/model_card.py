@@ -16,13 +16,13 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from rlr_trainer import __version__
+from rlr_trainer.persistence.metric_names import EVAL_SCORE
 
 GRIDS = {
     ".png": "samples.png",
     ".gif": "clips.gif",
 }  # of the pictures, or videos, of fixed prompts: what they are called beside the card
 BUNDLED = re.compile(r"digits(-flow)?")  # models that are no folder of their own
-EVALUATION = re.compile(r"eval_(?:.+_)?reward(?:s/.+/mean)?")
 _USE = """```python
 {import_pipeline}{import_export}
 
@@ -159,10 +159,10 @@ def _of_prompts(described: Mapping[str, Any]) -> str:
 
 def _results(trainer: Any, folder: Path, scores: Mapping[str, tuple[float, float]]) -> str:
     """Pictures of the fixed prompts, and scores that were not trained on: of evaluations the first and the last."""
-    history = [row for row in trainer.state.log_history if any(map(EVALUATION.fullmatch, row))]
+    history = [row for row in trainer.state.log_history if any(map(EVAL_SCORE.fullmatch, row))]
     values = {
         name: [row[name] for row in history if name in row]
-        for name in dict.fromkeys(name for row in history for name in row if EVALUATION.fullmatch(name))
+        for name in dict.fromkeys(name for row in history for name in row if EVAL_SCORE.fullmatch(name))
     }
     rows = [(name, f"{before:.4g}", f"{after:.4g}") for name, (before, after) in scores.items()]
     rows += [(name, f"{found[0]:.4g}", f"{found[-1]:.4g}") for name, found in values.items()]

@@ -101,6 +101,13 @@ class Rewards:
         """Whether a function asks for all pictures of a prompt at once."""
         return any(self.groupwise)
 
+    @property
+    def of_list(self) -> str:
+        """What a message on a reward without a gradient adds where the reward is one of several."""
+        if len(self.functions) == 1 or self.asynchronous:
+            return ""
+        return ". One such reward makes the whole list a black box: the gradient of the others alone would miss its share"
+
     def without_graph(self) -> str | None:
         """Why these rewards can never have a gradient, or None."""
         if self.asynchronous:
@@ -207,7 +214,7 @@ class RewardCalls:
         reason = rewards.without_graph() if differentiable else None
         if reason is not None:
             raise NonDifferentiableRewardError(
-                f"{reason}, or choose a plan that needs no reward gradient: estimator='rlr_black_box'"
+                f"{reason}, or choose a plan that needs no reward gradient: estimator='rlr_black_box'{rewards.of_list}"
             )
         images = self._without_broken(images if differentiable else images.detach(), prompts, where)
         batch = images, prompts, metadata
@@ -273,7 +280,7 @@ class RewardCalls:
                 values, notes = checks.split_returned(returned)
                 values = checks.check_values(name, values, len(prompts), images.device)
             if differentiable and not checks.depends_on(values, origin):
-                raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}")
+                raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}{rewards.of_list}")
             return values, notes
 
         result = work if self._workers is None else self._workers.submit(work).result
@@ -291,7 +298,7 @@ class RewardCalls:
         except (Exception, asyncio.CancelledError) as error:
             if self.on_error == "raise":
                 if contract.needs_plain_pictures(error):
-                    raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}") from error
+                    raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}{self.rewards.of_list}") from error
                 known = isinstance(error, RewardError) and str(error).startswith(f"reward {name!r}")
                 said = str(error) if known else f"reward {name!r} raised {type(error).__name__}: {error}{contract.hint(error)}"
                 raise RewardError(f"{said} ({checks.place(call.where, call.prompts)})") from error

@@ -16,7 +16,7 @@ ANIMALS = (
     "snake", "turtle", "frog", "chicken", "duck", "goose", "bee", "pig", "turkey", "fly", "llama", "camel", "bat", "gorilla", "hedgehog",
     "kangaroo",
 )  # fmt: skip
-ACTIVITIES = ("riding a bike", "playing chess", "washing the dishes")
+ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 # Singular and plural of things that can be told apart and counted in a picture.
 THINGS = {
     "apple": "apples", "balloon": "balloons", "book": "books", "bottle": "bottles", "candle": "candles", "car": "cars", "cat": "cats",

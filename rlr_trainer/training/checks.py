@@ -89,7 +89,7 @@ def check_rewards(rewards: Rewards, config: RLRConfig, plan: EstimatorPlan, proc
     if plan.needs_differentiable_reward and reason is not None:
         raise NonDifferentiableRewardError(
             f"estimator={config.estimator!r} needs the reward's gradient, but {reason}, or choose a plan that needs none: "
-            "estimator='rlr_black_box', or fo_steps=0 with rest_estimator='lr'"
+            f"estimator='rlr_black_box', or fo_steps=0 with rest_estimator='lr'{rewards.of_list}"
         )
     group, size = config.num_images_per_prompt, config.sample_batch_size
     grouped = rewards.needs_groups

@@ -121,7 +121,7 @@ class Evaluator:
             raise ValueError(
                 "a group-wise reward cannot score an eval_dataset, picture by picture: pass another eval_reward_function"
             )
-        rows = [row for row in source.peek(len(source)) for _ in range(repeats)]
+        rows = _rows(source, repeats)
         streams = [stream(*divmod(number, repeats)) for number in range(len(rows))]
         keep = thumbnails if _share_a_prompt(rows) else None
         values, vectors = self.score(model, rows, streams, seed, where, on_batch=on_batch, keep=keep)
@@ -140,8 +140,8 @@ class Evaluator:
 
     def metric_names(self, source: DatasetPrompts, repeats: int) -> list[str]:
         """Of what `evaluate` returns."""
-        several = repeats > 1 or _share_a_prompt(source.peek(len(source)))
-        return [*self.metrics(torch.zeros(1, 2 + len(self.scorer.rewards.names))), *(["diversity"] if several else [])]
+        names = list(self.metrics(torch.zeros(1, 2 + len(self.scorer.rewards.names))))
+        return [*names, "diversity"] if _share_a_prompt(_rows(source, repeats)) else names
 
     @property
     def _makes_videos(self) -> bool:
@@ -240,6 +240,11 @@ def eval_source(dataset: Any) -> EvalPrompts | None:
             raise ValueError("eval_dataset={}: names no dataset; leave it out, or give name -> rows")
         return {str(name): DatasetPrompts(rows, 0, False, f"eval_dataset[{name!r}]") for name, rows in dataset.items()}
     return DatasetPrompts(dataset, 0, False, "eval_dataset")
+
+
+def _rows(source: DatasetPrompts, repeats: int) -> list[PromptRow]:
+    """One row per picture of an evaluation."""
+    return [row for row in source.peek(len(source)) for _ in range(repeats)]
 
 
 def _share_a_prompt(rows: Sequence[PromptRow]) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from rlr_trainer.cli import doctor, main
 from rlr_trainer.cli.settings import parse_run
-from rlr_trainer.cli.summary import in_time, in_units
+from rlr_trainer.cli.summary import in_units
 from rlr_trainer.digits import MODELS
 from rlr_trainer.pipelines.skeleton import load_skeleton
 
@@ -46,7 +45,7 @@ def test_an_estimate_needs_no_weights_and_leaves_no_files(capsys):
             target.write_bytes(path.read_bytes())
     tables = []
     for name in ("digits", "model"):
-        assert main(["train", "--config", "run.yaml", "--model", name, "--dry_run"]) == 0
+        assert main(["train", "--config", "run.yaml", "--model", name, "--lora_r", "4", "--dry_run"]) == 0
         printed = capsys.readouterr().out
         assert "8 forward and 4 backward passes of the network" in printed
         tables.append(printed.splitlines()[-8:])
@@ -98,7 +97,6 @@ def test_the_doctor_answers_without_a_network(capsys, monkeypatch):
 
 def test_numbers_in_words():
     assert [in_units(n, "B") for n in (0, 999, 1234, 12_345_678, 2e12)] == ["0 B", "999 B", "1.23 kB", "12.3 MB", "2 TB"]
-    assert [in_time(s) for s in (0.123, 59.6, 600, 9000)] == ["0.12 s", "60 s", "10 min", "2.5 h"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -108,10 +106,4 @@ def test_a_configuration_that_ships_is_valid(path):
     assert text.startswith(f"# rlr-trainer train --config examples/configs/{path.name}\n")
     assert config.plan and run.prompts and config.output_dir == f"runs/{path.stem}"
     json.dumps(config.rlr_options(), default=str)
-    if run.model in MODELS:
-        assert "# Reached " in text
-    else:
-        (memory,) = re.findall(r"# Check: rlr-trainer estimate .* --memory (\d+)\n", text)
-        (network, reward) = re.findall(r"\) ([\d.]+) GB, and ([\d.]+) GB for \w+, in \d+ GB", text)[0]
-        assert path.stem.endswith(f"-{memory}gb") and float(network) + float(reward) <= 0.9 * int(memory)
-        assert "Not run at full size" in text
+    assert run.model in MODELS and "# Reached " in text

@@ -8,10 +8,11 @@ import torch
 from families.tiny import flux, sdxl, wan
 
 from rlr_trainer import RLRConfig, RLRTrainer
-from rlr_trainer.diagnosis.estimate import Memory, Sizes, candidates, estimate, modules_of
+from rlr_trainer.diagnosis.estimate import Memory, estimate, modules_of
 from rlr_trainer.diagnosis.memory import measuring_memory
-from rlr_trainer.diagnosis.network_calls import network_calls
+from rlr_trainer.diagnosis.network_calls import network_calls, stored_latents
 from rlr_trainer.diagnosis.shapes import META, counting
+from rlr_trainer.diagnosis.sizes import Sizes, candidates
 from rlr_trainer.diagnosis.twin import Twin
 from rlr_trainer.digits.rewards import digit_reward, ink
 from rlr_trainer.estimators.plan import EstimatorPlan
@@ -46,6 +47,14 @@ def test_calls_are_those_that_hooks_count(preset, options, how, expected):
 def test_kept_graphs_save_the_second_forward_pass():
     plan, stds = EstimatorPlan.from_preset("rlr", 10), (0.5,) * 10
     assert dataclasses.astuple(network_calls(plan, stds, keep=True))[:3] == (0, 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "latents"),
+    [("ddpo", {}, 31), ("rlr", {}, 32), ("rlr", {"control_variate": True}, 39), ("es", {}, 31), ("awm", {}, 1)],
+)
+def test_latents_that_wait_for_the_update(preset, options, latents):
+    assert stored_latents(EstimatorPlan.from_preset(preset, 10, **options)) == latents
 
 
 def test_bytes_and_operations_of_a_product_and_of_attention():

@@ -11,8 +11,15 @@ import pytest
 
 from rlr_trainer.testing import CHECKS, SLOW_CHECKS
 
-WITH_DDPO = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_CHECKS else name for name in CHECKS]
+
+def all_but(*left_out: str) -> list:
+    """The checks as parameters, those that train marked slow."""
+    names = [name for name in CHECKS if name not in left_out]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_CHECKS else name for name in names]
+
+
+WITH_DDPO = all_but()
 FAST = [name for name in CHECKS if name not in SLOW_CHECKS]
 # The training with ddpo takes as long as all other checks, and what it could find in an adapter "ratio" and "gradients" find exactly:
 # two families run it.
-CONFORMANCE = [check for check in WITH_DDPO if getattr(check, "values", (check,))[0] != "ddpo"]
+CONFORMANCE = all_but("ddpo")

@@ -98,3 +98,16 @@ def test_the_decorators_hand_over_eight_bits():
 @pytest.mark.parametrize("reward", [numpy_reward(lambda i, p, m: i), jpeg_compressibility, FrameReward(jpeg_compressibility)])
 def test_what_can_never_have_a_gradient_is_known_before_it_is_called(reward):
     assert "is a black box" in Rewards(reward).without_graph()
+
+
+@pytest.mark.parametrize("black_box", [jpeg_compressibility, lambda images, prompts, metadata: images.detach().mean((1, 2, 3))])
+def test_a_list_with_one_black_box_is_a_black_box(black_box):
+    def ink(images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    rewards = Rewards([ink, black_box])
+    with pytest.raises(NonDifferentiableRewardError, match=r"estimator='rlr_black_box'.*makes the whole list a black box"):
+        rewards(images, PROMPTS, METADATA, differentiable=True)
+    assert rewards(images, PROMPTS, METADATA, differentiable=False).total.shape == (2,)
+    assert "whole list" not in Rewards(ink).of_list

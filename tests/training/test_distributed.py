@@ -86,7 +86,7 @@ def launch(folder, processes, jobs, config=None):
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
-        command(folder, processes, config), cwd=folder, capture_output=True, text=True, timeout=500, env=environment(), check=False
+        command(folder, processes, config), cwd=folder, capture_output=True, text=True, timeout=1500, env=environment(), check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

@@ -16,7 +16,7 @@ from rlr_trainer.rewards.interface import RewardError, Rewards
 from rlr_trainer.rollouts.prompts import FunctionPrompts
 from rlr_trainer.training.trl import configs
 
-PAGE = Path(__file__).parents[2] / "docs/migrating.md"
+PAGE = Path(__file__).parents[2] / "docs/trl_names.md"
 # A value for every field that is not its default.
 OTHER = {
     "exp_name": "other", "run_name": "mine", "seed": 3, "log_with": "tensorboard", "tracker_kwargs": {"wandb": {"entity": "us"}},

@@ -314,6 +314,6 @@ def test_the_repository_of_a_push_is_named_as_in_trl():
 
 
 def test_the_page_says_what_takes_the_place_of_names():
-    text = (Path(__file__).parents[2] / "docs/migrating.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/trl_names.md").read_text()
     for name in (*names.MEMBERS, *names.NEVER_CALLED, *names.PIPELINE_REPLACED, *names.ARGUMENTS):
         assert f"`{name}`" in text, name

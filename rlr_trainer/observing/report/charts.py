@@ -8,10 +8,10 @@ import re
 import numpy as np
 from markupsafe import Markup
 
-from rlr_trainer.observing.hacking import EVAL_REWARD
 from rlr_trainer.observing.report.drawing import Series, line_chart, y_range
 from rlr_trainer.observing.report.reading import Floats, Run
 from rlr_trainer.observing.report.series import letters, shorten, spans_decades, thin
+from rlr_trainer.persistence.metric_names import EVAL_LOSS, EVAL_REWARD
 
 AXES = {"updates": "updates", "queries": "reward_queries", "seconds": "seconds"}  # axis -> the column that holds it
 WIDE, SMALL = (920, 330), (440, 250)
@@ -21,7 +21,7 @@ MOST_CHARTS = 24  # of a section
 REWARDS, OTHERS = "Rewards in detail", "Other logged values"
 SECTIONS = {
     REWARDS: rf"{EVAL_REWARD.pattern}|fixed/rewards|(eval_)?rewards/.+/mean|reward_std",
-    "KL, diversity and motion": r"kl|(fixed/)?(diversity|motion)|eval_(.+_)?(diversity|motion)",
+    "KL, diversity and motion": rf"kl|(fixed/)?(diversity|motion)|{EVAL_LOSS.pattern}",
     "Estimator": r"grad_norm|estimator/\w+|loss|ratio/.+|clip_ratio|learning_rate",
     "Time and losses of samples": r"time/.+|samples_dropped",
 }

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlr_trainer.observing.hacking import EVAL_REWARD
+from rlr_trainer.persistence.metric_names import EVAL_REWARD
 
 Floats = NDArray[np.float64]
 

@@ -1,7 +1,7 @@
 """The configs and hooks of TRL's trainers of diffusion models, converted.
 
 TRL 0.23.1 was the last with `DDPOTrainer` and `AlignPropTrainer`. Their configs are converted here field by field
-(docs/migrating.md has the table), and their hooks get the arguments they expect. `names` has those without a counterpart.
+(docs/trl_names.md has the table), and their hooks get the arguments they expect. `names` has those without a counterpart.
 """
 
 from __future__ import annotations
