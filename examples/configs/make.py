@@ -4,7 +4,7 @@
     python examples/configs/make.py sd15 flux
 
 The networks are made of their published configurations, as shapes without memory (`load_skeleton`). Tokenizers stand in with one token per
-letter, and a reward by what docs/rewards.md says that it takes. A size that nothing tried fits gets no file.
+letter, and a reward by what docs/pretrained_rewards.md says that it takes. A size that nothing tried fits gets no file.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from rlr_trainer.diagnosis.estimate import SHARE, Estimate, estimates
 
 HERE = Path(__file__).parent
 MEMORIES = (12, 24, 48, 80)  # GB, 10^9 bytes
-# docs/rewards.md, float32: weights and the graph of one picture, in GB
+# docs/pretrained_rewards.md, float32: weights and the graph of one picture, in GB
 REWARDS = {"aesthetic": (1.2, 0.4), "pickscore": (3.9, 0.5)}
 SMALL = 12  # GB, up to which the smaller reward is taken
 
@@ -37,7 +37,7 @@ class Family:
     Attributes:
         title, hub_id: its names.
         pipeline: class in diffusers.
-        parts: name in the pipeline -> (class, its configuration).
+        parts: name in the pipeline -> (class, what its configuration says beyond the class's defaults).
         options: of the run, the same for every memory.
         frames: how the reward sees videos; None for pictures.
     """
@@ -50,45 +50,47 @@ class Family:
     frames: str | None = None
 
 
-CLIP = {"vocab_size": 49408, "max_position_embeddings": 77}
-CLIP_L = CLIP | {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768,
-}  # fmt: skip
-CLIP_G = CLIP | {
-    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
-}  # fmt: skip
-T5 = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+T5 = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
 QWEN = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-    "vocab_size": 152064,
+}  # fmt: skip
+SDXL_UNET = {
+    "sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20], "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816, "use_linear_projection": True,
 }  # fmt: skip
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DECODER = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }  # fmt: skip
-DECODER_16 = DECODER | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
-SD35 = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048, "qk_norm": "rms_norm",
-}  # fmt: skip
-TOKENIZER, NO_PART = ("PreTrainedTokenizerFast", {"model_max_length": 77}), ("", {})
-LONG_TOKENIZER = ("PreTrainedTokenizerFast", {"model_max_length": 512})
-LARGE_ENCODER = {"offload_text_encoders": True}
+DECODER_16 = DECODER | {"latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False}
+TOKENIZER, LONG_TOKENIZER = (
+    ("PreTrainedTokenizerFast", {"model_max_length": 77}),
+    ("PreTrainedTokenizerFast", {"model_max_length": 512}),
+)
+FLOW = {"sample_num_steps": 10, "learning_rate": 3e-4, "lora_r": 32, "gradient_checkpointing": True, "offload_text_encoders": True}
 
 
-def sd3(layers: int, heads: int, positions: int, dual: int) -> dict[str, tuple[str, dict[str, Any]]]:
+def sd3(layers: int, positions: int, dual: int) -> dict[str, tuple[str, dict[str, Any]]]:
     """The parts of a Stable Diffusion 3.5."""
-    transformer = SD35 | {
-        "num_layers": layers, "num_attention_heads": heads, "caption_projection_dim": 64 * heads, "pos_embed_max_size": positions,
-        "dual_attention_layers": list(range(dual)),
+    transformer = {
+        "num_layers": layers, "num_attention_heads": layers, "caption_projection_dim": 64 * layers, "pos_embed_max_size": positions,
+        "dual_attention_layers": list(range(dual)), "qk_norm": "rms_norm",
     }  # fmt: skip
     return {
         "transformer": ("SD3Transformer2DModel", transformer),
-        "vae": ("AutoencoderKL", DECODER_16 | {"sample_size": 1024, "scaling_factor": 1.5305, "shift_factor": 0.0609}),
+        "vae": ("AutoencoderKL", DECODER_16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609}),
         "text_encoder": ("CLIPTextModelWithProjection", CLIP_L),
         "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G),
         "text_encoder_3": ("T5EncoderModel", T5),
@@ -97,20 +99,19 @@ def sd3(layers: int, heads: int, positions: int, dual: int) -> dict[str, tuple[s
     }  # fmt: skip
 
 
-FLOW = {"sample_num_steps": 10, "learning_rate": 3e-4, "lora_r": 32} | LARGE_ENCODER
 FAMILIES = {
     "sd15": Family(
         "Stable Diffusion 1.5, 512 pixels",
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "StableDiffusionPipeline",
         {
-            "unet": ("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}),
+            "unet": ("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}),
             "vae": ("AutoencoderKL", DECODER | {"sample_size": 512}),
             "text_encoder": ("CLIPTextModel", CLIP_L),
             "tokenizer": TOKENIZER,
-            "scheduler": ("PNDMScheduler", BETAS | {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
-            "safety_checker": NO_PART,
-            "feature_extractor": NO_PART,
+            "scheduler": ("PNDMScheduler", BETAS | {"skip_prk_steps": True, "steps_offset": 1}),
+            "safety_checker": ("", {}),
+            "feature_extractor": ("", {}),
         },
         {"sample_num_steps": 50, "rest_num_steps": 8, "sample_guidance_scale": 5.0, "learning_rate": 3e-4, "lora_r": 16},
     ),
@@ -119,16 +120,7 @@ FAMILIES = {
         "stabilityai/stable-diffusion-xl-base-1.0",
         "StableDiffusionXLPipeline",
         {
-            "unet": (
-                "UNet2DConditionModel",
-                {
-                    "sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": [320, 640, 1280],
-                    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-                    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-                    "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20], "addition_time_embed_dim": 256,
-                    "projection_class_embeddings_input_dim": 2816, "addition_embed_type": "text_time", "use_linear_projection": True,
-                },
-            ),
+            "unet": ("UNet2DConditionModel", SDXL_UNET),
             "vae": ("AutoencoderKL", DECODER | {"sample_size": 1024, "scaling_factor": 0.13025}),
             "text_encoder": ("CLIPTextModel", CLIP_L),
             "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G),
@@ -142,14 +134,14 @@ FAMILIES = {
         "Stable Diffusion 3.5 medium, 512 pixels",
         "stabilityai/stable-diffusion-3.5-medium",
         "StableDiffusion3Pipeline",
-        sd3(24, 24, 384, 13),
+        sd3(24, 384, 13),
         {"height": 512, "width": 512, "sample_guidance_scale": 4.5} | FLOW,
     ),
     "sd35-large": Family(
         "Stable Diffusion 3.5 large, 512 pixels",
         "stabilityai/stable-diffusion-3.5-large",
         "StableDiffusion3Pipeline",
-        sd3(38, 38, 192, 0),
+        sd3(38, 192, 0),
         {"height": 512, "width": 512, "sample_guidance_scale": 4.5} | FLOW,
     ),
     "flux": Family(
@@ -157,14 +149,8 @@ FAMILIES = {
         "black-forest-labs/FLUX.1-dev",
         "FluxPipeline",
         {
-            "transformer": (
-                "FluxTransformer2DModel",
-                {
-                    "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
-                    "joint_attention_dim": 4096, "pooled_projection_dim": 768, "axes_dims_rope": [16, 56, 56], "guidance_embeds": True,
-                },
-            ),
-            "vae": ("AutoencoderKL", DECODER_16 | {"sample_size": 1024, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
+            "transformer": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+            "vae": ("AutoencoderKL", DECODER_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159}),
             "text_encoder": ("CLIPTextModel", CLIP_L),
             "text_encoder_2": ("T5EncoderModel", T5),
             "tokenizer": TOKENIZER,
@@ -178,15 +164,9 @@ FAMILIES = {
         "Qwen/Qwen-Image",
         "QwenImagePipeline",
         {
-            "transformer": (
-                "QwenImageTransformer2DModel",
-                {
-                    "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24,
-                    "joint_attention_dim": 3584, "axes_dims_rope": [16, 56, 56],
-                },
-            ),
+            "transformer": ("QwenImageTransformer2DModel", {}),
             "vae": ("AutoencoderKLQwenImage", {}),
-            "text_encoder": ("Qwen2_5_VLForConditionalGeneration", {"text_config": QWEN, "vision_config": {"out_hidden_size": 3584}}),
+            "text_encoder": ("Qwen2_5_VLForConditionalGeneration", {"text_config": QWEN}),
             "tokenizer": LONG_TOKENIZER,
             "scheduler": (
                 "FlowMatchEulerDiscreteScheduler",
@@ -200,13 +180,7 @@ FAMILIES = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "WanPipeline",
         {
-            "transformer": (
-                "WanTransformer3DModel",
-                {
-                    "num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096,
-                    "in_channels": 16, "out_channels": 16, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-                },
-            ),
+            "transformer": ("WanTransformer3DModel", {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}),
             "vae": ("AutoencoderKLWan", {}),
             "text_encoder": ("UMT5EncoderModel", T5 | {"vocab_size": 256384}),
             "tokenizer": LONG_TOKENIZER,
@@ -214,13 +188,13 @@ FAMILIES = {
         },
         {
             "height": 240, "width": 416, "num_frames": 33, "decode_in_chunks": True, "sample_guidance_scale": 4.5, "sample_num_steps": 20,
-            "rest_num_steps": 4, "learning_rate": 1e-4, "lora_r": 32,
-        } | LARGE_ENCODER,
+            "rest_num_steps": 4, "learning_rate": 1e-4, "lora_r": 32, "gradient_checkpointing": True, "offload_text_encoders": True,
+        },
         frames="frames:4:random",
     ),
 }  # fmt: skip
 EVERYWHERE = {
-    "num_images_per_prompt": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 16, "reward_batch_size": 1,
+    "num_images_per_prompt": 4, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "reward_batch_size": 1,
     "max_steps": 200, "save_steps": 20, "save_total_limit": 3, "log_images_steps": 20, "bf16": True,
 }  # fmt: skip
 
@@ -273,6 +247,7 @@ def of_reward(family: Family, reward: str, estimator: str) -> float:
 def settings(family: Family, folder: Path) -> dict[int, tuple[dict[str, Any], Estimate, str]]:
     """Memory -> the run's keys, the estimate, and the reward; only for memories where something fits."""
     found: dict[int, tuple[dict[str, Any], Estimate, str]] = {}
+    tried: tuple[int, ...] = MEMORIES
     for estimator in ("rlr", "rlr_black_box"):
         run = run_of(family, "jpeg_compressibility", estimator) | {"model": str(folder / "model")}
         if estimator == "rlr":
@@ -280,14 +255,19 @@ def settings(family: Family, folder: Path) -> dict[int, tuple[dict[str, Any], Es
         (folder / "run.yaml").write_text(yaml.safe_dump(run))
         trainer, *_ = trainer_of_shapes(str(folder / "run.yaml"), [], str(folder / "out"))
         print(f"{family.title}: {sum(p.numel() for p in trainer.parts.policy.parameters()) / 1e9:.2f} billion weights")
-        rewards = {gb: "aesthetic" if gb <= SMALL else "pickscore" for gb in MEMORIES if gb not in found}
+        rewards = {gb: "aesthetic" if gb <= SMALL else "pickscore" for gb in tried}
         left = {gb: gb - of_reward(family, reward, estimator) / SHARE for gb, reward in rewards.items()}
+        tried = ()
         for gb, one in zip(left, estimates(trainer, list(left.values()), on_cpu=False), strict=True):
             assert one.proposed is not None
             print(f"  {gb} GB, {estimator}: {in_units(one.proposed.peak, 'B')}, {one.proposal}", flush=True)
             if one.proposal is not None:
                 found[gb] = run_of(family, rewards[gb], estimator) | one.proposal, one, rewards[gb]
-        if len(found) == len(MEMORIES):
+            elif (
+                sum(one.proposed.parts.values()) < SHARE * left[gb] * 1e9
+            ):  # else the weights alone are too many, for any estimator
+                tried += (gb,)
+        if not tried:
             break
     return found
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rlr_trainer.diagnosis.memory import measuring_memory
 from rlr_trainer.diagnosis.network_calls import NetworkCalls, network_calls, stored_latents
 from rlr_trainer.diagnosis.shapes import META, counting, weight_bytes
-from rlr_trainer.diagnosis.sizes import Sizes, candidates
+from rlr_trainer.diagnosis.sizes import BATCHES, Sizes, candidates
 from rlr_trainer.diagnosis.twin import Cost, Twin, shortened, typical_draw
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.pipelines.conditioning import CACHE_BYTES
@@ -124,6 +124,7 @@ class _Work:
         self.calls = network_calls(self.plan, self.stds, kl_coef=config.kl_coef, passes=config.num_inner_epochs)
         self.notes: list[str] = []
         self.penalized = bool(config.kl_coef)
+        self.trained = sum(p.nbytes for p in twin.trained)
         self._costs: dict[Any, Cost] = {}
         self.reward_weights, self.reward_bytes = self._reward()
         self.state_bytes, self.step_bytes = _optimizer_bytes(trainer, twin.trained, on_cpu)
@@ -131,8 +132,7 @@ class _Work:
 
     def memory(self, sizes: Sizes) -> Memory:
         """By part and phase."""
-        trained = sum(p.nbytes for p in self.twin.trained)
-        parts = self._parts(sizes, trained)
+        parts, trained = self._parts(sizes), self.trained
         picture = FLOAT * self._picture_numbers()
         latent = FLOAT * self.twin.latents(1).numel()
         pictures = sizes.samples * picture
@@ -155,6 +155,14 @@ class _Work:
                 phases[name] += sizes.sample_batch_size * latent * stored_latents(self.plan)
         return Memory(parts, phases)
 
+    def bound(self, sizes: Sizes, above: Sizes, needed: Memory) -> int:
+        """Bytes that these settings need at least, without following them: half the batch needs half as much beyond the parts, or more."""
+        alike = dataclasses.replace(above, **{name: getattr(sizes, name) for name in BATCHES}) == sizes
+        shrinks = sizes.per_device_train_batch_size / above.per_device_train_batch_size
+        if not alike or shrinks > 1:
+            return 0
+        return int(sum(self._parts(sizes).values()) + shrinks * max(needed.phases.values()))
+
     def flops(self, sizes: Sizes) -> dict[str, float]:
         """Of an update of one process."""
         size, calls = sizes.per_device_train_batch_size, self.calls
@@ -167,8 +175,8 @@ class _Work:
             "decoder": (calls.decodings * once + calls.decoder_backward * back) * self.samples,
         }
 
-    def _parts(self, sizes: Sizes, trained: int) -> dict[str, int]:
-        parts, config = self.trainer.parts, self.config
+    def _parts(self, sizes: Sizes) -> dict[str, int]:
+        parts, config, trained = self.trainer.parts, self.config, self.trained
         network = weight_bytes(self.twin.policy)
         copies = (config.ema_decay is not None) + (parts.old_policy is not None)
         encoders = 0 if sizes.offload_text_encoders else weight_bytes(*parts.adapter.frozen_modules)
@@ -336,10 +344,16 @@ def _optimizer_bytes(trainer: Any, trained: list[nn.Parameter], on_cpu: bool) ->
 def _proposal(work: _Work, sizes: Sizes, memory: Memory, limit: float) -> tuple[dict[str, Any] | None, Memory | None]:
     if memory.peak <= limit:
         return {}, memory
-    least = memory
-    for candidate in candidates(sizes):
-        least = work.memory(candidate)
-        if least.peak <= limit:
-            fields = dataclasses.asdict(candidate)
-            return {name: value for name, value in fields.items() if value != getattr(sizes, name)}, least
-    return None, least
+    tried = list(candidates(sizes))
+    least = work.memory(tried[-1])
+    if least.peak > limit:  # the others need more, and each takes seconds to follow
+        return None, least
+    above, needed = tried[-1], least
+    for candidate in tried:
+        if work.bound(candidate, above, needed) > limit:
+            continue
+        above, needed = candidate, work.memory(candidate)
+        if needed.peak <= limit:
+            break
+    fields = dataclasses.asdict(candidate)
+    return {name: value for name, value in fields.items() if value != getattr(sizes, name)}, needed
