@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from rlr_trainer.diagnosis.memory import LiveStorages
+from rlr_trainer.diagnosis.memory import LiveStorages, storages, tensors_in
 
 META = torch.device("meta")
+_ITEM, _TO_COPY = torch.ops.aten._local_scalar_dense.default, torch.ops.aten._to_copy.default
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FLOPS = flop_registry | {_ATTENTION: sdpa_flop, _ATTENTION_BACKWARD: sdpa_backward_flop}
@@ -49,17 +49,87 @@ class Meter(LiveStorages):
         """That of three-dimensional convolutions on a CPU; of other operations none is known."""
         return conv3d_workspace(func, args, result) if self.on_cpu else 0
 
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
         """The operation, or the answer to a question for a value."""
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device == META:
-            return torch.ones((), dtype=args[0].dtype).item()
-        if func is torch.ops.aten._to_copy.default and args[0].device == META and _leaves_meta(kwargs):
-            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        result = func(*args, **kwargs)
-        packet = getattr(func, "_overloadpacket", None)
-        if packet in FLOPS and any(isinstance(leaf, Tensor) and leaf.device == META for leaf in tree_leaves(args)):
-            self.flops += FLOPS[packet](*args, **kwargs, out_val=result)
-        return result
+        if func is _ITEM and args[0].device == META:
+            return torch.ones((), dtype=args[0].dtype).item(), []
+        if func is _TO_COPY and args[0].device == META and _leaves_meta(kwargs):
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype), []
+        key = func, _shapes_of(args), _shapes_of(kwargs)
+        known = _KNOWN.get(key)
+        if known is None:
+            result, made = super().run(func, args, kwargs)
+            known = _KNOWN[key] = _Known.of(func, args, kwargs, result, made)
+        elif known.shapes is not None:
+            made = [shape and shape.make() for shape in known.shapes]
+            result, made = (known.kind(made) if known.kind else made[0]), storages(made)
+        elif known.makes_none:
+            result, made = func(*args, **kwargs), []
+        else:
+            result, made = super().run(func, args, kwargs)
+        self.flops += known.flops
+        return result, made
+
+
+class _Shape(NamedTuple):
+    """Of a tensor."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Shape:
+        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+    def make(self) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+
+class _Known(NamedTuple):
+    """What an operation does.
+
+    Attributes:
+        shapes: of its results, None for a result that is None; None where a result is no tensor on the meta device, or one that was given.
+        kind: that holds the results; None for a single one.
+        makes_none: whether no result has memory of its own: views, and operations in place.
+        flops: floating-point operations.
+    """
+
+    shapes: list[_Shape | None] | None
+    kind: Any
+    makes_none: bool
+    flops: int
+
+    @classmethod
+    def of(cls, func: Any, args: Any, kwargs: Any, result: Any, made: list[Any]) -> _Known:
+        single = isinstance(result, Tensor)
+        results = [result] if single else result
+        own = {id(storage) for storage in made}
+        fresh = isinstance(results, list | tuple) and all(
+            t is None or (isinstance(t, Tensor) and t.device == META and id(t.untyped_storage()) in own) for t in results
+        )
+        packet, flops = getattr(func, "_overloadpacket", None), 0
+        if packet in FLOPS and any(tensor.device == META for tensor in tensors_in(args)):
+            flops = int(FLOPS[packet](*args, **kwargs, out_val=result))
+        shapes = [t if t is None else _Shape.of(t) for t in results] if fresh else None
+        return cls(shapes, None if single else type(result), not made, flops)
+
+
+# Operation and shapes of what it is given -> what it does. A network has the same layer many times, and torch works out most shapes in Python.
+_KNOWN: dict[Any, _Known] = {}
+
+
+def _shapes_of(tree: Any) -> Any:
+    """Something hashable, the same for arguments that lead to tensors of the same shapes."""
+    if isinstance(tree, Tensor):
+        return _Shape.of(tree)
+    if isinstance(tree, list | tuple):
+        return tuple(map(_shapes_of, tree))
+    if isinstance(tree, dict):
+        return tuple((name, _shapes_of(value)) for name, value in tree.items())
+    return type(tree), tree  # 1 and 1.0 lead to different tensors
 
 
 def _leaves_meta(kwargs: dict[str, Any]) -> bool:
