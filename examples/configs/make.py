@@ -248,14 +248,14 @@ def settings(family: Family, folder: Path) -> dict[int, tuple[dict[str, Any], Es
     """Memory -> the run's keys, the estimate, and the reward; only for memories where something fits."""
     found: dict[int, tuple[dict[str, Any], Estimate, str]] = {}
     tried: tuple[int, ...] = MEMORIES
-    for estimator in ("rlr", "rlr_black_box"):
+    for estimator, largest in (("rlr", "pickscore"), ("rlr", "aesthetic"), ("rlr_black_box", "pickscore")):
         run = run_of(family, "jpeg_compressibility", estimator) | {"model": str(folder / "model")}
         if estimator == "rlr":
             run["reward"] = "aesthetic"  # not loaded here, and replaced by a brightness, which has a gradient
         (folder / "run.yaml").write_text(yaml.safe_dump(run))
         trainer, *_ = trainer_of_shapes(str(folder / "run.yaml"), [], str(folder / "out"))
         print(f"{family.title}: {sum(p.numel() for p in trainer.parts.policy.parameters()) / 1e9:.2f} billion weights")
-        rewards = {gb: "aesthetic" if gb <= SMALL else "pickscore" for gb in tried}
+        rewards = {gb: "aesthetic" if gb <= SMALL else largest for gb in tried}
         left = {gb: gb - of_reward(family, reward, estimator) / SHARE for gb, reward in rewards.items()}
         tried = ()
         for gb, one in zip(left, estimates(trainer, list(left.values()), on_cpu=False), strict=True):
@@ -263,9 +263,7 @@ def settings(family: Family, folder: Path) -> dict[int, tuple[dict[str, Any], Es
             print(f"  {gb} GB, {estimator}: {in_units(one.proposed.peak, 'B')}, {one.proposal}", flush=True)
             if one.proposal is not None:
                 found[gb] = run_of(family, rewards[gb], estimator) | one.proposal, one, rewards[gb]
-            elif (
-                sum(one.proposed.parts.values()) < SHARE * left[gb] * 1e9
-            ):  # else the weights alone are too many, for any estimator
+            elif sum(one.proposed.parts.values()) < SHARE * gb * 1e9:  # else the weights alone are too many, for any estimator
                 tried += (gb,)
         if not tried:
             break
