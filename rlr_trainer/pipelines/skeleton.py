@@ -100,6 +100,7 @@ def _returning_zeros(encoder: Any) -> Any:
     projects = type(encoder).__name__.endswith("WithProjection")
 
     def forward(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One zero, seen in the shape of every output that the encoder's own forward pass returns."""
         zero = torch.zeros((), dtype=encoder.dtype)
         states = zero.expand(*input_ids.shape, config.hidden_size)
         layers = (states,) * (config.num_hidden_layers + 1)

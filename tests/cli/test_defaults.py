@@ -21,9 +21,9 @@ def values(config, names):
     return {name: getattr(config, name) for name in names}
 
 
-@pytest.mark.parametrize("model", digits.OPTIONS)
+@pytest.mark.parametrize("model", digits.MODELS)
 def test_a_bundled_model_brings_its_options_and_gives_way(model):
-    own = digits.OPTIONS[model]
+    own = digits.OPTIONS
     Path("run.yaml").write_text(RUN + "learning_rate: 2e-3\n")
     _, config = parse_run("run.yaml", ["--model", model, "--lora-r", "8"])
     assert values(config, own) == own | {"learning_rate": 2e-3, "lora_r": 8}
@@ -33,7 +33,7 @@ def test_a_bundled_model_brings_its_options_and_gives_way(model):
 def test_another_model_has_the_defaults_of_the_config():
     Path("run.yaml").write_text(RUN)
     _, config = parse_run("run.yaml", ["--model", "some/folder"])
-    assert values(config, digits.OPTIONS["digits"]) == values(RLRConfig(use_cpu=True), digits.OPTIONS["digits"])
+    assert values(config, digits.OPTIONS) == values(RLRConfig(use_cpu=True), digits.OPTIONS)
     assert options_of_model("some/folder", ()) == {}
 
 
@@ -51,11 +51,11 @@ def test_what_nobody_gave_is_said_and_written(capsys):
     Path("run.yaml").write_text(RUN + "sample_num_steps: 2\nnum_log_images: 0\nmax_steps: 1\nlora_r: 2\nsave_strategy: no\n")
     assert main(["train", "--config", "run.yaml", "--output_dir", "out", "--per_device_train_batch_size=2"]) == 0
     printed = capsys.readouterr().out
-    assert "options sample_guidance_scale: 1, learning_rate: 0.01 (of this model, because the run gives no others)" in printed
-    assert "learning rate 0.01, constant" in printed
+    assert "options sample_guidance_scale: 1, learning_rate: 0.005 (of this model, because the run gives no others)" in printed
+    assert "learning rate 0.005, constant" in printed
     written = yaml.safe_load(Path("out/run.yaml").read_text())
     expected = {
-        "learning_rate": 0.01,
+        "learning_rate": 0.005,
         "sample_guidance_scale": 1.0,
         "lora_r": 2,
         "lr_scheduler_type": "constant",
@@ -88,7 +88,7 @@ def test_the_documented_run_learns():
     for command in commands:
         assert main([*command.split(), "--disable_tqdm", "true"]) == 0
     found = rewards(given["output_dir"])
-    assert len(found) == 30 and learns(found), found
+    assert len(found) == 40 and learns(found), found
 
 
 @pytest.mark.slow
