@@ -106,7 +106,7 @@ def test_the_configuration_of_the_flow_model_learns():
 
 @pytest.mark.slow
 def test_the_configuration_of_a_black_box_learns():
-    """By far more than rewards of sixteen pictures scatter: 0.02 kB."""
+    """By far more than the mean of sixteen pictures scatters: 0.01 kB."""
     found = rewards_of_configuration("digits-black-box")
     assert sum(found[-8:]) / 8 > sum(found[:4]) / 4 + 0.1, found
 
