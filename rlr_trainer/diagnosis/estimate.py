@@ -24,6 +24,7 @@ from rlr_trainer.diagnosis.twin import Cost, Twin, shortened, typical_draw
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.pipelines.conditioning import CACHE_BYTES
 from rlr_trainer.pipelines.reference import ReferencePolicy
+from rlr_trainer.pipelines.skeleton import returns_zeros
 
 FLOAT = 4  # bytes
 SHARE = 0.9  # of a memory that the estimate may fill; the rest is for what it does not see
@@ -123,6 +124,8 @@ class _Work:
         self.samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.calls = network_calls(self.plan, self.stds, kl_coef=config.kl_coef, passes=config.num_inner_epochs)
         self.notes: list[str] = []
+        if any(map(returns_zeros, trainer.parts.adapter.frozen_modules)):
+            self.notes.append("what text encoders take beside their weights while they work: it is known of a loaded model alone")
         self.penalized = bool(config.kl_coef)
         self.trained = sum(p.nbytes for p in twin.trained)
         self._costs: dict[Any, Cost] = {}
