@@ -82,13 +82,13 @@ TOKENIZER, LONG_TOKENIZER = (
 FLOW = {"sample_num_steps": 10, "learning_rate": 3e-4, "lora_r": 32, "gradient_checkpointing": True, "offload_text_encoders": True}
 
 
-def sd3(layers: int, positions: int, dual: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The parts of a Stable Diffusion 3.5."""
+def stable_diffusion_35(size: str, layers: int, positions: int, dual: int) -> Family:
+    """One of the two sizes; the first `dual` layers have a second attention."""
     transformer = {
         "num_layers": layers, "num_attention_heads": layers, "caption_projection_dim": 64 * layers, "pos_embed_max_size": positions,
         "dual_attention_layers": list(range(dual)), "qk_norm": "rms_norm",
     }  # fmt: skip
-    return {
+    parts = {
         "transformer": ("SD3Transformer2DModel", transformer),
         "vae": ("AutoencoderKL", DECODER_16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609}),
         "text_encoder": ("CLIPTextModelWithProjection", CLIP_L),
@@ -97,6 +97,9 @@ def sd3(layers: int, positions: int, dual: int) -> dict[str, tuple[str, dict[str
         "tokenizer": TOKENIZER, "tokenizer_2": TOKENIZER, "tokenizer_3": LONG_TOKENIZER,
         "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     }  # fmt: skip
+    options = {"height": 512, "width": 512, "sample_guidance_scale": 4.5} | FLOW
+    title, hub_id = f"Stable Diffusion 3.5 {size}, 512 pixels", f"stabilityai/stable-diffusion-3.5-{size}"
+    return Family(title, hub_id, "StableDiffusion3Pipeline", parts, options)
 
 
 FAMILIES = {
@@ -130,20 +133,8 @@ FAMILIES = {
         },
         {"sample_num_steps": 20, "rest_num_steps": 4, "sample_guidance_scale": 5.0, "learning_rate": 1e-4, "lora_r": 16},
     ),
-    "sd35-medium": Family(
-        "Stable Diffusion 3.5 medium, 512 pixels",
-        "stabilityai/stable-diffusion-3.5-medium",
-        "StableDiffusion3Pipeline",
-        sd3(24, 384, 13),
-        {"height": 512, "width": 512, "sample_guidance_scale": 4.5} | FLOW,
-    ),
-    "sd35-large": Family(
-        "Stable Diffusion 3.5 large, 512 pixels",
-        "stabilityai/stable-diffusion-3.5-large",
-        "StableDiffusion3Pipeline",
-        sd3(38, 192, 0),
-        {"height": 512, "width": 512, "sample_guidance_scale": 4.5} | FLOW,
-    ),
+    "sd35-medium": stable_diffusion_35("medium", 24, 384, 13),
+    "sd35-large": stable_diffusion_35("large", 38, 192, 0),
     "flux": Family(
         "Flux.1 dev, 512 pixels",
         "black-forest-labs/FLUX.1-dev",
@@ -247,27 +238,35 @@ def of_reward(family: Family, reward: str, estimator: str) -> float:
 def settings(family: Family, folder: Path) -> dict[int, tuple[dict[str, Any], Estimate, str]]:
     """Memory -> the run's keys, the estimate, and the reward; only for memories where something fits."""
     found: dict[int, tuple[dict[str, Any], Estimate, str]] = {}
-    tried: tuple[int, ...] = MEMORIES
-    for estimator, largest in (("rlr", "pickscore"), ("rlr", "aesthetic"), ("rlr_black_box", "pickscore")):
+    left: tuple[int, ...] = MEMORIES
+    for estimator in ("rlr", "rlr_black_box"):
+        if not left:
+            break
         run = run_of(family, "jpeg_compressibility", estimator) | {"model": str(folder / "model")}
         if estimator == "rlr":
             run["reward"] = "aesthetic"  # not loaded here, and replaced by a brightness, which has a gradient
         (folder / "run.yaml").write_text(yaml.safe_dump(run))
         trainer, *_ = trainer_of_shapes(str(folder / "run.yaml"), [], str(folder / "out"))
         print(f"{family.title}: {sum(p.numel() for p in trainer.parts.policy.parameters()) / 1e9:.2f} billion weights")
-        rewards = {gb: "aesthetic" if gb <= SMALL else largest for gb in tried}
-        left = {gb: gb - of_reward(family, reward, estimator) / SHARE for gb, reward in rewards.items()}
-        tried = ()
-        for gb, one in zip(left, estimates(trainer, list(left.values()), on_cpu=False), strict=True):
-            assert one.proposed is not None
-            print(f"  {gb} GB, {estimator}: {in_units(one.proposed.peak, 'B')}, {one.proposal}", flush=True)
-            if one.proposal is not None:
-                found[gb] = run_of(family, rewards[gb], estimator) | one.proposal, one, rewards[gb]
-            elif sum(one.proposed.parts.values()) < SHARE * gb * 1e9:  # else the weights alone are too many, for any estimator
-                tried += (gb,)
-        if not tried:
-            break
+        for largest in ("pickscore", "aesthetic"):
+            rewards = {gb: "aesthetic" if gb <= SMALL else largest for gb in left}
+            room = {gb: gb - of_reward(family, reward, estimator) / SHARE for gb, reward in rewards.items()}
+            left = ()
+            for gb, one in zip(room, estimates(trainer, list(room.values()), on_cpu=False), strict=True):
+                assert one.proposed is not None
+                print(f"  {gb} GB, {estimator}: {in_units(one.proposed.peak, 'B')}, {one.proposal}", flush=True)
+                if one.proposal is not None:
+                    found[gb] = run_of(family, rewards[gb], estimator) | one.proposal, one, rewards[gb]
+                elif sum(one.proposed.parts.values()) < SHARE * gb * 1e9:  # else the weights alone are too many, for any estimator
+                    left += (gb,)
     return found
+
+
+def cell(keys: dict[str, Any], one: Estimate) -> str:
+    """Of the table in docs/estimate.md."""
+    assert one.proposed is not None
+    more = ", checkpointing" if keys.get("gradient_checkpointing") else ""
+    return f"`{keys['estimator']}`, {in_units(one.proposed.peak, 'B')}, batch {keys['per_device_train_batch_size']}{more}"
 
 
 def text_of(family: Family, name: str, gb: int, keys: dict[str, Any], one: Estimate, reward: str) -> str:
@@ -293,9 +292,7 @@ def main() -> None:
             model.mkdir()
             write_model(family, model)
             found = settings(family, Path(folder))
-        cells = [
-            f"`{found[gb][0]['estimator']}`, {in_units(found[gb][1].proposed.peak, 'B')}" if gb in found else "-" for gb in MEMORIES
-        ]
+        cells = [cell(*found[gb][:2]) if gb in found else "-" for gb in MEMORIES]
         print(f"| `{short}` | {family.title} | {' | '.join(cells)} |")  # a row of the table in docs/estimate.md
         for gb in MEMORIES:
             path = HERE / f"{short}-{gb}gb.yaml"

@@ -104,6 +104,7 @@ class _Known(NamedTuple):
 
     @classmethod
     def of(cls, func: Any, args: Any, kwargs: Any, result: Any, made: list[Any]) -> _Known:
+        """What is seen of an operation that has run, with its arguments, its result and the storages that it `made`."""
         single = isinstance(result, Tensor)
         results = [result] if single else result
         own = {id(storage) for storage in made}
