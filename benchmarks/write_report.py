@@ -152,10 +152,12 @@ def long_runs() -> list[str]:
             queries = third * run["updates"] * run["batch"] // 3
             row = next(row for row in run["curve"] if row["queries"] == queries)
             scores = f"{row['reward']:.3f} | {row['judge']:.3f} | {row['frechet']:.0f} | {row['diversity']:.1f}"
-            rows.append(f"| {run['model']} | `{run['method']}` | {run['seed']} | {queries:,} | {scores} |")
+            rows.append(
+                f"| {run['model']} | `{run['method']}` | {run['learning_rate']:g} | {run['seed']} | {queries:,} | {scores} |"
+            )
     if not rows:
         return []
-    head = ["model", "method", "seed", "queries", "reward", "judge", "Frechet", "diversity"]
+    head = ["model", "method", "rate", "seed", "queries", "reward", "judge", "Frechet", "diversity"]
     return ["### Long runs: the digit asked for", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows, ""]
 
 

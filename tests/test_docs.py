@@ -137,7 +137,7 @@ def fields():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_exist(page):
-    """A word with an underscore in backticks is an option, or stands in the package's or the tests' source."""
+    """A word with an underscore in backticks is an option, or stands in a source file."""
     text = BLOCK.sub("", page.read_text())
     names = set(re.findall(r"`(?:\w+\.)*([a-z][a-z0-9]*(?:_[a-z0-9]+)+)(?:=[^`]*|\([^`]*\))?`", text))
     if page.name in ("migrating.md", "trl_names.md"):  # TRL's names, which tests/training/test_trl_names.py compares with TRL's own
@@ -151,7 +151,7 @@ OF_OTHERS = {"rename_column", "get_active_adapters", "set_alpha_to_one", "channe
 
 
 def source():
-    files = [*(ROOT / "rlr_trainer").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    files = [path for folder in ("rlr_trainer", "tests", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     return "\n".join(path.read_text() for path in files if path != Path(__file__))
 
 

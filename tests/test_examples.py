@@ -16,6 +16,7 @@ QUICK = {
 }
 SLOW = {
     "diffusive_chain_of_thought.py": ["--max_steps", "2"],
+    "configs/make.py": None,  # tests/cli/test_before_a_run.py looks at the files that it wrote
     "digits/pretrain.py": None,  # run by tests/digits/test_digits.py
     "digits/pretrain_flow.py": None,  # run by tests/digits/test_digits_flow.py
     "digits/pretrain_moving.py": None,  # run by tests/digits/test_moving_digits.py

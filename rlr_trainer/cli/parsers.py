@@ -53,6 +53,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument(
         "--dry_run", action="store_true", help="say what a run would take, as `rlr-trainer estimate`, and train nothing"
     )
+    _memory(train, "with --dry_run: ")
     train.add_argument(
         "--resume",
         nargs="?",
@@ -137,13 +138,12 @@ def _add_estimate(commands: Any) -> None:
         "network and decoder, floating-point operations. Of a model on the hub configuration and tokenizer files alone are downloaded; no GPU "
         "is used, and nothing is trained."
     )
-    add = _of_a_run(commands.add_parser("estimate", help=short, description=description)).add_argument
-    add(
-        "--memory",
-        type=float,
-        metavar="GB",
-        help="memory of a device in 10^9 bytes: say whether the run fits, and else settings that do",
-    )
+    _memory(_of_a_run(commands.add_parser("estimate", help=short, description=description)))
+
+
+def _memory(command: argparse.ArgumentParser, when: str = "") -> None:
+    text = f"{when}memory of a device in 10^9 bytes: say whether the run fits, and else settings that do"
+    command.add_argument("--memory", type=float, metavar="GB", help=text)
 
 
 def _add_doctor(commands: Any) -> None:

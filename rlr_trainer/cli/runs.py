@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from rlr_trainer.cli.keys import keys_of_file
+from rlr_trainer.cli.keys import SettingsError, keys_of_file
 from rlr_trainer.cli.resolved import RunFile, keys_of
 from rlr_trainer.cli.settings import RunArguments, build_trainer, help_on_keys, options_of_model, parse_run
 from rlr_trainer.cli.summary import FirstUpdate, summary
@@ -26,9 +26,10 @@ def train(options: argparse.Namespace) -> None:
     if options.dry_run:
         from rlr_trainer.cli.estimate import estimate
 
-        options.memory = None
         estimate(options)
         return
+    if options.memory is not None:
+        raise SettingsError(f"--memory {options.memory:g}: goes with --dry_run, which trains nothing; leave it out to train")
     run, config = parse_run(options.config, options.overrides)
     if isinstance(options.resume, str) and not Path(options.resume).is_dir():
         raise ValueError(f"--resume {options.resume}: no such folder; give that of a checkpoint, or nothing for the last one")
@@ -46,7 +47,7 @@ def _train(run: RunArguments, config: RLRConfig, options: argparse.Namespace) ->
     if trainer.eval_prompts is not None and config.eval_strategy == "no" and not config.eval_on_start:
         logger.warning("eval_prompts are given, but training evaluates nothing: set eval_strategy to steps, and eval_steps")
     if trainer.is_world_process_zero():
-        print(summary(trainer, run.model, of_model), flush=True)
+        print(summary(trainer, run.model, of_model, resumed=options.resume is not None), flush=True)
     trainer.add_callback(FirstUpdate())
     try:
         trainer.train(resume_from_checkpoint=options.resume)

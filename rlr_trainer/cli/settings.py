@@ -178,7 +178,8 @@ def help_on_keys() -> str:
 
 def options_of_model(model: str | None, given: Collection[str]) -> dict[str, Any]:
     """The options that suit a bundled model and that a run does not give; none for any other model."""
-    return {name: value for name, value in digits.OPTIONS.get(model or "", {}).items() if name not in given}
+    own = digits.OPTIONS if model in digits.MODELS else {}
+    return {name: value for name, value in own.items() if name not in given}
 
 
 def raw_options(path: str | Path | None, overrides: Sequence[str], names: Sequence[str]) -> dict[str, bool]:

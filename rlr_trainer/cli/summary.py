@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 from rlr_trainer.diagnosis.network_calls import network_calls, stored_latents
 from rlr_trainer.diagnosis.shapes import weight_bytes
 from rlr_trainer.observing.lines import duration
+from rlr_trainer.training.running import updates_of
+from rlr_trainer.training.saving import save_steps_of
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -38,14 +40,14 @@ def about_updates(trainer: Any) -> str:
     samples = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     calls = network_calls(parts.plan, parts.schedule.stds, kl_coef=config.kl_coef, passes=config.num_inner_epochs)
     guided = ", each of two rows (guidance)" if parts.adapter.is_guided(config.sample_guidance_scale) else ""
-    kind = "pictures" if parts.layout.num_frames is None else "videos"
+    kind = ("picture" if parts.layout.num_frames is None else "video") + ("s" if samples != 1 else "")
     counts = (
         f"{(calls.plain + calls.graph) * samples:,.0f} forward and {calls.backward * samples:,.0f} backward passes of the network"
     )
     return f"{samples} {kind}, {counts}{guided}"
 
 
-def summary(trainer: Any, model: str | None = None, of_model: Mapping[str, Any] | None = None) -> str:
+def summary(trainer: Any, model: str | None = None, of_model: Mapping[str, Any] | None = None, resumed: bool = False) -> str:
     """Model, options `of_model` that nobody gave, plan, update, trained weights, memory that is known beforehand, and files of a run."""
     config, parts = trainer.args, trainer.parts
     trained = list(parts.policy.trainable_parameters().values())
@@ -64,15 +66,20 @@ def summary(trainer: Any, model: str | None = None, of_model: Mapping[str, Any] 
         "trained": f"{sum(p.numel() for p in trained):,} parameters ({kind}), learning rate {config.learning_rate:g}, {schedule}",
         "memory": f"weights {in_units(frozen, 'B')}, gradient and optimizer about {in_units(3 * sum(p.nbytes for p in trained), 'B')}, stored "
         f"chains {in_units(chains, 'B')}; activations: --dry_run estimates them",
-        "files": f"{config.output_dir}, checkpoints {_when_saved(config)}",
+        "files": f"{config.output_dir}, checkpoints {when_saved(trainer, resumed)}",
     }
     return "\n".join(f"{name:8}{text}" for name, text in lines.items())
 
 
-def _when_saved(config: Any) -> str:
-    if config.save_strategy == "no":
-        return "none"
-    return "every epoch" if config.save_strategy == "epoch" else f"every {config.save_steps:g} updates"
+def when_saved(trainer: Any, resumed: bool = False) -> str:
+    """How often a run saves a checkpoint."""
+    config = trainer.args
+    if config.save_strategy != "steps":
+        return {"no": "none", "epoch": "every epoch", "best": "at every best metric"}[config.save_strategy]
+    if resumed and not config.save_steps_chosen:
+        return "as often as before"
+    steps = config.save_steps if config.save_steps_chosen else save_steps_of(config, updates_of(config, trainer.parts.collector))
+    return "after every update" if steps == 1 else f"every {steps:g} updates"
 
 
 class FirstUpdate(TrainerCallback):
@@ -86,6 +93,7 @@ class FirstUpdate(TrainerCallback):
             self._started, self._first = time.perf_counter(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Says it after the first update, from the main process."""
         if self._started is None or state.global_step != self._first + 1 or not state.is_world_process_zero:
             return
         seconds, left = time.perf_counter() - self._started, state.max_steps - self._first

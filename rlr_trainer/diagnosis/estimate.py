@@ -1,8 +1,8 @@
 """What an update of a run will take: memory by part, calls of its network, floating-point operations; and settings that fit a memory.
 
 Nothing is sampled, trained or timed. Networks are followed as shapes (`Twin`), the plan says how often (`network_calls`), and the peak is that
-of the phase that needs most: sampling, reward, backward pass, optimizer. What is not in it: workspace inside operations, fragmentation, and on
-CUDA the context, about half a gigabyte.
+of the phase that needs most: encoding prompts, sampling, reward, backward pass, optimizer. What is not in it: most workspace inside operations,
+fragmentation, and on CUDA the context, about half a gigabyte.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from rlr_trainer.diagnosis.memory import measuring_memory
 from rlr_trainer.diagnosis.network_calls import NetworkCalls, network_calls, stored_latents
 from rlr_trainer.diagnosis.shapes import META, counting, weight_bytes
-from rlr_trainer.diagnosis.sizes import Sizes, candidates
+from rlr_trainer.diagnosis.sizes import BATCHES, Sizes, candidates
 from rlr_trainer.diagnosis.twin import Cost, Twin, shortened, typical_draw
 from rlr_trainer.estimators.plan_state import PlanState
 from rlr_trainer.pipelines.conditioning import CACHE_BYTES
 from rlr_trainer.pipelines.reference import ReferencePolicy
+from rlr_trainer.pipelines.skeleton import returns_zeros
 
 FLOAT = 4  # bytes
 SHARE = 0.9  # of a memory that the estimate may fill; the rest is for what it does not see
@@ -85,22 +87,31 @@ def estimate(trainer: Any, *, memory_gb: float | None = None, on_cpu: bool | Non
     Raises:
         ValueError: a network that cannot be followed without its values.
     """
-    if memory_gb is not None and not memory_gb > 0:
-        raise ValueError(f"memory={memory_gb}: must be a positive number of GB")
+    return estimates(trainer, [memory_gb], on_cpu=on_cpu, half_precision=half_precision)[0]
+
+
+def estimates(
+    trainer: Any, memories_gb: Sequence[float | None], *, on_cpu: bool | None = None, half_precision: bool = False
+) -> list[Estimate]:
+    """`estimate` for several memories. What they have in common is followed once."""
+    for memory_gb in memories_gb:
+        if memory_gb is not None and not memory_gb > 0:
+            raise ValueError(f"memory={memory_gb}: must be a positive number of GB")
     config = trainer.args
     precision = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     on_cpu = trainer.accelerator.device.type == "cpu" if on_cpu is None else on_cpu
     try:
         work = _Work(trainer, Twin(trainer, precision, on_cpu, half_precision), on_cpu)
         sizes = Sizes.of(config)
-        memory = work.memory(sizes)
-        proposal, proposed = ({}, memory) if memory_gb is None else _proposal(work, sizes, memory, SHARE * memory_gb * 1e9)
+        memory, flops = work.memory(sizes), work.flops(sizes)
+        found: list[tuple[dict[str, Any] | None, Memory | None]]
+        found = [({}, memory) if gb is None else _proposal(work, sizes, memory, SHARE * gb * 1e9) for gb in memories_gb]
     except (NotImplementedError, RuntimeError) as error:  # a network that looks at values: meta tensors have none
         raise ValueError(
             f"{type(trainer.parts.adapter.pipeline).__name__} cannot be followed on shapes alone ({' '.join(str(error).split())[:200]}); "
             "measure a run of one update instead: max_steps=1"
         ) from error
-    return Estimate(memory, work.calls, work.flops(sizes), work.samples, work.notes, proposal, proposed)
+    return [Estimate(memory, work.calls, flops, work.samples, work.notes, *proposal) for proposal in found]
 
 
 class _Work:
@@ -113,7 +124,10 @@ class _Work:
         self.samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.calls = network_calls(self.plan, self.stds, kl_coef=config.kl_coef, passes=config.num_inner_epochs)
         self.notes: list[str] = []
+        if any(map(returns_zeros, trainer.parts.adapter.frozen_modules)):
+            self.notes.append("what text encoders take beside their weights while they work: it is known of a loaded model alone")
         self.penalized = bool(config.kl_coef)
+        self.trained = sum(p.nbytes for p in twin.trained)
         self._costs: dict[Any, Cost] = {}
         self.reward_weights, self.reward_bytes = self._reward()
         self.state_bytes, self.step_bytes = _optimizer_bytes(trainer, twin.trained, on_cpu)
@@ -121,8 +135,7 @@ class _Work:
 
     def memory(self, sizes: Sizes) -> Memory:
         """By part and phase."""
-        trained = sum(p.nbytes for p in self.twin.trained)
-        parts = self._parts(sizes, trained)
+        parts, trained = self._parts(sizes), self.trained
         picture = FLOAT * self._picture_numbers()
         latent = FLOAT * self.twin.latents(1).numel()
         pictures = sizes.samples * picture
@@ -132,6 +145,7 @@ class _Work:
         reward = self._reward_phase(sizes.reward_batch_size)
         zeroth = trained if self.plan.uses_zeroth_order else 0
         phases = {
+            "encoding prompts": self._encoding(sizes),
             "sampling": self._sampling(sizes.sample_batch_size) + zeroth + held + pictures - sizes.sample_batch_size * picture,
             "decoder and reward": reward + held + pictures + sizes.sample_batch_size * picture,
             "backward pass": self._backward(sizes, held) + copies,
@@ -145,6 +159,14 @@ class _Work:
                 phases[name] += sizes.sample_batch_size * latent * stored_latents(self.plan)
         return Memory(parts, phases)
 
+    def bound(self, sizes: Sizes, above: Sizes, needed: Memory) -> int:
+        """Bytes that these settings need at least, without following them: half the batch needs half as much beyond the parts, or more."""
+        alike = dataclasses.replace(above, **{name: getattr(sizes, name) for name in BATCHES}) == sizes
+        shrinks = sizes.per_device_train_batch_size / above.per_device_train_batch_size
+        if not alike or shrinks > 1:
+            return 0
+        return int(sum(self._parts(sizes).values()) + shrinks * max(needed.phases.values()))
+
     def flops(self, sizes: Sizes) -> dict[str, float]:
         """Of an update of one process."""
         size, calls = sizes.per_device_train_batch_size, self.calls
@@ -157,8 +179,8 @@ class _Work:
             "decoder": (calls.decodings * once + calls.decoder_backward * back) * self.samples,
         }
 
-    def _parts(self, sizes: Sizes, trained: int) -> dict[str, int]:
-        parts, config = self.trainer.parts, self.config
+    def _parts(self, sizes: Sizes) -> dict[str, int]:
+        parts, config, trained = self.trainer.parts, self.config, self.trained
         network = weight_bytes(self.twin.policy)
         copies = (config.ema_decay is not None) + (parts.old_policy is not None)
         encoders = 0 if sizes.offload_text_encoders else weight_bytes(*parts.adapter.frozen_modules)
@@ -181,6 +203,12 @@ class _Work:
     def _picture_numbers(self) -> int:
         layout = self.twin.layout
         return 3 * layout.height * layout.width * (layout.num_frames or 1)
+
+    def _encoding(self, sizes: Sizes) -> int:
+        """Of the prompts of a sampling batch, by encoders that come to the device for it where they wait on the CPU."""
+        count = -(-sizes.sample_batch_size // (self.config.num_images_per_prompt or 1))
+        waiting = weight_bytes(*self.trainer.parts.adapter.frozen_modules) if sizes.offload_text_encoders else 0
+        return waiting + self._once(("encoding", count), lambda: Cost(self.twin.encoding_bytes(count))).peak
 
     def _sampling(self, size: int) -> int:
         return self._once(("sampling", size), lambda: self.twin.sampling_step(size)).peak
@@ -326,10 +354,16 @@ def _optimizer_bytes(trainer: Any, trained: list[nn.Parameter], on_cpu: bool) ->
 def _proposal(work: _Work, sizes: Sizes, memory: Memory, limit: float) -> tuple[dict[str, Any] | None, Memory | None]:
     if memory.peak <= limit:
         return {}, memory
-    least = memory
-    for candidate in candidates(sizes):
-        least = work.memory(candidate)
-        if least.peak <= limit:
-            fields = dataclasses.asdict(candidate)
-            return {name: value for name, value in fields.items() if value != getattr(sizes, name)}, least
-    return None, least
+    tried = list(candidates(sizes))
+    least = work.memory(tried[-1])
+    if least.peak > limit:  # the others need more, and each takes seconds to follow
+        return None, least
+    above, needed = tried[-1], least
+    for candidate in tried:
+        if work.bound(candidate, above, needed) > limit:
+            continue
+        above, needed = candidate, work.memory(candidate)
+        if needed.peak <= limit:
+            break
+    fields = dataclasses.asdict(candidate)
+    return {name: value for name, value in fields.items() if value != getattr(sizes, name)}, needed

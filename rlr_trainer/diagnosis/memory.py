@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 
 class MemoryMeter(NamedTuple):
@@ -44,26 +43,50 @@ class LiveStorages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
-        self._bytes: Any = WeakIdKeyDictionary()  # storage -> its size
+        self.peak = self._live = 0
+        self._held: dict[int, tuple[weakref.ref[Any], int]] = {}  # id of a storage -> it, and its bytes
 
-    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """One operation; a subclass may look at it."""
-        return func(*args, **kwargs)
+    def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
+        """One operation: its result, and the storages that it made. A subclass may look at it."""
+        given = {id(storage) for storage in storages((args, kwargs))}
+        result = func(*args, **kwargs)
+        return result, [storage for storage in storages(result) if id(storage) not in given]
+
+    def workspace(self, func: Any, args: Any, result: Any) -> int:
+        """Bytes that an operation takes beside its result and gives back at its end; a subclass may know them."""
+        return 0
 
     def live(self) -> int:
-        return sum(self._bytes.values())
+        return self._live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(storage) for storage in storages((args, kwargs))}
-        result = self.run(func, args, kwargs or {})
-        for storage in storages(result):
-            if id(storage) not in given:
-                self._bytes[storage] = storage.nbytes()
-        self.peak = max(self.peak, self.live())
+        result, made = self.run(func, args, kwargs or {})
+        for storage in made:
+            if id(storage) not in self._held:
+                self._follow(storage)
+        self.peak = max(self.peak, self._live + self.workspace(func, args, result))
         return result
+
+    def _follow(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        self._held[key] = (weakref.ref(storage, lambda _: self._freed(key)), size)
+        self._live += size
+
+    def _freed(self, key: int) -> None:
+        self._live -= self._held.pop(key)[1]
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for item in tree for tensor in tensors_in(item)]
 
 
 def storages(tree: Any) -> list[Any]:
-    """Of all tensors in nested containers."""
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Of all tensors in nested lists, tuples and dicts."""
+    return [tensor.untyped_storage() for tensor in tensors_in(tree)]

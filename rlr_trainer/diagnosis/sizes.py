@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "sample_batch_size", "sample_num_batches_per_epoch")
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:

@@ -239,6 +239,7 @@ def measure_step_costs(bench: Workbench, batch: Batch, differentiable: bool) -> 
     perturbations = Perturbations.assign(len(x), 0, 0.01, 1, False)
 
     def half_order() -> Tensor:
+        """The likelihood ratio of the middle step; a step without noise gets a little, or there would be none."""
         mean, now = chain.transition(step, x, params)
         advantage = torch.ones(len(x), device=x.device)
         surrogate, _ = likelihood_ratio(advantage, rollout.latents[step + 1], mean, now.clamp_min(1e-6), rollout.means[step], std)
@@ -265,6 +266,7 @@ def _cost(bench: Workbench, work: Callable[[], Any]) -> StepCost:
     """Runs `work`, and the backward pass of the scalar with a graph that it may return."""
 
     def run() -> int:
+        """One repeat; returns the bytes that the graph holds before its backward pass."""
         bench.reader.clear()
         outcome = work()
         if not (isinstance(outcome, Tensor) and outcome.requires_grad):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rlr_trainer.diagnosis.memory import LiveStorages
 from rlr_trainer.diagnosis.shapes import META, FusedAttention, counting, tensors_of
 from rlr_trainer.estimators.chain import Rollout, seeded_generator
 from rlr_trainer.estimators.plan import EstimatorPlan
@@ -17,6 +19,7 @@ from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import ControlVariate
 from rlr_trainer.pipelines import Policy
 from rlr_trainer.rollouts.batches import ScoredBatch
+from rlr_trainer.rollouts.prompts import PromptRow
 from rlr_trainer.rollouts.sampler import Sampler
 from rlr_trainer.rollouts.scorer import Scorer
 
@@ -44,13 +47,13 @@ class Twin:
     Args:
         trainer: an `RLRTrainer`; nothing of it is changed.
         precision: of the network's forward passes, where autocast gives them another than float32.
-        on_cpu: whether the run is on a CPU, whose autocast leaves norms in the lower precision.
+        on_cpu: whether the run is on a CPU, whose autocast leaves norms in the lower precision and whose convolutions take workspace.
         float32_decoder: whether the decoder stays in float32, as with fp16.
     """
 
     def __init__(self, trainer: Any, precision: torch.dtype | None, on_cpu: bool, float32_decoder: bool = False) -> None:
         parts = trainer.parts
-        self.trainer, self.plan, self.layout = trainer, parts.plan, parts.layout
+        self.trainer, self.plan, self.layout, self.on_cpu = trainer, parts.plan, parts.layout, on_cpu
         memo = _weights_on_meta(parts.policy, parts.adapter.decoder)
         self.policy: Policy = copy.deepcopy(parts.policy, memo)
         _Precision(precision, on_cpu).attach(self.policy)
@@ -62,8 +65,9 @@ class Twin:
         self.adapter.pipeline = _replaced(parts.adapter.pipeline, memo)
         self.sampler: Sampler = dataclasses.replace(parts.sampler.apart(), adapter=self.adapter, policy=self.policy, device=META)
         self.scorer = Scorer(self.adapter, self.layout, _Brightness())  # type: ignore[arg-type]
-        with parts.prompts.borrowed() as prompts, torch.no_grad():
+        with parts.prompts.borrowed() as prompts, torch.no_grad(), LiveStorages() as storages:
             self._conditioning = parts.sampler.apart().condition(prompts.peek(1)).to(META)
+        self._encoding_bytes = storages.peak
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -82,6 +86,20 @@ class Twin:
         scale = self._conditioning.at(0)
         rows = [*scale.positive.values(), *(scale.negative or {}).values()]
         return sum(t.nbytes for t in rows if isinstance(t, Tensor)) * (1 + len(self.sampler.first_steps))
+
+    def encoding_bytes(self, count: int) -> int:
+        """At the peak of encoding the run's next `count` prompts: those of one, measured, times the different texts among them."""
+        with self.trainer.parts.prompts.borrowed() as prompts:
+            rows = prompts.peek(count)
+        return self._encoding_bytes * self._texts(rows) // self._texts(rows[:1])
+
+    def _texts(self, rows: Sequence[PromptRow]) -> int:
+        """Encoded in one call; negative ones are, too, unless they are encoded in another way."""
+        texts = {row.prompt for row in rows}
+        if self.guided and not self.adapter.negatives_apart:
+            usual = self.sampler.negative_prompt
+            texts |= {usual if row.negative_prompt is None else row.negative_prompt for row in rows}
+        return len(texts)
 
     def latents(self, count: int) -> Tensor:
         """Of `count` samples, float32."""
@@ -102,7 +120,7 @@ class Twin:
     def sampling_step(self, count: int) -> Cost:
         """One step without a graph."""
         chain, x = self.chain(count), self.latents(count)
-        with torch.no_grad(), counting() as meter:
+        with torch.no_grad(), counting(self.on_cpu) as meter:
             kept = chain.transition(0, x, chain.parameters())
         del kept
         return Cost(meter.peak, 0, meter.flops, meter.flops)
@@ -111,7 +129,7 @@ class Twin:
         """One step, forward and backward, without the gradients that it leaves."""
         chain, x = self.chain(count), self.latents(count).requires_grad_(through_input)
         self._clear()
-        with counting() as meter:
+        with counting(self.on_cpu) as meter:
             mean, _ = chain.transition(0, x, chain.parameters())
             held, forward = meter.live(), meter.flops
             mean.sum().backward()
@@ -121,7 +139,7 @@ class Twin:
     def decoding(self, count: int, differentiable: bool) -> Cost:
         """Decoding of `count` samples; forward and backward where the reward's gradient is needed."""
         x = self.latents(count).requires_grad_(differentiable)
-        with torch.set_grad_enabled(differentiable), counting() as meter:
+        with torch.set_grad_enabled(differentiable), counting(self.on_cpu) as meter:
             pictures = self.scorer.decode(x)
             held, forward = meter.live(), meter.flops
             if differentiable:
@@ -137,7 +155,7 @@ class Twin:
             (-surrogate).backward()
             return -1.0
 
-        with counting() as meter:
+        with counting(self.on_cpu) as meter:
             updater.accumulate(self.policy, batch, backward, -1.0)
             meter_peak, flops = meter.peak, meter.flops
             del batch
@@ -262,6 +280,7 @@ class _Precision:
         self.depth = 0  # of modules that are being called
 
     def attach(self, network: nn.Module) -> None:
+        """Puts hooks around every module: the modes are entered with the outermost call, and left with it."""
         for module in network.modules():
             module.register_forward_pre_hook(self._enter)
             module.register_forward_hook(self._leave, always_call=True)  # a block that runs again stops by an exception

@@ -240,6 +240,7 @@ class Workbench:
         part, scorer = batch.parts[0], self.run.scorer
 
         def reward(latents: Tensor, graph: bool) -> Tensor:
+            """As an update scores latents; without a graph as a rollout does."""
             if graph:
                 return scorer.differentiable(part.prompts, part.metadata)(latents)
             return scorer.score(latents, part.prompts, part.metadata, "the diagnosis").result.total.nan_to_num()

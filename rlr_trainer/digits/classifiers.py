@@ -78,6 +78,7 @@ class MixerBlock(nn.Module):
         self.mix_channels = nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
 
     def forward(self, tokens_BPD: Tensor) -> Tensor:
+        """Mixes across patches, then across channels; both are added to the input."""
         mixed_BDP = self.mix_patches(self.norm_patches(tokens_BPD).transpose(1, 2))
         tokens_BPD = tokens_BPD + mixed_BDP.transpose(1, 2)
         return tokens_BPD + self.mix_channels(self.norm_channels(tokens_BPD))
@@ -100,6 +101,7 @@ class JudgeClassifier(DigitClassifier):
         self.head = nn.Linear(64, NUM_CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] -> [B, 64], of all patches together."""
         grey = to_grey(images, self.resolution)
         patches_BPD = F.unfold(grey, kernel_size=self.patch, stride=self.patch).transpose(1, 2)
         tokens_BPD = self.blocks(self.embed(patches_BPD) + self.position)

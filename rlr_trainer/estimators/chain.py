@@ -111,6 +111,7 @@ class Rollout:
         """Joins rollouts of the same chain along the batch."""
 
         def join(column: Sequence[Tensor]) -> Tensor:
+            """One tensor of many rollouts; it stays a single number if it is one in all of them."""
             pairs = list(zip(column, rollouts, strict=True))
             if not any(_has_rows(t, rollout) for t, rollout in pairs):
                 return column[0]
@@ -275,6 +276,8 @@ class PerSampleChain:
         return self.chain.initial(num_samples, generator)
 
     def transition(self, step: int, x: Tensor, params: Parameters) -> tuple[Tensor, Tensor]:
+        """As the wrapped chain's; `params` have one entry per row of `x`, and the deviation gets the shape of the mean."""
+
         def one(row: Tensor, row_params: Parameters) -> tuple[Tensor, Tensor]:
             mean, std = self.chain.transition(step, row[None], row_params)
             return mean[0], std.expand_as(mean)[0]

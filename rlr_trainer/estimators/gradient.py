@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlr_trainer.estimators.advantages import ADVANTAGES
-from rlr_trainer.estimators.chain import DenoisingChain, Parameters, PerSampleChain, Rollout, StepFunction, as_rows, sample_chain
+from rlr_trainer.estimators.chain import DenoisingChain, Parameters, PerSampleChain, Rollout, as_rows, sample_chain
 from rlr_trainer.estimators.divergence import Penalty, check_noise, leave_one_out_to_go, step_divergences
 from rlr_trainer.estimators.first_order import reward_and_gradient
 from rlr_trainer.estimators.plan import EstimatorPlan, PlanError
@@ -17,6 +17,8 @@ from rlr_trainer.estimators.plan_draw import PlanDraw
 from rlr_trainer.estimators.prediction import ControlVariate, ControlVariateScale, Predictions, control_terms, prediction_critic
 from rlr_trainer.estimators.sweep import Feedback, Sweep
 from rlr_trainer.estimators.zeroth_order import Perturbations, perturbed_steps, zeroth_order
+
+Reward = Callable[[Tensor], Tensor]  # x_0 [N, ...] -> [N]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class GradientEstimate:
 
 def estimate_gradient(
     chain: DenoisingChain,
-    reward: Callable[[Tensor], Tensor],
+    reward: Reward,
     plan: EstimatorPlan,
     num_samples: int,
     generator: torch.Generator | None = None,
@@ -75,48 +77,24 @@ def estimate_gradient(
         NonDifferentiableRewardError: the plan needs dR/dx_0 and the reward has no graph.
     """
     _check_arguments(chain, plan, advantage, reference)
-    base = {name: p.detach() for name, p in chain.parameters().items()}
-    draw, pairs = plan.draw(num_samples, generator), None
-    if plan.uses_zeroth_order and plan.zo_antithetic:
-        pairs = torch.arange(num_samples) // 2
-        draw = draw.select(pairs)  # a pair shares its random choices as well as its noise
-    step_function = None
-    if plan.uses_zeroth_order:
-        perturb = _own_directions if per_sample else _shared_directions
-        blocks, step_function, zeroth_gradient = perturb(chain, base, plan, draw, num_samples, generator)
-    rollout = sample_chain(chain, num_samples, generator, step_function=step_function, paired=pairs is not None)
-    if plan.on_noise([float(std.min()) for std in rollout.stds]) != plan:
-        raise PlanError(
-            "silent_estimator='none': the choices depend on the steps without noise; pass plan.on_noise(stds), T deviations"
-        )
-    if plan.needs_differentiable_reward:
-        rewards, reward_gradient = reward_and_gradient(reward, rollout.sample)
-    else:
-        with torch.no_grad():
-            rewards, reward_gradient = reward(rollout.sample), None
-    valid = float((~torch.isnan(rewards)).float().mean())
-    if valid == 0:
-        raise ValueError(f"reward: all {num_samples} values are NaN, so there is no gradient to estimate; check the reward")
+    batch = _sample_and_score(chain, reward, plan, num_samples, generator, own_directions=per_sample)
+    valid = float((~torch.isnan(batch.rewards)).float().mean())
     share = (1.0 if per_sample else 1.0 / num_samples) / valid
-    runner: DenoisingChain = PerSampleChain(chain) if per_sample else chain
-    copies = {name: p.expand(num_samples, *p.shape) if per_sample else p for name, p in base.items()}
-    leaves = {name: p.clone().requires_grad_(True) for name, p in copies.items()}
-    weight = torch.full_like(rewards, kl_coef * share * valid)  # of all samples, rewarded or not
-    penalty = None if reference is None else _penalty(chain, plan, dict(reference), rollout, weight)
-    advantages = ADVANTAGES[advantage](rewards, None, pairs)
-    control = None
-    if plan.uses_control_variate:
-        control = _control(chain, base, reward, rollout, draw, rewards, control_scale or ControlVariateScale(plan.num_steps), pairs)
-    feedback = Feedback.of(plan, advantages, share, reward_gradient=reward_gradient, control=control, penalty=penalty)
-    sweep = Sweep.of_plan(plan, runner, leaves, _plain_backward, reward, recompute=recompute)
-    sweep.run(rollout, draw, feedback)
-    gradient = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in leaves.items()}
-    if plan.uses_zeroth_order:
-        perturbed = ADVANTAGES[advantage](rewards, None, blocks)
-        for name, term in zeroth_gradient(perturbed.values * share * plan.rest_weight).items():
+    feedback = Feedback.of(
+        plan,
+        ADVANTAGES[advantage](batch.rewards, None, batch.pairs),
+        share,
+        reward_gradient=batch.reward_gradient,
+        penalty=None if reference is None else _penalty(batch, dict(reference), kl_coef * share * valid),
+        control=_control(batch, reward, control_scale) if plan.uses_control_variate else None,
+    )
+    gradient = _differentiate(batch, reward, feedback, recompute, per_sample)
+    if batch.directions is not None:
+        perturbed = ADVANTAGES[advantage](batch.rewards, None, batch.directions.blocks)
+        for name, term in batch.directions.gradient(perturbed.values * share * plan.rest_weight).items():
             gradient[name] = gradient[name] + term
     mean = {name: g.mean(0) for name, g in gradient.items()} if per_sample else gradient
-    return GradientEstimate(mean, gradient if per_sample else None, rewards, rollout)
+    return GradientEstimate(mean, gradient if per_sample else None, batch.rewards, batch.rollout)
 
 
 def _check_arguments(chain: DenoisingChain, plan: EstimatorPlan, advantage: str, reference: Parameters | None) -> None:
@@ -133,72 +111,123 @@ def _check_arguments(chain: DenoisingChain, plan: EstimatorPlan, advantage: str,
         raise ValueError("reference with a zeroth-order plan: its steps have no divergence of their own; use rest_estimator='lr'")
 
 
-def _penalty(chain: DenoisingChain, plan: EstimatorPlan, reference: Parameters, rollout: Rollout, weight: Tensor) -> Penalty:
-    stds = [1.0 if step in plan.silent_steps else float(std.min()) for step, std in enumerate(rollout.stds)]
+class _SharedDirections:
+    """A few perturbations of the steps in `zeroth` [N, T], each shared by many samples (of one number in `blocks` [N]), as in the trainer."""
+
+    def __init__(
+        self, chain: DenoisingChain, params: Parameters, plan: EstimatorPlan, zeroth: Tensor, generator: torch.Generator | None
+    ) -> None:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        perturbations = Perturbations.assign(len(zeroth), seed, plan.zo_scale, plan.zo_num_perturbations, plan.zo_antithetic)
+        self.blocks = perturbations.direction
+        self.step = perturbed_steps(chain, params, zeroth, perturbations)
+        self.gradient = lambda advantage: zeroth_order(advantage, zeroth, perturbations, params)
+
+
+class _OwnDirections:
+    """One direction per sample (per pair, if antithetic), and one gradient per sample: A(x_0) / s * sum_i e_i."""
+
+    def __init__(
+        self, chain: DenoisingChain, params: Parameters, plan: EstimatorPlan, zeroth: Tensor, generator: torch.Generator | None
+    ) -> None:
+        self.runner, self.params, self.plan, self.zeroth, self.generator = PerSampleChain(chain), params, plan, zeroth, generator
+        self.blocks = torch.arange(len(zeroth)) // (2 if plan.zo_antithetic else 1)
+        self.sums = {name: torch.zeros(len(zeroth), *p.shape, dtype=p.dtype) for name, p in params.items()}
+
+    def step(self, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A step with perturbed parameters for every sample whose step is zeroth-order; adds the directions up, for the gradient."""
+        touched = self.zeroth[:, step].to(x)
+        perturbed = {}
+        for name, p in self.params.items():
+            e = torch.randn(int(self.blocks.max()) + 1, *p.shape, generator=self.generator, dtype=p.dtype)
+            e = torch.stack([e, -e], 1).flatten(0, 1) if self.plan.zo_antithetic else e
+            e = e * as_rows(touched, e)
+            self.sums[name] += e
+            perturbed[name] = p + self.plan.zo_scale * e
+        return self.runner.transition(step, x, perturbed)
+
+    def gradient(self, advantage: Tensor) -> dict[str, Tensor]:
+        """The zeroth-order part of every sample, given the advantages [N]: name -> [N, ...]."""
+        return {name: total * as_rows(advantage / self.plan.zo_scale, total) for name, total in self.sums.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """N chains, sampled under a plan and scored."""
+
+    chain: DenoisingChain
+    params: Parameters  # without a graph
+    plan: EstimatorPlan
+    draw: PlanDraw
+    pairs: Tensor | None  # int [N], equal where antithetic samples share their noise; None without such pairs
+    directions: _SharedDirections | _OwnDirections | None  # of the zeroth-order steps; None without such steps
+    rollout: Rollout
+    rewards: Tensor  # [N]
+    reward_gradient: Tensor | None  # dR/dx_0 [N, ...]; None if the plan needs none
+
+
+def _sample_and_score(
+    chain: DenoisingChain, reward: Reward, plan: EstimatorPlan, count: int, generator: torch.Generator | None, own_directions: bool
+) -> _Batch:
+    """Draws the plan's choices, then the perturbations, then samples and scores: the generator is used in this order."""
+    params = {name: p.detach() for name, p in chain.parameters().items()}
+    draw, pairs, directions = plan.draw(count, generator), None, None
+    if plan.uses_zeroth_order:
+        if plan.zo_antithetic:
+            pairs = torch.arange(count) // 2
+            draw = draw.select(pairs)  # a pair shares its random choices as well as its noise
+        perturb = _OwnDirections if own_directions else _SharedDirections
+        directions = perturb(chain, params, plan, draw.zeroth.expand(count, -1), generator)
+    step_function = None if directions is None else directions.step
+    rollout = sample_chain(chain, count, generator, step_function=step_function, paired=pairs is not None)
+    if plan.on_noise([float(std.min()) for std in rollout.stds]) != plan:
+        raise PlanError(
+            "silent_estimator='none': the choices depend on the steps without noise; pass plan.on_noise(stds), T deviations"
+        )
+    if plan.needs_differentiable_reward:
+        rewards, reward_gradient = reward_and_gradient(reward, rollout.sample)
+    else:
+        with torch.no_grad():
+            rewards, reward_gradient = reward(rollout.sample), None
+    if torch.isnan(rewards).all():
+        raise ValueError(f"reward: all {count} values are NaN, so there is no gradient to estimate; check the reward")
+    return _Batch(chain, params, plan, draw, pairs, directions, rollout, rewards, reward_gradient)
+
+
+def _penalty(batch: _Batch, reference: Parameters, weight: float) -> Penalty:
+    """The divergence from the policy of the parameters `reference`; every sample has the same weight, rewarded or not."""
+    silent = batch.plan.silent_steps
+    stds = [1.0 if step in silent else float(std.min()) for step, std in enumerate(batch.rollout.stds)]
     check_noise(stds, "reference", "give every step noise, leave reference unset, or set silent_estimator='none'")
 
     def step_of_reference(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        return chain.transition(step, x, reference)
+        return batch.chain.transition(step, x, reference)
 
-    return Penalty(step_of_reference, weight, leave_one_out_to_go(step_divergences(rollout, step_of_reference)))
+    to_go = leave_one_out_to_go(step_divergences(batch.rollout, step_of_reference))
+    return Penalty(step_of_reference, torch.full_like(batch.rewards, weight), to_go)
 
 
-def _control(
-    chain: DenoisingChain,
-    params: Parameters,
-    reward: Callable[[Tensor], Tensor],
-    rollout: Rollout,
-    draw: PlanDraw,
-    rewards: Tensor,
-    scale: ControlVariateScale,
-    pairs: Tensor | None,
-) -> ControlVariate:
-    outputs = {step: rollout.latents[step + 1] for step in draw.scored_steps()}
-    predictions = Predictions.at(prediction_critic(chain, params, reward), outputs, len(rewards), chain.num_steps)
-    everyone = torch.arange(len(rewards))
-    (control,) = control_terms([predictions], [everyone], predictions.values, rewards, scale, pairs)
+def _control(batch: _Batch, reward: Reward, scale: ControlVariateScale | None) -> ControlVariate:
+    """The control variate on the scored steps, centred over the batch."""
+    critic, everyone = prediction_critic(batch.chain, batch.params, reward), torch.arange(len(batch.rewards))
+    outputs = {step: batch.rollout.latents[step + 1] for step in batch.draw.scored_steps()}
+    predictions = Predictions.at(critic, outputs, len(everyone), batch.plan.num_steps)
+    scale = scale or ControlVariateScale(batch.plan.num_steps)
+    (control,) = control_terms([predictions], [everyone], predictions.values, batch.rewards, scale, batch.pairs)
     return control
+
+
+def _differentiate(batch: _Batch, reward: Reward, feedback: Feedback, recompute: str, per_sample: bool) -> dict[str, Tensor]:
+    """Sweeps back along the chains: the gradient of each parameter, summed over the samples or, with `per_sample`, [N, ...]."""
+    count = len(batch.rewards)
+    runner: DenoisingChain = PerSampleChain(batch.chain) if per_sample else batch.chain
+    copies = {name: p.expand(count, *p.shape) if per_sample else p for name, p in batch.params.items()}
+    leaves = {name: p.clone().requires_grad_(True) for name, p in copies.items()}
+    sweep = Sweep.of_plan(batch.plan, runner, leaves, _plain_backward, reward, recompute=recompute)
+    sweep.run(batch.rollout, batch.draw, feedback)
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in leaves.items()}
 
 
 def _plain_backward(surrogate: Tensor) -> float:
     surrogate.backward()
     return 1.0
-
-
-# Of a batch: int [N], equal where samples share their directions; its transition; the gradient, given the advantages [N].
-_ZerothOrder = tuple[Tensor, StepFunction, Callable[[Tensor], dict[str, Tensor]]]
-
-
-def _shared_directions(
-    chain: DenoisingChain, params: Parameters, plan: EstimatorPlan, draw: PlanDraw, count: int, generator: torch.Generator | None
-) -> _ZerothOrder:
-    """A few perturbations, each shared by many samples, as in the trainer."""
-    seed = int(torch.randint(2**62, (), generator=generator))
-    perturbations = Perturbations.assign(count, seed, plan.zo_scale, plan.zo_num_perturbations, plan.zo_antithetic)
-    steps = perturbed_steps(chain, params, draw.zeroth, perturbations)
-    return perturbations.direction, steps, lambda advantage: zeroth_order(advantage, draw.zeroth, perturbations, params)
-
-
-def _own_directions(
-    chain: DenoisingChain, params: Parameters, plan: EstimatorPlan, draw: PlanDraw, count: int, generator: torch.Generator | None
-) -> _ZerothOrder:
-    """One direction per sample (per pair, if antithetic), and one gradient per sample: A(x_0) / s * sum_i e_i."""
-    runner = PerSampleChain(chain)
-    blocks = torch.arange(count) // (2 if plan.zo_antithetic else 1)
-    sums = {name: torch.zeros(count, *p.shape, dtype=p.dtype) for name, p in params.items()}
-
-    def step_function(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        touched = draw.zeroth[:, step].to(x)
-        perturbed = {}
-        for name, p in params.items():
-            e = torch.randn(int(blocks.max()) + 1, *p.shape, generator=generator, dtype=p.dtype)
-            e = torch.stack([e, -e], 1).flatten(0, 1) if plan.zo_antithetic else e
-            e = e * as_rows(touched, e)
-            sums[name] += e
-            perturbed[name] = p + plan.zo_scale * e
-        return runner.transition(step, x, perturbed)
-
-    def gradient(advantage: Tensor) -> dict[str, Tensor]:
-        return {name: total * as_rows(advantage / plan.zo_scale, total) for name, total in sums.items()}
-
-    return blocks, step_function, gradient

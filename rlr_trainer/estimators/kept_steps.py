@@ -51,6 +51,7 @@ class KeptSteps:
         """`run_step` for `sample_chain`: keeps the graph of every step that will be visited, and returns values without one."""
 
         def run(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+            """A visited step runs with gradients from a leaf of its own; the others as they are."""
             if step not in self.carries:
                 return run_step(step, x)
             x = x.detach().requires_grad_(self.carries[step])

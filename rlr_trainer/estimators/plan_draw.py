@@ -131,6 +131,7 @@ class RunningMeans:
         self.counts = torch.zeros(size, dtype=torch.long)
 
     def add(self, index: int, values: Sequence[float]) -> None:
+        """Takes in the M values that step or start `index` has shown."""
         new = torch.tensor(values, dtype=torch.float64)
         self.means[index] = new if self.counts[index] == 0 else self.decay * self.means[index] + (1 - self.decay) * new
         self.counts[index] += 1

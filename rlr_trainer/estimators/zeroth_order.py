@@ -78,6 +78,7 @@ def perturbed_steps(chain: DenoisingChain, params: Parameters, zeroth: Tensor, p
     zeroth = zeroth.expand(len(perturbations.sign), -1)
 
     def run(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples whose step is perturbed run group by group, each with its own parameters; the others run with `params`."""
         touched = zeroth[:, step]
         if not touched.any():
             return chain.transition(step, x, params)

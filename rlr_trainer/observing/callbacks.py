@@ -64,10 +64,12 @@ class RolloutCallbackHandler(CallbackHandler):
         return self.call_event("on_rollout_end", args, state, control, rollout=rollout, plan=plan)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> Any:
+        """Forgets what another training asked for."""
         self._stop_training = self._stop_epoch = False
         return super().on_train_begin(args, state, control, **about)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **about: Any) -> Any:
+        """Holds back a request to stop until the update is whole."""
         control = super().on_substep_end(args, state, control, **about)
         self._stop_training |= control.should_training_stop
         self._stop_epoch |= control.should_epoch_stop
@@ -75,6 +77,7 @@ class RolloutCallbackHandler(CallbackHandler):
         return control
 
     def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> Any:
+        """Passes on the requests to stop that came inside the update."""
         control = super().on_step_end(args, state, control, **about)
         control.should_training_stop |= self._stop_training
         control.should_epoch_stop |= self._stop_epoch

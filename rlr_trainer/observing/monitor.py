@@ -32,6 +32,7 @@ class _LogMonitor(TrainerCallback):
         return self._signs.found
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Reads the log of the run so far, which is empty but for a resumed run."""
         self._signs = self._begin()
         for line in state.log_history if state.global_step > 0 else ():
             self._read(line, line.get("step"), state)

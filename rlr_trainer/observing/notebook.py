@@ -27,6 +27,7 @@ class RewardTable(NotebookProgressCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins an empty table; a resumed run's bar begins where that run stood."""
         super().on_train_begin(args, state, control, **kwargs)
         self.training_tracker: Any = NotebookTrainingTracker(state.max_steps)
         self._rows: dict[int, dict[str, Any]] = {}
@@ -37,6 +38,7 @@ class RewardTable(NotebookProgressCallback):
         self._update(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Adds a row, or an evaluation to the row of its update, and draws the last rows anew."""
         if self.training_tracker is None or not logs:
             return
         row = row_of(logs, state.global_step)

@@ -66,6 +66,7 @@ class SampleLog(TrainerCallback):
         self._last: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Removes the pictures that an earlier run took past the checkpoint that this one goes on from."""
         self._last = None
         if state.is_world_process_zero:
             remove_samples(Path(args.output_dir) / SAMPLES_FOLDER, state.global_step)
@@ -79,6 +80,7 @@ class SampleLog(TrainerCallback):
             self._take(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the last pictures, unless the last update has them or the run was stopped; of the best weights too, where they are loaded."""
         best_is_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if not self.stopped() and (state.global_step != self._last or best_is_loaded):
             self._take(args, state)

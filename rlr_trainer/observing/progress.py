@@ -53,6 +53,7 @@ class RewardProgress(ProgressCallback):
         self._clock = _Clock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins the bar where a resumed run stands, and its clock anew."""
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None and state.global_step:  # of a resumed run
             self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
@@ -63,6 +64,7 @@ class RewardProgress(ProgressCallback):
         self._clock.on_update(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Shows the reward behind the bar, and the line above it."""
         if self.training_bar is None or not logs:
             return
         if "reward" in logs:
@@ -103,19 +105,19 @@ def _text(clock: _Clock, logs: dict[str, Any], state: Any) -> str:
 
 def in_own_form(callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
     """Callbacks with this library's progress in the place of Trainer's own; those of the user's stay."""
+    return [_own_form(callback) for callback in callbacks]
 
-    def own(callback: TrainerCallback) -> TrainerCallback:
-        if type(callback) is ProgressCallback:
-            return RewardProgress()
-        if type(callback) is PrinterCallback:
-            return RewardPrinter()
-        if type(callback).__name__ == "NotebookProgressCallback":  # its module needs IPython
-            from rlr_trainer.observing.notebook import RewardTable
 
-            return RewardTable()
-        return callback
+def _own_form(callback: TrainerCallback) -> TrainerCallback:
+    if type(callback) is ProgressCallback:
+        return RewardProgress()
+    if type(callback) is PrinterCallback:
+        return RewardPrinter()
+    if type(callback).__name__ == "NotebookProgressCallback":  # its module needs IPython
+        from rlr_trainer.observing.notebook import RewardTable
 
-    return [own(callback) for callback in callbacks]
+        return RewardTable()
+    return callback
 
 
 @contextlib.contextmanager

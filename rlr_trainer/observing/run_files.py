@@ -51,6 +51,7 @@ class RunFiles(RLRCallback):
         return 0.0 if self._started is None else self._seconds_before + time.perf_counter() - self._started
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins the files; those of a resumed run lose what lies past its checkpoint, and its time goes on from what they say."""
         folder, step = Path(args.output_dir), state.global_step
         CheckpointStore(folder).find_best(state)
         if not state.is_world_process_zero:
@@ -82,6 +83,7 @@ class RunFiles(RLRCallback):
         _replace(path, json.dumps(run, indent=2) + "\n")
 
     def on_rollout_end(self, args: Any, state: Any, control: Any, *, rollout: Any, plan: Any, **kwargs: Any) -> None:
+        """Adds the rewards of a rollout to `rewards.jsonl`; none before the training, whose files are not begun."""
         if self._started is None:
             return
         rewards = [_plain(value) for value in rollout.rewards.tolist()]
@@ -89,6 +91,7 @@ class RunFiles(RLRCallback):
         self._rollouts += 1
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Adds a log line to `metrics.jsonl`, with the time since the run began."""
         if self._started is None or not logs:
             return
         row = {"step": state.global_step, "seconds": round(self.seconds, 3)}

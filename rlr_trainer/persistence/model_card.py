@@ -18,10 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from rlr_trainer import __version__
 from rlr_trainer.persistence.metric_names import EVAL_SCORE
 
-GRIDS = {
-    ".png": "samples.png",
-    ".gif": "clips.gif",
-}  # of the pictures, or videos, of fixed prompts: what they are called beside the card
+GRIDS = {".png": "samples.png", ".gif": "clips.gif"}  # names beside the card, of the pictures or videos of fixed prompts
 BUNDLED = re.compile(r"digits(-flow)?|moving-digits")  # models that are no folder of their own
 _USE = """```python
 {import_pipeline}{import_export}
@@ -72,22 +69,6 @@ def write_model_card(
     args, num_frames = trainer.args, trainer.parts.layout.num_frames
     base = trainer.policy.config.name_or_path
     name = model_name or folder.resolve().name
-    repository = trainer.hub_model_id or name
-    scheduler = trainer.adapter.pipeline.scheduler
-    clip = "" if "clip_sample" in scheduler.config else ", clip_sample=False"  # DDIM's default is True
-    samplers = {"DDIMScheduler": "ddim", "PNDMScheduler": "ddim"}  # by the pipeline's scheduler, under sampler="auto"
-    own = samplers.get(type(scheduler).__name__)
-    is_ddim = (own if args.sampler == "auto" else args.sampler) == "ddim"
-    use = _USE.format(
-        **_loading(type(trainer.adapter.pipeline).__name__, base if trainer.use_lora else repository, is_ddim),
-        load="\n" + trainer.adapter.lora_snippet(_quoted(repository)) if trainer.use_lora else "",
-        steps=args.sample_num_steps,
-        scheduler=_DDIM.format(clip=clip) if is_ddim else "",
-        guidance_argument=trainer.adapter.guidance_argument,
-        guidance=args.sample_guidance_scale,
-        eta=f", eta={1.0 if args.sample_eta is None else args.sample_eta}" if is_ddim and args.noise_steps is None else "",
-        **_output_of(num_frames),
-    )
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
     options = args.rlr_options() | {"learning_rate": args.learning_rate, "max_grad_norm": args.max_grad_norm, "seed": args.seed}
     body = _BODY.format(
@@ -95,7 +76,7 @@ def write_model_card(
         base_sentence=_code(_without_folders(base)) if base else "A diffusion pipeline",
         version=__version__,
         estimator=args.estimator,
-        use=use,
+        use=_use(trainer, trainer.hub_model_id or name),
         results=_results(trainer, folder, scores or {}),
         updates=trainer.state.global_step,
         queries=trainer.rewards.queries * trainer.accelerator.num_processes,
@@ -121,17 +102,33 @@ def write_model_card(
     ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / "README.md")
 
 
+def _use(trainer: Any, repository: str) -> str:
+    """The code that loads the weights from `repository` and samples with them as in training."""
+    args, adapter = trainer.args, trainer.adapter
+    scheduler = adapter.pipeline.scheduler
+    clip = "" if "clip_sample" in scheduler.config else ", clip_sample=False"  # DDIM's default is True
+    samplers = {"DDIMScheduler": "ddim", "PNDMScheduler": "ddim"}  # by the pipeline's scheduler, under sampler="auto"
+    own = samplers.get(type(scheduler).__name__)
+    is_ddim = (own if args.sampler == "auto" else args.sampler) == "ddim"
+    source = trainer.policy.config.name_or_path if trainer.use_lora else repository
+    return _USE.format(
+        **_loading(type(adapter.pipeline).__name__, source, is_ddim),
+        load="\n" + adapter.lora_snippet(_quoted(repository)) if trainer.use_lora else "",
+        steps=args.sample_num_steps,
+        scheduler=_DDIM.format(clip=clip) if is_ddim else "",
+        guidance_argument=adapter.guidance_argument,
+        guidance=args.sample_guidance_scale,
+        eta=f", eta={1.0 if args.sample_eta is None else args.sample_eta}" if is_ddim and args.noise_steps is None else "",
+        **_output_of(trainer.parts.layout.num_frames),
+    )
+
+
 def _output_of(num_frames: int | None) -> dict[str, str]:
     """What the code of use does with pictures, or with videos of so many frames."""
     if num_frames is None:
         return {"made": "image", "frames": "", "output": "images", "export": "", "import_export": ""}
-    return {
-        "made": "frames",
-        "frames": f", num_frames={num_frames}",
-        "output": "frames",
-        "export": _EXPORT,
-        "import_export": _IMPORT,
-    }
+    frames = f", num_frames={num_frames}"
+    return {"made": "frames", "frames": frames, "output": "frames", "export": _EXPORT, "import_export": _IMPORT}
 
 
 def _loading(pipeline: str, source: str, is_ddim: bool) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,10 +207,10 @@ class PipelineAdapter(abc.ABC):
         guided, apart = self.is_guided(guidance_scale), self.negatives_apart
         with torch.no_grad():
             shared = negative_prompts if guided and not apart else ()
-            positive = cache.rows(prompts, self._with_encoders(self.encode_prompts), keep=shared)
+            positive = cache.rows(prompts, functools.partial(self._on_device, self.encode_prompts), keep=shared)
             negative = None
             if guided:
-                encode = self._with_encoders(self.encode_negative_prompts)
+                encode = functools.partial(self._on_device, self.encode_negative_prompts)
                 negative = cache.rows(negative_prompts, encode, kind="negative" if apart else "")
             extra = self.encode_metadata(metadata, layout) if self.conditions else {}
         cache.shrink()
@@ -221,21 +222,17 @@ class PipelineAdapter(abc.ABC):
             guidance_rescale,
         )
 
-    def _with_encoders(self, encode: Callable[[Sequence[str]], Rows]) -> Callable[[Sequence[str]], Rows]:
-        """`encode`, for which text encoders that wait on the CPU come to their device."""
-
-        def run(prompts: Sequence[str]) -> Rows:
-            if self.encoder_device is None:
-                return encode(prompts)
+    def _on_device(self, encode: Callable[[Sequence[str]], Rows], prompts: Sequence[str]) -> Rows:
+        """`encode(prompts)`, for which text encoders that wait on the CPU come to their device."""
+        if self.encoder_device is None:
+            return encode(prompts)
+        for module in self.frozen_modules:
+            module.to(self.encoder_device)
+        try:
+            return encode(prompts)
+        finally:
             for module in self.frozen_modules:
-                module.to(self.encoder_device)
-            try:
-                return encode(prompts)
-            finally:
-                for module in self.frozen_modules:
-                    module.to("cpu")
-
-        return run
+                module.to("cpu")
 
     def predict(self, network: Callable[..., Tensor], x: Tensor, time: float, conditioning: Conditioning) -> Tensor:
         """The guided output of `network` at latents `x` [N, ...] and `Schedule.time`, as the pipeline's own call makes it."""

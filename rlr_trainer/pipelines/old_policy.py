@@ -40,6 +40,7 @@ class OldPolicy(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes a share of the trained weights, after the last update of a rollout."""
         if self.inside():
             return
         eta = old_policy_decay(state.global_step, *self.decay)

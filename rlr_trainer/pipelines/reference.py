@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -63,19 +64,15 @@ class ReferencePolicy:
     def steps_of(self, chain: PipelineChain) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
         """(step, x) -> mean and standard deviation of the reference policy's next latent, on the prompts of `chain`."""
         # not through the wrapper: DDP takes one forward pass per backward pass (FSDP2 shards the policy in place and sees this one too)
-        chain = chain.under(self.policy if self.copy is None else self.copy)
+        return functools.partial(self._transition, chain.under(self.policy if self.copy is None else self.copy))
 
-        def transition(step: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            def run(x: Tensor) -> tuple[Tensor, Tensor]:
-                return chain.transition(step, x, chain.parameters())
-
-            if self.copy is None and x.requires_grad and getattr(self.policy.denoiser, "is_gradient_checkpointing", False):
-                # a checkpointed block runs again in the backward pass, when the LoRA layers would be on again
-                return _Rerun.apply(x, run, self._as_reference)
-            with self._as_reference():
-                return run(x)
-
-        return transition
+    def _transition(self, chain: PipelineChain, step: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        run = functools.partial(chain.transition, step, params=chain.parameters())
+        if self.copy is None and x.requires_grad and getattr(self.policy.denoiser, "is_gradient_checkpointing", False):
+            # a checkpointed block runs again in the backward pass, when the LoRA layers would be on again
+            return _Rerun.apply(x, run, self._as_reference)
+        with self._as_reference():
+            return run(x)
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[None]:
@@ -88,6 +85,7 @@ class _Rerun(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], tuple[Tensor, Tensor]], context: Any) -> tuple[Tensor, Tensor]:
+        """Runs without a graph; the deviation, which is the schedule's, gets no gradient."""
         ctx.run, ctx.context = run, context
         ctx.save_for_backward(x)
         with context():
@@ -97,6 +95,7 @@ class _Rerun(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Runs again at the stored input, for its gradient alone: the reference is not trained."""
         x = ctx.saved_tensors[0].detach().requires_grad_(True)
         with ctx.context(), torch.enable_grad():
             mean, _ = ctx.run(x)

@@ -36,6 +36,7 @@ def spread_when_loaded(module: nn.Module) -> Iterator[None]:
     parameters = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
 
     def spread(owner: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Replaces whole tensors, before they are loaded, by this process's part of them."""
         for name, parameter in parameters.items():
             value: Tensor | None = state.get(prefix + name)
             if value is not None and not isinstance(value, DTensor):

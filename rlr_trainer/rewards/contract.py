@@ -51,5 +51,7 @@ def needs_plain_pictures(error: BaseException) -> bool:
 
 def hint(error: BaseException) -> str:
     """What to add to the message of an error that a reward raised: something where it took a tensor for another kind of picture."""
-    confused = isinstance(error, AttributeError | TypeError) and "tensor" in str(error).lower()
+    said = str(error).lower()
+    # the second is what a picture's size[0] says of a tensor, whose size is a method
+    confused = isinstance(error, AttributeError | TypeError) and ("tensor" in said or "'builtin_function_or_method'" in said)
     return OF_TENSORS if confused else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import logging
@@ -270,23 +271,24 @@ class RewardCalls:
         function = rewards.functions[number]
         if isinstance(function, FrameReward):  # its frames are drawn here: a thread may come to it at any time
             function = function.drawn(images)
-
-        def work() -> tuple[Tensor, Any]:
-            # as in training everywhere: a diagnosis calls from within autocast, and a thread with a time limit leaves it
-            with without_autocast(images.device), torch.set_grad_enabled(differentiable):
-                own = images.clone()
-                origin = checks.graph_node(own)
-                returned = invoke(name, function, (own, prompts, rows), rewards.timeout)
-                values, notes = checks.split_returned(returned)
-                values = checks.check_values(name, values, len(prompts), images.device)
-            if differentiable and not checks.depends_on(values, origin):
-                raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}{rewards.of_list}")
-            return values, notes
-
+        work = functools.partial(self._ask, name, function, (images, prompts, rows), differentiable)
         result = work if self._workers is None else self._workers.submit(work).result
         self._calls.append(_Call(number, first, images, prompts, where, result))
         if self._workers is None:
             self._take(self._calls[-1])
+
+    def _ask(self, name: str, function: RewardFunction, batch: _Batch, differentiable: bool) -> tuple[Tensor, Any]:
+        """What a reward returns for a batch: checked values [B], and its notes. With `asynchronous` a worker's thread runs it."""
+        images, prompts, rows = batch
+        # as in training everywhere: a diagnosis calls from within autocast, and a thread with a time limit leaves it
+        with without_autocast(images.device), torch.set_grad_enabled(differentiable):
+            own = images.clone()
+            origin = checks.graph_node(own)
+            values, notes = checks.split_returned(invoke(name, function, (own, prompts, rows), self.rewards.timeout))
+            values = checks.check_values(name, values, len(prompts), images.device)
+        if differentiable and not checks.depends_on(values, origin):
+            raise NonDifferentiableRewardError(f"reward {name!r}: {NON_DIFFERENTIABLE}{self.rewards.of_list}")
+        return values, notes
 
     def _take(self, call: _Call) -> None:
         """Takes what a call returns; NaN for one that failed, if such are skipped."""

@@ -24,20 +24,22 @@ def layers_in_training_mode(others: Collection[nn.Module] = ()) -> Iterator[dict
     own = {id(module) for other in others for module in other.modules()}
 
     def look(module: nn.Module, inputs: object) -> None:
-        if not module.training or id(module) in own:
-            return
-        if isinstance(module, _NormBase) and module.track_running_stats:
-            found[type(module).__name__] = (
-                "its running statistics move with every call, and a reward depends on the other pictures of it"
-            )
-        elif isinstance(module, _DropoutNd) and module.p > 0:
-            found[type(module).__name__] = "it drops activations at random"
+        what = _in_training_mode(module)
+        if what is not None and id(module) not in own:
+            found[type(module).__name__] = what
 
     handle = register_module_forward_pre_hook(look)
     try:
         yield found
     finally:
         handle.remove()
+
+
+def _in_training_mode(module: nn.Module) -> str | None:
+    """What a layer does because it runs in training mode; None where it does nothing else, or runs in evaluation mode."""
+    if module.training and isinstance(module, _NormBase) and module.track_running_stats:
+        return "its running statistics move with every call, and a reward depends on the other pictures of it"
+    return "it drops activations at random" if module.training and isinstance(module, _DropoutNd) and module.p > 0 else None
 
 
 def warning_of(found: dict[str, str], names: str) -> str:

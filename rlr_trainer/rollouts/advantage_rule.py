@@ -50,6 +50,7 @@ class AdvantageRule:
             return self._plain(rewards, torch.arange(len(rewards)) // 2 if paired else None), None
 
         def advantage(k: int, values: Tensor) -> Advantages:
+            """Of reward `k`, compared within its group, or with the statistics of its prompt."""
             if self.statistics is None:
                 return normalize_in_groups(values, self._groups(len(values)))
             return self.statistics.update([f"{self.names[k]}\n{prompt}" for prompt in prompts], values)

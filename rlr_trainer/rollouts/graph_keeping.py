@@ -70,6 +70,7 @@ def graph_bytes(run: Callable[[], object], apart: list[Tensor]) -> int:
     known, held = {t.untyped_storage().data_ptr() for t in apart}, {}
 
     def pack(tensor: Tensor) -> Tensor:
+        """Takes down the storage of a tensor that the graph saves."""
         storage = tensor.untyped_storage()
         held[storage.data_ptr()] = storage  # held here, so that no other takes its address
         return tensor.detach()

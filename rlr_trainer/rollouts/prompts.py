@@ -87,6 +87,7 @@ class FunctionPrompts:
         drew_globally = False
 
         def function() -> Any:
+            """The user's function, watched: what it gave, and whether it drew from the global generators."""
             nonlocal drew_globally
             before = _global_generators()
             returned = self.function()
@@ -116,6 +117,7 @@ class FunctionPrompts:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave; warns where the function has a state and the checkpoint none, or the other way round."""
         self._ahead = [PromptRow(*row) for row in state.get("ahead", ())]
         owner = self._stateful()
         if owner is not None and "function" in state:

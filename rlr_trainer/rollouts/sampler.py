@@ -66,21 +66,12 @@ class Sampler:
                     f"prompt_scales={list(self.first_steps)} makes {scales} scales; give as many prompts as scales, coarse to fine"
                 )
 
-        def encode(prompts: Sequence[str]):
-            return self.adapter.encode(
-                prompts,
-                negatives,
-                self.guidance_scale,
-                self.layout,
-                self.cache,
-                guidance_rescale=self.guidance_rescale,
-                metadata=conditions,
-            )
-
+        shared = negatives, self.guidance_scale, self.layout, self.cache
+        rest: dict[str, Any] = {"guidance_rescale": self.guidance_rescale, "metadata": conditions}
         if not self.first_steps:
-            return encode([row.prompt for row in rows])
-        texts = [row.scale_prompts or (row.prompt,) * scales for row in rows]
-        return ScaledConditioning(tuple(encode(scale) for scale in zip(*texts, strict=True)), self.first_steps)
+            return self.adapter.encode([row.prompt for row in rows], *shared, **rest)
+        texts = zip(*(row.scale_prompts or (row.prompt,) * scales for row in rows), strict=True)
+        return ScaledConditioning(tuple(self.adapter.encode(scale, *shared, **rest) for scale in texts), self.first_steps)
 
     def chain(self, model: nn.Module, conditioning: AnyConditioning, schedule: Schedule | None = None) -> PipelineChain:
         """The chain of a batch under `model`, the policy as Trainer wrapped it; `schedule` replaces the sampler's own."""

@@ -64,6 +64,7 @@ class Scorer:
         """Final latents [B, ...] -> rewards [B] with a graph; 0 for a sample without a reward."""
 
         def reward(latents: Tensor) -> Tensor:
+            """Decodes and scores; a picture that is not finite passes no gradient on."""
             pictures = self.decode(latents)
             finite = finite_rows(pictures)
             if not finite.all() and self.rewards.on_error == "skip":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,7 @@ class _Training:
 # the most part, which moves many weights together: there the updates are, without momentum. Few steps make its noise small. Twice the root mean
 # square is what a walk of random signs passes once in 40 times: a sanity check, beside those of the gradient, which are exact.
 _EXACT = {"max_steps": 5, "per_device_train_batch_size": 4}
-_MIXED = {
-    "max_steps": 20,
-    "per_device_train_batch_size": 32,
-}  # the likelihood ratios of rlr drown its first-order part in a small batch
+_MIXED = {"max_steps": 20, "per_device_train_batch_size": 32}  # in a small batch likelihood ratios drown the first-order part
 _NOISY = {"max_steps": 40, "per_device_train_batch_size": 96, "sample_num_steps": 2, "adam_beta1": 0.0}
 TRAININGS = {"rlr": _Training(_MIXED, False, 5.0), "draft": _Training(_EXACT, False, 5.0), "ddpo": _Training(_NOISY, True, 2.0)}
 CONTROLS = 16
@@ -76,48 +73,48 @@ class _Updates(TrainerCallback):
                 p.data = self.start[name] + _signs(p.shape, control, i) * changes.sum(0)
 
 
-def raises_reward(estimator: str) -> Callable[[Case, Findings], None]:
-    """The check that an estimator raises the greenness of pictures of one prompt and fixed noise.
+def raises_reward(estimator: str, case: Case, findings: Findings) -> None:
+    """An estimator raises the greenness of pictures of one prompt and fixed noise.
 
     Two kinds of chance are held against the rise. The noise of the pictures: the mean of the paired differences must be 5 standard errors
     above 0. The noise of the training, which moves all pictures together: the rise must be several times the root mean square of what 16
     versions of the same changes of the weights do, with random signs.
     """
-    training = TRAININGS[estimator]
+    training, case = TRAININGS[estimator], dataclasses.replace(case, prompts=case.prompts[:1], metadata=case.metadata[:1])
+    with folder() as output:
+        trainer = make_trainer(case, output, **noisy(estimator), **_options_of(training, case))
+        updates = _Updates(trainer.parts.policy.trainable_parameters())
+        trainer.add_callback(updates)
+        before = _rewards(trainer, case)
+        trainer.train()
+        rise, controls = _rewards(trainer, case) - before, []
+        for control in range(CONTROLS):
+            updates.turn_signs(control, training.by_update)
+            controls.append(float((_rewards(trainer, case) - before).mean()))
+    mean, error = float(rise.mean()), float(rise.std()) / len(rise) ** 0.5
+    chance = (sum(value**2 for value in controls) / CONTROLS) ** 0.5
+    text = (
+        f"{len(updates.changes)} updates moved the mean reward from {float(before.mean()):.4f} by {mean:+.4f}, {mean / error:.1f} standard "
+        f"errors and {mean / chance:.1f} times what these changes do with random signs"
+    )
+    findings.require(
+        mean >= LEAST_ERRORS * error and mean >= training.least * chance,
+        f"{text} (rule: at least {LEAST_ERRORS:g} and {training.least:g})",
+        "a learning rate that is too small or too large for this pipeline (learning_rate), weights whose change hardly changes pictures, or "
+        "gradients that are turned or miss a part of the network",
+    )
+    findings.note(text)
 
-    def check(case: Case, findings: Findings) -> None:
-        case = dataclasses.replace(case, prompts=case.prompts[:1], metadata=case.metadata[:1])
-        with folder() as output:
-            options = dict(training.options)
-            options |= {name: case.options[name] for name in ("max_steps", "per_device_train_batch_size") if name in case.options}
-            if "sample_num_steps" in options:
-                options["sample_num_steps"] = min(options["sample_num_steps"], case.num_steps)
-                options |= _noise_in_every_step(case, options["sample_num_steps"])
-                options["learning_rate"] = case.learning_rate / 3  # many small steps average the noise; large ones overshoot
-            trainer = make_trainer(case, output, **noisy(estimator), **options)
-            updates = _Updates(trainer.parts.policy.trainable_parameters())
-            trainer.add_callback(updates)
-            before = _rewards(trainer, case)
-            trainer.train()
-            rise, controls = _rewards(trainer, case) - before, []
-            for control in range(CONTROLS):
-                updates.turn_signs(control, training.by_update)
-                controls.append(float((_rewards(trainer, case) - before).mean()))
-        mean, error = float(rise.mean()), float(rise.std()) / len(rise) ** 0.5
-        chance = (sum(value**2 for value in controls) / CONTROLS) ** 0.5
-        text = (
-            f"{len(updates.changes)} updates moved the mean reward from {float(before.mean()):.4f} by {mean:+.4f}, {mean / error:.1f} standard "
-            f"errors and {mean / chance:.1f} times what these changes do with random signs"
-        )
-        findings.require(
-            mean >= LEAST_ERRORS * error and mean >= training.least * chance,
-            f"{text} (rule: at least {LEAST_ERRORS:g} and {training.least:g})",
-            "a learning rate that is too small or too large for this pipeline (learning_rate), weights whose change hardly changes pictures, or "
-            "gradients that are turned or miss a part of the network",
-        )
-        findings.note(text)
 
-    return check
+def _options_of(training: _Training, case: Case) -> dict[str, Any]:
+    """The training's options, with the case's own length and batch, and no more steps than the case has."""
+    own = {name: case.options[name] for name in ("max_steps", "per_device_train_batch_size") if name in case.options}
+    options = {**training.options, **own}
+    if "sample_num_steps" in options:
+        options["sample_num_steps"] = min(options["sample_num_steps"], case.num_steps)
+        options |= _noise_in_every_step(case, options["sample_num_steps"])
+        options["learning_rate"] = case.learning_rate / 3  # many small steps average the noise; large ones overshoot
+    return options
 
 
 def _noise_in_every_step(case: Case, num_steps: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Combinations of options, rewards and launchers that cannot be: refused, by a ValueError with the way out, before any long work."""
+"""Options that do not fit the rewards, the data or the launcher: refused, by a ValueError with the way out, before any long work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rlr_trainer.estimators.plan import EstimatorPlan
 from rlr_trainer.rewards.interface import Rewards
 from rlr_trainer.rollouts.prompts import DatasetPrompts
 from rlr_trainer.rollouts.sampler import conditions_of
-from rlr_trainer.training.config import RLRConfig, refuse
+from rlr_trainer.training.combinations import refuse
+from rlr_trainer.training.config import RLRConfig
 from rlr_trainer.training.evaluator import EvalPrompts, Evaluator
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""`RLRConfig`: every option of the trainer, its unit, default and source. All checks are in `__post_init__`."""
+"""`RLRConfig`: every option of the trainer, its unit, default and source; `__post_init__` checks them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan, PlanError
+from rlr_trainer.estimators.plan import NAMED_STARTS, PLAN_OPTIONS, EstimatorPlan
 from rlr_trainer.estimators.presets import PRESETS
 from rlr_trainer.schedules import NOISE_WINDOWS, SamplerOptions, window_positions
-from rlr_trainer.training import keeping
+from rlr_trainer.training import combinations
+from rlr_trainer.training.combinations import AUTO, NORMALIZING_ADVANTAGES
 from rlr_trainer.training.trl import configs
 from rlr_trainer.training.trl import names as replaced
 
 logger = logging.getLogger(__name__)
 
-NORMALIZING_ADVANTAGES = ("normalize", "per_prompt")
-AUTO = "auto"  # value of noise_steps, fo_steps and ho_length: measure and choose
 CHOICES = {
     "recompute": ("recursive", "graph", "keep", "auto"),
     "noise_window": NOISE_WINDOWS,
@@ -313,7 +312,7 @@ class RLRConfig(TrainingArguments):
                 f"per_device_train_batch_size * gradient_accumulation_steps = {self.per_device_train_batch_size} * "
                 f"{self.gradient_accumulation_steps} = {per_update}, the samples of one update"
             )
-        self._check_plan()
+        combinations.check_plan(self)
 
     @classmethod
     def from_trl(cls, config: Any, **options: Any) -> RLRConfig:
@@ -457,8 +456,8 @@ class RLRConfig(TrainingArguments):
                 f"prompt_scales={scales}: must be increasing step numbers between 1 and sample_num_steps - 1 = {self.sample_num_steps - 1}, "
                 "the first step of every scale but the coarsest"
             )
-        self._check_noise_window()
-        self._check_combinations()
+        combinations.check_noise_window(self, self._changed)
+        combinations.check_combinations(self)
 
     def _check_types(self) -> None:
         """Refuses text where an option is a number, a truth value or a list: "false" counts as true in Python, "1e-3" fails far later."""
@@ -468,141 +467,6 @@ class RLRConfig(TrainingArguments):
                 wanted = "True or False, without quotes" if bool in kinds else "a number, without quotes"
                 wanted = f"a list, such as [{value!r}]" if kinds <= {list, tuple} else wanted
                 raise ValueError(f"{name}={value!r}: is text, but must be {wanted}")
-
-    def _check_noise_window(self) -> None:
-        kind, length, steps, span = self.noise_window, self.noise_steps, self.sample_num_steps, self.noise_window_range
-        users = {
-            "noise_window_range": ("random", "progressive"),
-            "noise_window_stride": ("progressive",),
-            "noise_window_rollouts": ("progressive",),
-        }
-        for name, kinds in users.items():
-            if name in self._changed and kind not in kinds:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} with noise_window={kind!r}: has no effect; leave it out, or set noise_window to "
-                    f"{' or '.join(map(repr, kinds))}"
-                )
-        if kind == "fixed":
-            return
-        if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= steps:
-            raise ValueError(
-                f"noise_steps={length!r} with noise_window={kind!r}: must be the length of the window, a number of steps between 1 and "
-                f"{steps} (sample_num_steps)"
-            )
-        if span is not None and not (
-            isinstance(span, list | tuple)
-            and len(span) == 2
-            and all(type(step) is int for step in span)
-            and 0 <= span[0] <= span[1] - length + 1
-            and span[1] < steps
-        ):
-            raise ValueError(
-                f"noise_window_range={span!r}: must be two step numbers between 0 and {steps - 1}, the first and the last, with room for a "
-                f"window of noise_steps={length} steps"
-            )
-
-    def _check_combinations(self) -> None:
-        normalizes = self.advantage in (None, *NORMALIZING_ADVANTAGES)
-        warmup = self.warmup_steps or getattr(self, "warmup_ratio", 0)  # transformers 5 has the first alone
-        refuse(
-            (
-                self.lr_scheduler_type == "constant" and bool(warmup),
-                f"lr_scheduler_type='constant' with a warm-up of {warmup}: a constant schedule has none; set "
-                "lr_scheduler_type='constant_with_warmup', or leave the warm-up out",
-            ),
-            (
-                (self.ho_length == AUTO) != (self.memory_budget_gb is not None),
-                f"ho_length={self.ho_length!r} with memory_budget_gb={self.memory_budget_gb}: formula (8) needs both; set "
-                "ho_length='auto' and memory_budget_gb, or neither",
-            ),
-            (
-                self.log_step_norms and not self.log_estimator_norms,
-                "log_step_norms=True with log_estimator_norms=False: both need the same measurement; set the latter to True",
-            ),
-            (
-                self.ho_start == "grad_norm" and not self.log_estimator_norms,
-                "ho_start='grad_norm' with log_estimator_norms=False: the starts are drawn by these norms; set the latter to True, or "
-                "ho_start='uniform'",
-            ),
-            (
-                self.reward_workers != 1 and not self.async_rewards,
-                f"reward_workers={self.reward_workers}: is the number of async calls; set async_rewards=True as well",
-            ),
-            (
-                self.reward_aggregation == "normalize_then_sum" and not normalizes,
-                f"reward_aggregation='normalize_then_sum' with advantage={self.advantage!r}: it divides by no standard deviation, so both "
-                "aggregations would be the same; set advantage='normalize' or 'per_prompt'",
-            ),
-            (
-                self.lora_target_modules is not None and not self.lora_target_modules,
-                f"lora_target_modules={self.lora_target_modules!r}: must name at least one module; leave it out for the family's own, or set "
-                "use_lora=False to train the whole network",
-            ),
-        )
-
-    def _check_plan(self) -> None:
-        plan = self.plan
-        if plan.uses_prediction and self.normalizes_each_reward:
-            raise ValueError(
-                f"reward_aggregation='normalize_then_sum' with rest_estimator={plan.rest_estimator!r}, "
-                f"control_variate={plan.uses_control_variate}: predictions are scored with the plain weighted sum, another objective than the "
-                "normalized one; set reward_aggregation='sum_then_normalize', or choose a plan without predictions"
-            )
-        if (self.sample_eta == 0 or self.sampler == "ode") and plan.scored_steps():
-            option = "sample_eta=0" if self.sample_eta == 0 else "sampler='ode'"
-            raise PlanError(
-                f"{option} with estimator={self.estimator!r}: the chain adds no noise, so its steps {plan.scored_steps()[0]} to "
-                f"{plan.scored_steps()[-1]} have no likelihood ratio. Set sample_eta above 0 (unset: the sampler's own), or cover every step by "
-                "first order (estimator='full_bp')"
-            )
-        self._check_forward(plan)
-        if self.recompute == "keep" and (reason := keeping.obstacle(self, plan)):
-            raise ValueError(f"recompute='keep' with {reason}, or set recompute='recursive'")
-        self._check_auto_window(plan)
-        if plan.uses_zeroth_order and self.updates_per_rollout > 1:
-            raise ValueError(
-                f"a zeroth-order plan needs one update per rollout, but this has {self.updates_per_rollout}: set num_inner_epochs=1 "
-                "and sample_batch_size * sample_num_batches_per_epoch to the samples of one update"
-            )
-
-    def _check_auto_window(self, plan: EstimatorPlan) -> None:
-        single = plan.rest_estimator == "lr" and plan.rest_num_steps is None and plan.ho_length <= 1
-        plain = plan.silent_estimator != "ho" and plan.fo_range[0] == plan.fo_range[1] and not plan.uses_control_variate
-        if self.noise_steps == AUTO and not (single and plain):
-            raise PlanError(
-                f"noise_steps='auto' with estimator={self.estimator!r} ({plan}): windows are measured for plans of single likelihood-ratio "
-                "steps and first order; give a number, or choose rlr, rlr_black_box or ddpo without sub-chains, subsets of steps, a control "
-                "variate or half-order segments"
-            )
-
-    def _check_forward(self, plan: EstimatorPlan) -> None:
-        """Refuses what a loss on the forward process would ignore."""
-        if plan.forward is None:
-            return
-        name = f"estimator={self.estimator!r}"
-        refuse(
-            (self.kl_coef is not None, f"kl_coef={self.kl_coef} with {name}: its chain has no density; leave kl_coef unset"),
-            (
-                self.recompute != "recursive",
-                f"recompute={self.recompute!r} with {name}: it has no chain to differentiate; leave it unset",
-            ),
-            (
-                plan.forward.loss == "nft" and self.clip_range is not None,
-                f"clip_range={self.clip_range} with {name}: it has no ratio to clip; leave clip_range unset",
-            ),
-            (
-                plan.forward.loss == "nft" and self.advantage_name not in NORMALIZING_ADVANTAGES,
-                f"advantage={self.advantage_name!r} with {name}: rewards become probabilities in units of their standard deviation; set "
-                "advantage to 'normalize' or 'per_prompt'",
-            ),
-        )
-
-
-def refuse(*conflicts: tuple[bool, str]) -> None:
-    """Raises ValueError with the message of the first conflict that applies."""
-    for applies, message in conflicts:
-        if applies:
-            raise ValueError(message)
 
 
 @functools.cache

@@ -82,6 +82,7 @@ class StopOnTermination(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Asks for a checkpoint and the end, once a process has got a signal and no update of the rollout is left to do."""
         received = self._agreed()
         ends = state.global_step >= state.max_steps  # a run whose last rollout is not used up gets no further
         if received is not None and (ends or not self.inside_rollout()):

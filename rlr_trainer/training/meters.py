@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -35,23 +36,21 @@ class GradientMeter:
     def measuring(self, step: int | None, part: str, factor: float) -> Iterator[None]:
         """While open, gradients belong to `part` and, unless None, to `step`; `factor` is what the backward pass multiplies them by."""
         sums = self.sums.setdefault(part, {})
-
-        def hook(name: str):
-            def add(gradient: Tensor) -> None:
-                true = gradient.detach() / factor
-                sums[name] = sums[name].add_(true) if name in sums else true
-                if step is not None:
-                    square = true.square().sum()
-                    self.squares[step] = self.squares[step] + square if step in self.squares else square
-
-            return add
-
-        handles = [parameter.register_hook(hook(name)) for name, parameter in self.params.items()]
+        hooks = {name: functools.partial(self._add, sums, name, step, factor) for name in self.params}
+        handles = [parameter.register_hook(hooks[name]) for name, parameter in self.params.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _add(self, sums: dict[str, Tensor], name: str, step: int | None, factor: float, gradient: Tensor) -> None:
+        """Takes in what one backward pass gives parameter `name`; a hook that returns None leaves the gradient as it is."""
+        true = gradient.detach() / factor
+        sums[name] = sums[name].add_(true) if name in sums else true
+        if step is not None:
+            square = true.square().sum()
+            self.squares[step] = self.squares[step] + square if step in self.squares else square
 
     def part_norms(self) -> dict[str, float]:
         """Part -> norm of its summed gradient."""

@@ -89,7 +89,9 @@ class Parts:
         eval_reward_function: RewardFunction | Sequence[RewardFunction] | None,
     ) -> None:
         if sd_pipeline is None:
-            raise ValueError("sd_pipeline is None: pass a diffusers pipeline, a local folder, or a hub id")
+            raise ValueError(
+                "sd_pipeline is None: pass a diffusers pipeline, a local folder, or a hub id, by name or as the fourth argument"
+            )
         check_device(config)
         if config.should_save:  # Trainer makes the folder
             check_writable(Path(config.output_dir))
@@ -154,42 +156,17 @@ class Parts:
         self.weights = Weights(self.adapter, self.use_lora, self.average)
         self.reference, self.old_policy = self._make_reference(accelerator), self._make_old_policy(accelerator)
         self.sampler = Sampler(
-            self.adapter,
-            self.policy,
-            self.schedule,
-            self.layout,
-            config.sample_guidance_scale,
-            accelerator.device,
-            config.negative_prompt,
-            tuple(config.prompt_scales or ()),
-            config.sample_guidance_rescale,
-        )
+            self.adapter, self.policy, self.schedule, self.layout, config.sample_guidance_scale, accelerator.device,
+            config.negative_prompt, tuple(config.prompt_scales or ()), config.sample_guidance_rescale,
+        )  # fmt: skip
         self.scorer = Scorer(self.adapter, self.layout, self.rewards)
-        options = RolloutOptions(
-            seed=config.seed,
-            batch_size=config.sample_batch_size,
-            num_batches=config.sample_num_batches_per_epoch,
-            group_size=config.num_images_per_prompt,
-            offload=config.offload_rollouts,
-            prediction_size=config.per_device_train_batch_size,
-            prediction_loss_scale=FP16_LOSS_SCALE if config.fp16 else 1.0,
-        )
         shared = self.sampler, self.scorer, self.plan_state
         keeping = graph_keeping(config, self.plan, accelerator, lambda: [*self.policy.parameters(), *self.policy.buffers()])
-        rule, penalized = self.advantage_rule(), bool(config.kl_coef)
+        options, rule, policies = self._rollout_options(), self.advantage_rule(), (self.reference, self.old_policy)
         self.collector = Collector(
-            *shared,
-            self.prompts,
-            self.processes,
-            options,
-            rule,
-            self.reference,
-            self.old_policy,
-            self.windows,
-            keeping,
-            penalized,
+            *shared, self.prompts, self.processes, options, rule, *policies, self.windows, keeping, bool(config.kl_coef)
         )
-        self.updater = Updater(*shared, self.processes, self._update_options(accelerator), self.reference, self.old_policy)
+        self.updater = Updater(*shared, self.processes, self._update_options(accelerator), *policies)
         eval_scorer = Scorer(self.adapter, self.layout, self.eval_rewards)
         self.evaluator = Evaluator(
             self.sampler.apart(), eval_scorer, self.processes, config.sample_batch_size, self.weights.averaged
@@ -382,6 +359,18 @@ class Parts:
                 "parallelism, or estimator='awm' with one update per rollout"
             )
         return OldPolicy(self.policy, forward.decay, lambda: bool(self.queue))
+
+    def _rollout_options(self) -> RolloutOptions:
+        config = self.config
+        return RolloutOptions(
+            seed=config.seed,
+            batch_size=config.sample_batch_size,
+            num_batches=config.sample_num_batches_per_epoch,
+            group_size=config.num_images_per_prompt,
+            offload=config.offload_rollouts,
+            prediction_size=config.per_device_train_batch_size,
+            prediction_loss_scale=FP16_LOSS_SCALE if config.fp16 else 1.0,
+        )
 
     def _update_options(self, accelerator: Any) -> UpdateOptions:
         config = self.config

@@ -139,18 +139,11 @@ class Updater:
         is_first_order: list[bool] = batch.draw.first_order.any(0).tolist()
         ends = ends_update  # whether the present backward pass ends the update
 
-        @contextlib.contextmanager
-        def scope(steps: list[int], is_last: bool) -> Iterator[None]:
+        def scope(steps: list[int], is_last: bool) -> contextlib.AbstractContextManager:
             nonlocal ends
             ends = is_last and ends_update
-            with contextlib.ExitStack() as stack:
-                if not ends:
-                    stack.enter_context(self.processes.accelerator.no_sync(model))
-                if self.options.measure_parts:
-                    part = "forward" if self.plan.forward else "fo" if is_first_order[steps[-1]] else "ho"
-                    step = steps[0] if self._needs_step_norms else None
-                    stack.enter_context(self._meter.measuring(step, part, factor))
-                yield
+            part = "forward" if self.plan.forward else "fo" if is_first_order[steps[-1]] else "ho"
+            return self._one_pass(model, steps[0], part, factor, ends)
 
         def differentiate(surrogate: Tensor) -> float:
             return backward(_with_graph(surrogate), ends)
@@ -171,6 +164,16 @@ class Updater:
         )
         result = sweep.run(batch.rollout, batch.draw, self._feedback(chain, batch), batch.kept)
         return self._metrics(batch, result, clip_range)
+
+    @contextlib.contextmanager
+    def _one_pass(self, model: nn.Module, step: int, part: str, factor: float, ends: bool) -> Iterator[None]:
+        """Around a backward pass: its gradient is measured, and exchanged between processes only where it `ends` the update."""
+        with contextlib.ExitStack() as stack:
+            if not ends:
+                stack.enter_context(self.processes.accelerator.no_sync(model))
+            if self.options.measure_parts:
+                stack.enter_context(self._meter.measuring(step if self._needs_step_norms else None, part, factor))
+            yield
 
     def _matching(
         self, chain: PipelineChain, backward: Callable[[Tensor], float], scope: Scope, on_policy: bool, batch: ScoredBatch

@@ -1,15 +1,20 @@
 """`estimate`, `train --dry_run`, `doctor`, the summary at the start, and the configurations that ship."""
 
+import importlib.util
 import json
 import logging
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
+from rlr_trainer import RLRConfig
 from rlr_trainer.cli import doctor, main
 from rlr_trainer.cli.settings import parse_run
-from rlr_trainer.cli.summary import in_units
+from rlr_trainer.cli.summary import in_units, when_saved
 from rlr_trainer.digits import MODELS
 from rlr_trainer.pipelines.skeleton import load_skeleton
 
@@ -45,11 +50,13 @@ def test_an_estimate_needs_no_weights_and_leaves_no_files(capsys):
             target.write_bytes(path.read_bytes())
     tables = []
     for name in ("digits", "model"):
-        assert main(["train", "--config", "run.yaml", "--model", name, "--lora_r", "4", "--dry_run"]) == 0
+        assert main(["train", "--config", "run.yaml", "--model", name, "--lora_r", "4", "--dry_run", "--memory", "1"]) == 0
         printed = capsys.readouterr().out
+        assert "fits in 90% of 1 GB" in printed
         assert "8 forward and 4 backward passes of the network" in printed
-        tables.append(printed.splitlines()[-8:])
-    assert tables[0] == tables[1]
+        assert ("not counted: what text encoders take" in printed) == (name == "model")
+        tables.append(printed[printed.index("\nnetwork   ") : printed.index("(other phases:")])
+    assert tables[0] == tables[1] and "peak of one process" in tables[0]
     assert logging.getLogger("rlr_trainer").isEnabledFor(logging.WARNING)  # it was quiet for the estimate alone
     assert sorted(path.name for path in Path().iterdir()) == ["model", "run.yaml"]
 
@@ -83,6 +90,27 @@ def test_a_run_says_what_it_is_and_how_long_it_takes(capsys):
         assert line in printed
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_steps": 20}, "every 5 updates"),  # the default, as the training itself chooses it
+        ({"max_steps": 3}, "after every update"),
+        ({"max_steps": 20, "save_steps": 7}, "every 7 updates"),
+        ({"max_steps": 20, "save_strategy": "epoch"}, "every epoch"),
+        ({"save_strategy": "no"}, "none"),
+    ],
+)
+def test_the_summary_says_when_checkpoints_are_saved(options, text):
+    run = SimpleNamespace(args=RLRConfig(use_cpu=True, **options), parts=SimpleNamespace(collector=None))
+    assert when_saved(run) == text
+    assert (when_saved(run, resumed=True) == text) == ("save_steps" in options or "save_strategy" in options)
+
+
+def test_a_memory_belongs_to_a_dry_run(capsys):
+    assert main(["train", "--config", "run.yaml", "--model", "digits", "--memory", "24"]) == 2
+    assert "--memory 24: goes with --dry_run" in capsys.readouterr().err
+
+
 def test_the_doctor_answers_without_a_network(capsys, monkeypatch):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
@@ -106,4 +134,46 @@ def test_a_configuration_that_ships_is_valid(path):
     assert text.startswith(f"# rlr-trainer train --config examples/configs/{path.name}\n")
     assert config.plan and run.prompts and config.output_dir == f"runs/{path.stem}"
     json.dumps(config.rlr_options(), default=str)
-    assert run.model in MODELS and "# Reached " in text
+    if run.model in MODELS:
+        assert "# Reached " in text
+        return
+    family, memory = re.fullmatch(r"(.+)-(\d+)gb", path.stem).groups()
+    assert "Not run at full size" in text
+    assert f"# Check: rlr-trainer estimate --config examples/configs/{path.name} --memory {memory}\n" in text
+    assert f"# Made by: python examples/configs/make.py {family}\n" in text
+    peak, reward = (float(number) for number in re.search(r"\) ([\d.]+) GB, and ([\d.]+) GB for ", text).groups())
+    assert peak + reward <= 0.9 * int(memory) + 0.05
+
+
+def test_every_size_is_in_the_table_of_the_documentation():
+    page = (CONFIGS.parents[1] / "docs" / "estimate.md").read_text()
+    table = page[page.index("| family | model |") :].split("\n\n")[0].splitlines()
+    memories = [int(cell.split()[0]) for cell in table[0].split("|")[3:-1]]
+    rows = {row.split("`")[1]: [cell.strip() for cell in row.split("|")[3:-1]] for row in table[2:]}
+    sizes = {path.stem: path for path in CONFIGS.glob("*gb.yaml")}
+    assert {
+        f"{family}-{gb}gb" for family, cells in rows.items() for gb, cell in zip(memories, cells, strict=True) if "GB" in cell
+    } == set(sizes)
+    for name, path in sizes.items():
+        family, memory = re.fullmatch(r"(.+)-(\d+)gb", name).groups()
+        peak = re.search(r"\) ([\d.]+ GB), and ", path.read_text()).group(1)
+        assert rows[family][memories.index(int(memory))].startswith(f"`{yaml.safe_load(path.read_text())['estimator']}`, {peak}")
+
+
+@pytest.mark.slow
+def test_the_program_writes_the_files_that_ship(tmp_path, monkeypatch, capsys):
+    """Of one family; the peak in the comment may differ a little with the versions of diffusers and transformers."""
+    spec = importlib.util.spec_from_file_location("make_configs", CONFIGS / "make.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    monkeypatch.setattr(program, "HERE", tmp_path)
+    monkeypatch.setattr("sys.argv", ["make.py", "sd15"])
+    program.main()
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| `sd15` | ")
+    written = sorted(tmp_path.glob("sd15-*.yaml"))
+    assert [path.name for path in written] == sorted(path.name for path in CONFIGS.glob("sd15-*.yaml"))
+    for path in written:
+        old, new = ((folder / path.name).read_text() for folder in (CONFIGS, tmp_path))
+        assert yaml.safe_load(new) == yaml.safe_load(old)
+        peaks = [float(re.search(r"\) ([\d.]+) GB, and ", text).group(1)) for text in (old, new)]
+        assert peaks[1] == pytest.approx(peaks[0], rel=0.05)

@@ -8,7 +8,7 @@ import pytest
 from rlr_trainer import RLRConfig
 from rlr_trainer.cli.keys import SettingsError, check_keys, known_keys
 from rlr_trainer.cli.settings import _parser
-from rlr_trainer.training.option_names import ELSEWHERE
+from rlr_trainer.training.option_names import CONVERTED, ELSEWHERE, SAME_MEANING
 
 
 def test_the_list_is_that_of_the_parser():
@@ -16,7 +16,7 @@ def test_the_list_is_that_of_the_parser():
 
 
 def test_every_name_of_other_programs_leads_to_an_option():
-    assert not ELSEWHERE.keys() & (known_keys() - {"model", "reward", "prompts"})
+    assert not ELSEWHERE.keys() & (known_keys() - {"model", "reward", "prompts"} | SAME_MEANING.keys() | CONVERTED.keys())
     for target in ELSEWHERE.values():
         assert target.startswith("the argument ") or set(target.split(" and ")) <= known_keys(), target
 
@@ -44,6 +44,8 @@ def test_a_misspelt_key_is_named_before_torch_is_loaded(tmp_path):
     file.write_text("model: digits\nlora_rank: 4\n")
     with pytest.raises(SettingsError, match="unknown key 'lora_rank'; here it is lora_r"):
         check_keys(str(file), [])
+    with pytest.raises(SettingsError, match="unknown key 'train_batch_size'; here it is per_device_train_batch_size"):
+        check_keys(None, ["--train_batch_size", "2"])  # a name of TRL's DDPOConfig
     check_keys(None, ["--learning-rate", "1", "--no_use_lora", "--fo_steps=1", "stray"])  # the rest is the parser's
     check_keys(str(tmp_path / "absent.yaml"), [])
     script = (

@@ -96,6 +96,36 @@ def script(monkeypatch):
     return gpu_tables
 
 
+@pytest.mark.parametrize(
+    ("batch", "kernel", "options"),
+    [
+        (1, (3, 3, 3), {}),
+        (1, (3, 3, 3), {"padding": 1, "stride": (1, 2, 2)}),
+        (1, (1, 1, 1), {}),
+        (1, (3, 1, 1), {}),
+        (4, (1, 1, 1), {}),
+    ],
+)
+def test_the_workspace_of_convolutions_of_videos_is_that_of_the_cpu(script, batch, kernel, options):
+    def peak(work):
+        live = most = 0
+        for event in script.allocations(script.profiled_events(work)):
+            live += event.nbytes()
+            most = max(most, live)
+        return most
+
+    x, weight = torch.randn(batch, 6, 3, 9, 9, requires_grad=True), torch.randn(8, 6, *kernel)
+    convolve = lambda x, weight: torch.nn.functional.conv3d(x, weight, **options)  # noqa: E731
+    y = convolve(x, weight)
+    measured = peak(lambda: convolve(x, weight)), peak(lambda: torch.autograd.grad(y, x, y.detach()))
+    x, weight = (t.to(META).requires_grad_(t.requires_grad) for t in (x.detach().requires_grad_(), weight))
+    with counting(on_cpu=True) as forward:
+        y = convolve(x, weight)
+    with counting(on_cpu=True) as backward:
+        torch.autograd.grad(y, x, y.detach())
+    assert (forward.peak, backward.peak) == pytest.approx(measured, rel=0.02)  # numbers and small copies aside
+
+
 def check(trainer, script):
     """The table of docs/estimate.md: python -m pytest tests/diagnosis/test_estimate.py -k peak -s"""
     found = estimate(trainer)
@@ -131,15 +161,16 @@ def test_peaks_of_other_settings(make_trainer, script, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [sdxl, flux], ids=["sdxl", "flux"])
+@pytest.mark.parametrize("family", [sdxl, flux, wan], ids=["sdxl", "flux", "wan"])
 def test_peaks_of_other_families(make_trainer, script, family):
     options = {"sample_guidance_scale": 3.0, "silent_estimator": "none", "check_reward": False}
+    options |= wan.SIZE if family is wan else {}
     check(make_trainer(reward_function=ink, sd_pipeline=family.make_pipeline(), **options), script)
 
 
 @pytest.mark.medium
 def test_a_decoder_of_videos_is_followed_byte_for_byte(make_trainer):
-    """By its tensors: the workspace of three-dimensional convolutions on a CPU, which torch's profiler sees, is left out."""
+    """By its tensors, as on a device whose convolutions take no workspace."""
     options = {"height": 16, "width": 16, "num_frames": 3, "silent_estimator": "none"}
     trainer = make_trainer(reward_function=ink, sd_pipeline=wan.make_pipeline(), **options)
     latents = torch.randn(2, *trainer.parts.layout.shape).requires_grad_(True)
@@ -147,8 +178,26 @@ def test_a_decoder_of_videos_is_followed_byte_for_byte(make_trainer):
         videos = trainer.parts.scorer.decode(latents)
         held = meter.held()
         torch.autograd.grad(videos.mean(), latents)
-    found = Twin(trainer, None, True).decoding(2, differentiable=True)
+    found = Twin(trainer, None, on_cpu=False).decoding(2, differentiable=True)
     assert (found.held, found.peak) == (held, meter.peak())
+
+
+def test_the_texts_of_a_batch_are_encoded_together(make_trainer):
+    prompts = [{"prompt": text} for text in ("a cat", "a dog", "a cat", "a bird")]
+    options = {"train_dataset": prompts, "shuffle_prompts": False, "sample_guidance_scale": 3.0}
+    twin = Twin(make_trainer(**options, negative_prompt="a dog"), None, on_cpu=True)
+    one = twin.encoding_bytes(1)
+    assert one > 0 and twin.encoding_bytes(4) == one * 3 // 2  # three texts, of which the negative one is one, instead of two
+
+
+@pytest.mark.medium
+def test_text_encoders_that_wait_come_to_the_device_for_their_prompts(make_trainer):
+    trainer = make_trainer(reward_function=ink, check_reward=False)
+    there = estimate(trainer).memory
+    trainer.args.offload_text_encoders = True
+    apart = estimate(trainer).memory
+    assert apart.phases["encoding prompts"] - there.phases["encoding prompts"] == there.parts["text encoders"]
+    assert "text encoders" not in apart.parts
 
 
 def test_candidates_keep_the_samples_of_an_update_and_get_smaller():

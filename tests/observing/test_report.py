@@ -490,6 +490,19 @@ def test_remarks_from_other_files(make_run):
     assert list(remarks(folder)) == ["Many samples dropped", "No closing line", "Signs of reward hacking"]
 
 
+def test_other_rewards_and_prompts_of_a_resumption_are_told(make_run):
+    folder = make_run()
+    prompts = [{"rows": 1, "sha256": sha, "first": [text]} for sha, text in (("a1", "a cat"), ("b2", "a dog"))]
+    rewards = [[{"function": "rewards:digit", "options": {"target": target}}] for target in (7, 3)]
+    changed = {"max_steps": [2, 3], "prompts": prompts, "reward_functions": rewards}
+    entries = [{"update": 2, "changed": changed}, {"update": 3, "changed": {"max_steps": [3, 4]}}, {"changed": None}, "?"]
+    (folder / "run.json").write_text(json.dumps({"options": {}, "resumed": entries}))
+    assert remarks(folder)["Resumed with another reward or other prompts"].startswith(
+        "After update 2: rewards:digit(target=3) in place of rewards:digit(target=7). After update 2: 1 prompt ('a dog'), sha256 b2 in "
+        "place of 1 prompt ('a cat'), sha256 a1."
+    )
+
+
 def test_facts(make_run):
     lines = [{"step": s, "reward": float(s), "reward_queries": 10 * s, "seconds": 2.0 * s} for s in range(1, 101)]
     run = read_run(make_run(lines=lines))

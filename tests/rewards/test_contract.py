@@ -70,9 +70,13 @@ def test_a_reward_that_takes_tensors_for_pil_pictures_is_told_of_the_decorator()
     def grey(images, prompts, metadata):
         return [np.asarray(picture.convert("L")).mean() for picture in images]
 
+    def wide(images, prompts, metadata):
+        return [picture.size[0] for picture in images]  # a tensor's size is a method
+
     images = torch.rand(2, 3, 4, 6)
-    with pytest.raises(RewardError, match="rlr_trainer.rewards.pil_reward"):
-        Rewards(grey)(images, PROMPTS, METADATA, differentiable=False)
+    for reward in (grey, wide):
+        with pytest.raises(RewardError, match="rlr_trainer.rewards.pil_reward"):
+            Rewards(reward)(images, PROMPTS, METADATA, differentiable=False)
     assert Rewards(pil_reward(grey)).names == ["grey"]
     total = Rewards(pil_reward(grey))(images, PROMPTS, METADATA, differentiable=False).total
     weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R 601, as PIL has it

@@ -254,7 +254,7 @@ def test_prompt_sources(make_trainer, pipeline, seven):
         RLRTrainer(config, seven, None, pipeline)
     with pytest.raises(ValueError, match="both are given"):
         RLRTrainer(config, seven, *PROMPTS, pipeline, train_dataset=[{"prompt": "a"}])
-    with pytest.raises(ValueError, match="sd_pipeline is None"):
+    with pytest.raises(ValueError, match="sd_pipeline is None: .* by name or as the fourth argument"):
         RLRTrainer(config, seven, *PROMPTS)
     with pytest.raises(TypeError, match="prompt_function='words'"):
         RLRTrainer(config, seven, "words", pipeline)

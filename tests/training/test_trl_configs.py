@@ -14,6 +14,7 @@ from trl_configs import FIELDS, alignprop_config, ddpo_config, make, trl_class
 from rlr_trainer import RLRConfig, RLRTrainer, digits
 from rlr_trainer.rewards.interface import RewardError, Rewards
 from rlr_trainer.rollouts.prompts import FunctionPrompts
+from rlr_trainer.training.option_names import SAME_MEANING
 from rlr_trainer.training.trl import configs
 
 PAGE = Path(__file__).parents[2] / "docs/trl_names.md"
@@ -371,5 +372,5 @@ def test_the_page_has_a_row_for_every_field():
         assert first, f"{name}: say what it becomes, or why it has none"
         assert first[1] is None or first[1] in options, name
         assert not text.startswith("the same name") or name in options, name
-    for name, option in configs.SAME_MEANING.items():
+    for name, option in SAME_MEANING.items():
         assert f"`{option}`" in rows[name] or (rows[name].startswith("the same name") and option == name), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from rlr_trainer.observing.hacking import WAYS_OUT, HackingSigns
 from rlr_trainer.observing.lines import CLOSING
 from rlr_trainer.observing.report.reading import Floats, Run, as_list
 from rlr_trainer.observing.report.series import Mean, ends, mean_of, window_size
+from rlr_trainer.persistence.descriptions import in_words
 
 CLEAR = 2.0  # standard errors that a change must exceed
 MANY_DROPPED = 0.05
@@ -97,6 +99,27 @@ def _pictures_of_rollout(run: Run) -> int | None:
     return math.prod(number for number in numbers if isinstance(number, int)) if all(isinstance(n, int) for n in numbers) else None
 
 
+def _of_other_tasks(run: Run) -> str:
+    """What resumptions changed of rewards and prompts, in words."""
+    told = []
+    for entry in filter(_is_object, as_list(run.info.get("resumed"))):
+        changed = entry["changed"] if _is_object(entry.get("changed")) else {}
+        for name in ("reward_functions", "prompts"):
+            before, after = (_described(value) for value in [*as_list(changed.get(name)), None, None][:2])
+            if before and after:
+                told.append(f"After update {entry.get('update')}: {after} in place of {before}.")
+    return " ".join(told)
+
+
+def _described(value: Any) -> str:
+    """The rewards or prompts of run.json."""
+    return ", ".join(in_words(one) for one in (value if isinstance(value, list) else [value]) if _is_object(one))
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def remarks_of(run: Run, facts: Facts) -> Iterator[tuple[str, str]]:
     """What deserves a look, the gravest first: a title, and what was seen with numbers and a proposal."""
     bad = {name: count for name, count in run.train.not_finite.items() if name in ("reward", "loss", "grad_norm", "kl")}
@@ -122,6 +145,8 @@ def remarks_of(run: Run, facts: Facts) -> Iterator[tuple[str, str]]:
         )
     for note in as_list(run.info.get("reward_notes")):
         yield "A reward's network in training mode", f"{note}."
+    if told := _of_other_tasks(run):
+        yield "Resumed with another reward or other prompts", f"{told} A curve before and after that is of two tasks."
     dead = DeadSignals(_pictures_of_rollout(run))
     if seen := _seen(run, dead):
         yield "Nothing to learn from", f"{seen} {dead.causes}"

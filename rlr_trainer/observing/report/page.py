@@ -167,6 +167,7 @@ def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
     own = {name for run in runs for name in run.info["options"]}
 
     def cell(run: Run, name: str) -> str:
+        """The recorded value; the default where an option that was not changed is not recorded."""
         recorded = run.info["options"] | run.info["changed"]
         absent = "default" if name not in own and run.info["changed"] else series.UNKNOWN
         return series.value_text(recorded[name]) if name in recorded else absent

@@ -66,6 +66,7 @@ class ClassifierScore(NeuralReward):
         return torch.tensor(numbers, device=self.parameter.device)
 
     def score(self, pixels: Tensor, conditions: Tensor | None) -> Tensor:
+        """What the classifier gives each picture's class, [B]; NaN for a picture without one (-1 in `conditions`)."""
         returned = self.model(pixels)
         logits = getattr(returned, "logits", returned)
         values = self.OUTPUTS[self.output](logits.to(torch.promote_types(logits.dtype, torch.float32)))

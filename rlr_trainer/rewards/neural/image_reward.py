@@ -60,6 +60,7 @@ class ImageRewardModel(nn.Module):
         self.head = ScoreHead(config.hidden_size)
 
     def forward(self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Scores [B], standardised by the reference's mean and deviation."""
         picture = self.vision(pixel_values=pixels).last_hidden_state
         read = self.text(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=picture)
         return (self.head(read.last_hidden_state[:, 0]) - SCORE_MEAN) / SCORE_STD

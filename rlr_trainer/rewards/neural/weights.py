@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 MESSAGE_LENGTH = 1000  # of torch's list of keys that do not fit
@@ -57,15 +59,9 @@ def companion(source: str | Path, given: str | Path | None, default: str, marker
 
 def read_state_dict(path: Path, reward: str) -> dict[str, Tensor]:
     """Tensors of a .safetensors file, or of a pickled one read with `weights_only=True`; on the CPU, out of a `state_dict` entry if any."""
-
-    def load() -> Any:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)  # a file that would run code is refused
-
-    content = _load("weights", path, reward, load)
+    # a pickled file that would run code is refused
+    read = load_file if path.suffix == ".safetensors" else functools.partial(torch.load, map_location="cpu", weights_only=True)
+    content = _load("weights", path, reward, lambda: read(path))
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):

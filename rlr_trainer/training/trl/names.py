@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from rlr_trainer.training.option_names import meant
-from rlr_trainer.training.trl.configs import CONVERTED, SAME_MEANING
+from rlr_trainer.training.option_names import CONVERTED, SAME_MEANING, meant
 
 P = ParamSpec("P")
 C = TypeVar("C", bound=type)
@@ -149,6 +148,7 @@ def explains_arguments(init: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(init)
     def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        """The constructor, after a look at the keywords."""
         unknown = {name: ARGUMENTS.get(name, "unknown") for name in kwargs if name not in known}
         if unknown:
             names = ", ".join(name for name in known if name != "self")
@@ -166,19 +166,24 @@ def explains_options(config_class: C) -> C:
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        renamed = {name: way for name, way in (SAME_MEANING | CONVERTED).items() if name in kwargs.keys() - known.keys()}
-        if renamed:
-            raise TypeError(
-                f"{config_class.__name__} has other options than TRL's DDPOConfig and AlignPropConfig: {_listed(renamed)}. A whole config of "
-                "TRL's is converted by RLRConfig.from_trl(config)"
-            )
-        if unknown := sorted(kwargs.keys() - known.keys()):
-            said = "; ".join(f"unknown option {name!r}; {meant(name, options)}" for name in unknown)
-            raise TypeError(f"{config_class.__name__}: {said}")
+        _check_option_names(config_class.__name__, kwargs.keys() - known.keys(), options)
         init(self, *args, **kwargs)
 
     setattr(config_class, "__init__", checked)  # noqa: B010  # a type checker forbids the plain assignment
     return config_class
+
+
+def _check_option_names(config_name: str, unknown: Collection[str], options: Sequence[str]) -> None:
+    """Refuses the `unknown` of the names that a config was given; says which of TRL's, or of its own `options`, was meant."""
+    renamed = {name: way for name, way in (SAME_MEANING | CONVERTED).items() if name in unknown}
+    if renamed:
+        raise TypeError(
+            f"{config_name} has other options than TRL's DDPOConfig and AlignPropConfig: {_listed(renamed)}. A whole config of TRL's is "
+            "converted by RLRConfig.from_trl(config)"
+        )
+    if unknown:
+        said = "; ".join(f"unknown option {name!r}; {meant(name, options)}" for name in sorted(unknown))
+        raise TypeError(f"{config_name}: {said}")
 
 
 def check_options(changed: Mapping[str, Any]) -> list[str]:
