@@ -14,12 +14,13 @@ class Method:
 
     Attributes:
         options: of `RLRConfig`.
-        flow_options: further ones on digits-flow, which samples with little noise at the end and none in the last step.
+        flow_options: further ones on the flow models, which sample with little noise at the end and none in the last step.
         trl: name of TRL's trainer, which runs in its place; on the Stable Diffusion model alone.
         needs_gradient: whether the reward must be differentiable.
         batch: pictures per update.
         flow_batch: on digits-flow, where it differs.
         tuned_as: the method whose learning rate this one takes; None if it has its own.
+        frames: of a video, drawn at random, that the reward is taken on in training; None: all.
     """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -29,6 +30,7 @@ class Method:
     batch: int = 16
     flow_batch: int | None = None
     tuned_as: str | None = None
+    frames: int | None = None
 
     def batch_on(self, model: str) -> int:
         """Pictures per update on a model."""
@@ -38,12 +40,13 @@ class Method:
 METHODS = {
     "trl_ddpo": Method(trl="DDPOTrainer"),
     "trl_alignprop": Method(trl="AlignPropTrainer", needs_gradient=True),
-    "ddpo": Method({"estimator": "ddpo"}),
+    "ddpo": Method({"estimator": "ddpo"}, {"silent_estimator": "none"}),
     # "keep" gives the same gradients bit for bit, without a second forward pass;
     # on digits-flow, seed 100: 323 queries to a judged 0.9 with 32 (1e-2), 435 (5e-3) and 893 (1e-2, it was left again) with 16
     "rlr_black_box": Method({"estimator": "rlr_black_box", "recompute": "keep"}, flow_batch=32),
     "rlr": Method({"estimator": "rlr", "recompute": "keep"}, {"fo_steps": 5, "noise_steps": 5}, needs_gradient=True),
     "draft": Method({"estimator": "draft"}, needs_gradient=True),
+    "vader": Method({"estimator": "draft"}, needs_gradient=True, frames=3),  # of video rewards: as VADER, on a random subset of frames
     "awm": Method({"estimator": "awm"}, batch=32),  # at 16 its tuning seed takes 1,135 queries (5e-3) or does not arrive (1e-2)
     "nft": Method({"estimator": "nft"}),
     "flow_grpo": Method({"estimator": "flow_grpo"}),

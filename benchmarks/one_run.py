@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import platform
@@ -25,9 +26,11 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.clip_tasks import CLIP_TASKS
 from benchmarks.methods import METHODS, Method
 from benchmarks.tasks import TASKS, Task, measure
 from rlr_trainer import digits
+from rlr_trainer.digits import moving
 
 STEPS, BATCH = 10, 16
 EVALUATION_SEED = 1_000_000  # far from the seeds that runs use
@@ -37,8 +40,8 @@ EVERY, SAMPLES, LAST_SAMPLES = 128, 128, 256  # pictures trained on between two 
 class Costs:
     """Counts what training costs, and draws its curve; what evaluation costs is left out."""
 
-    def __init__(self, task: Task, generate: Callable[[int], Tensor] | None = None) -> None:
-        self.task, self.generate = task, generate
+    def __init__(self, task: Task, generate: Callable[[int], Tensor] | None = None, frames: int | None = None) -> None:
+        self.task, self.generate, self.frames = task, generate, frames
         self.judged = task.reward()
         self.queries = self.forward = self.backward = 0
         self.rows: list[dict[str, float]] = []
@@ -47,7 +50,7 @@ class Costs:
 
     def reward(self, with_metadata: bool) -> Callable[..., Any]:
         """The task's reward, counted; TRL's trainers expect a pair."""
-        inner = self.task.reward()
+        inner = self.task.reward(self.frames) if self.frames else self.task.reward()
 
         def reward(images, prompts, metadata):
             self.queries += len(images)
@@ -63,8 +66,7 @@ class Costs:
         def hook(module, inputs, output):
             if self.paused:
                 return
-            output = output[0]
-            output = output if output.ndim == 4 else output[None]
+            output = output if isinstance(output, Tensor) else output[0]
             self.forward += len(output)
             if output.requires_grad:
                 output.register_hook(passed)
@@ -81,7 +83,8 @@ class Costs:
         images = self.generate(samples)
         costs = {"update": update, "queries": self.queries, "forward": self.forward, "backward": self.backward}
         costs |= {"cpu_seconds": round(seconds, 2), "samples": samples}
-        self.rows.append(costs | {name: round(value, 4) for name, value in measure(images, self.task, self.judged).items()})
+        measured = (self.task.measure or measure)(images, self.task, self.judged)
+        self.rows.append(costs | {name: round(value, 4) for name, value in measured.items()})
         self.paused = False
         self.evaluating += time.process_time() - began
 
@@ -97,7 +100,9 @@ def run_ours(model: str, task: Task, method: Method, learning_rate: float, seed:
 
     from rlr_trainer import RLRConfig, RLRTrainer
 
-    costs = Costs(task)
+    costs = Costs(task, frames=method.frames)
+    clips = model == "moving-digits"
+    prompt, size = (moving.moving_prompt(), moving.SIZE) if clips else (digits.PROMPT, {})
 
     class Curve(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -124,12 +129,13 @@ def run_ours(model: str, task: Task, method: Method, learning_rate: float, seed:
             use_cpu=True,
             disable_tqdm=True,
             **method.options,
-            **(method.flow_options if model == "digits-flow" else {}),
+            **(method.flow_options if model != "digits" else {}),
+            **size,
         )
         pipeline = digits.load_pipeline(model)
-        trainer = RLRTrainer(config, costs.reward(False), lambda: (digits.PROMPT, {}), pipeline, callbacks=[Curve()])
+        trainer = RLRTrainer(config, costs.reward(False), lambda: (prompt, {}), pipeline, callbacks=[Curve()])
         trainer.remove_callback(PrinterCallback)
-        costs.generate = lambda samples: trainer.generate([digits.PROMPT] * samples, seed=EVALUATION_SEED)
+        costs.generate = lambda samples: trainer.generate([prompt] * samples, seed=EVALUATION_SEED)
         costs.watch(trainer.adapter.denoiser)
         costs.start()
         trainer.train()
@@ -139,7 +145,7 @@ def run_ours(model: str, task: Task, method: Method, learning_rate: float, seed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(digits.MODELS), default="digits")
-    parser.add_argument("--task", choices=list(TASKS), default="digit")
+    parser.add_argument("--task", choices=[*TASKS, *CLIP_TASKS], default="digit")
     parser.add_argument("--method", choices=list(METHODS), required=True)
     parser.add_argument("--learning_rate", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -150,11 +156,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    method, task = METHODS[options.method], TASKS[options.task]
+    method, task = METHODS[options.method], (TASKS | CLIP_TASKS)[options.task]
+    if (options.task in CLIP_TASKS) != (options.model == "moving-digits"):
+        raise SystemExit(f"--task {options.task} --model {options.model}: {', '.join(CLIP_TASKS)} are the tasks of moving-digits")
     settings = (options.learning_rate, options.seed, options.updates, options.batch)
     with contextlib.redirect_stdout(io.StringIO()):
         if method.trl is None:
-            own = Method(method.options | options.options, method.flow_options)
+            own = dataclasses.replace(method, options=method.options | options.options)
             costs = run_ours(options.model, task, own, *settings)
         else:
             if options.model != "digits" or options.options:

@@ -25,14 +25,18 @@ class Task:
     """One reward.
 
     Attributes:
-        reward: makes the reward function.
+        reward: makes the reward function; that of a video, if a number of frames is passed, scores so many drawn at random.
         differentiable: whether methods that need the reward's gradient may take part.
         target: the digit that the pictures should show; None if any digit will do.
+        direction: in which it should move; None on pictures, and if any will do.
+        measure: (pictures or videos, task, reward) -> numbers; None: `measure`.
     """
 
-    reward: Callable[[], Reward]
+    reward: Callable[..., Reward]
     differentiable: bool
     target: int | None = None
+    direction: str | None = None
+    measure: Callable[[Tensor, Task, Reward], dict[str, float]] | None = None
 
 
 def black_box_ink(images: Tensor, prompts: tuple[str, ...], metadata: tuple[Any, ...]) -> Tensor:
