@@ -5,7 +5,7 @@
 
 A method's learning rate on a model is chosen from the grid of `benchmarks/methods.py` on the digit task, with a seed that is not
 reported: the fewest reward queries to the judged score (`analysis.best_rate`). All tasks and reported seeds run at that rate. It can be
-interrupted at any time.
+interrupted at any time. The runs of clips have no choice of a rate.
 """
 
 from __future__ import annotations
@@ -82,6 +82,23 @@ ALSO += [Run("digits", "compressibility", method, 5e-3, seed, batch=16) for meth
 # Whether a score that was reached is kept.
 ALSO += [Run("digits", TUNING_TASK, "rlr_black_box", rate, 0, batch=16, queries=LONG) for rate in (5e-3, 1e-2)]
 ALSO += [Run("digits", TUNING_TASK, "nft", 1e-2, 0, batch=16, queries=LONG)]
+# What docs/paper_table.md needs beside them: the paper's rows on further rewards, ...
+PAPER = ("rlr_paper", "rlr_paper_without_zo", "rlr_paper_without_ho")
+ALSO += [Run("digits", "ink", method, 5e-3, seed, batch=16) for method in ("rlr", *PAPER) for seed in range(3)]
+ALSO += [Run("digits", "ink_black_box", "rlr_black_box", 5e-3, seed, batch=16) for seed in range(3)]
+ALSO += [Run("digits", "digit_and_ink", method, 5e-3, seed, batch=16) for method in ("draft", *PAPER) for seed in range(3)]
+ALSO += [Run("digits", "digit_and_ink", "trl_alignprop", 1e-2, seed, batch=16) for seed in range(3)]
+# ... and clips, whose updates take several times as long.
+CLIP_RATE, CLIP_QUERIES = 5e-3, 768
+CLIP_METHODS = ("rlr", "rlr_black_box", "ddpo", "draft", "vader", *PAPER)
+ALSO += [
+    Run("moving-digits", "digit_and_direction", method, CLIP_RATE, s, 16, CLIP_QUERIES) for s in range(3) for method in CLIP_METHODS
+]
+ALSO += [
+    Run("moving-digits", "frames_ink", method, CLIP_RATE, seed, 16, CLIP_QUERIES // 2)
+    for seed in range(3)
+    for method in CLIP_METHODS
+]
 
 
 def runs_left() -> tuple[list[Run], int]:

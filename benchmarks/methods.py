@@ -46,7 +46,8 @@ METHODS = {
     "rlr_black_box": Method({"estimator": "rlr_black_box", "recompute": "keep"}, flow_batch=32),
     "rlr": Method({"estimator": "rlr", "recompute": "keep"}, {"fo_steps": 5, "noise_steps": 5}, needs_gradient=True),
     "draft": Method({"estimator": "draft"}, needs_gradient=True),
-    "vader": Method({"estimator": "draft"}, needs_gradient=True, frames=3),  # of video rewards: as VADER, on a random subset of frames
+    # of clips: as VADER, on a random subset of frames
+    "vader": Method({"estimator": "draft"}, needs_gradient=True, frames=3),
     "awm": Method({"estimator": "awm"}, batch=32),  # at 16 its tuning seed takes 1,135 queries (5e-3) or does not arrive (1e-2)
     "nft": Method({"estimator": "nft"}),
     "flow_grpo": Method({"estimator": "flow_grpo"}),

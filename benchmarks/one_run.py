@@ -35,6 +35,7 @@ from rlr_trainer.digits import moving
 STEPS, BATCH = 10, 16
 EVALUATION_SEED = 1_000_000  # far from the seeds that runs use
 EVERY, SAMPLES, LAST_SAMPLES = 128, 128, 256  # pictures trained on between two evaluations; pictures of an evaluation
+EVERY_CLIPS = 256  # clips, which cost several pictures; their evaluations are of half the sizes
 
 
 class Costs:
@@ -42,6 +43,7 @@ class Costs:
 
     def __init__(self, task: Task, generate: Callable[[int], Tensor] | None = None, frames: int | None = None) -> None:
         self.task, self.generate, self.frames = task, generate, frames
+        self.clips = task.measure is not None
         self.judged = task.reward()
         self.queries = self.forward = self.backward = 0
         self.rows: list[dict[str, float]] = []
@@ -80,6 +82,7 @@ class Costs:
         began = time.process_time()
         seconds = began - self.started - self.evaluating
         self.paused = True
+        samples //= 1 + self.clips
         images = self.generate(samples)
         costs = {"update": update, "queries": self.queries, "forward": self.forward, "backward": self.backward}
         costs |= {"cpu_seconds": round(seconds, 2), "samples": samples}
@@ -89,7 +92,7 @@ class Costs:
         self.evaluating += time.process_time() - began
 
     def after_update(self, update: int, updates: int, batch: int) -> None:
-        if update * batch % EVERY == 0 or update == updates:
+        if update * batch % (EVERY_CLIPS if self.clips else EVERY) == 0 or update == updates:
             self.evaluate(update, SAMPLES)
         if update == updates:
             self.evaluate(update, LAST_SAMPLES)
