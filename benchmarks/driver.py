@@ -89,7 +89,7 @@ ALSO += [Run("digits", "ink_black_box", "rlr_black_box", 5e-3, seed, batch=16) f
 ALSO += [Run("digits", "digit_and_ink", method, 5e-3, seed, batch=16) for method in ("draft", *PAPER) for seed in range(3)]
 ALSO += [Run("digits", "digit_and_ink", "trl_alignprop", 1e-2, seed, batch=16) for seed in range(3)]
 # ... and clips, whose updates take several times as long.
-CLIP_RATE, CLIP_QUERIES = 5e-3, 768
+CLIP_RATE, CLIP_QUERIES = 5e-3, 512
 CLIP_METHODS = ("rlr", "rlr_black_box", "ddpo", "draft", "vader", *PAPER)
 ALSO += [
     Run("moving-digits", "digit_and_direction", method, CLIP_RATE, s, 16, CLIP_QUERIES) for s in range(3) for method in CLIP_METHODS

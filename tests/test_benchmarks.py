@@ -1,9 +1,14 @@
-"""The benchmark's pure functions: costs to a score, and the choice of a learning rate."""
+"""The benchmark's pure functions: costs to a score, the choice of a learning rate, tables; and its tasks of clips."""
+
+import json
 
 import pytest
+import torch
 
-from benchmarks import quick
+from benchmarks import paper_table, quick
 from benchmarks.analysis import best_rate, cost, cost_to, mean_and_error
+from benchmarks.clip_tasks import CLIP_TASKS, measure_clips
+from benchmarks.driver import TUNING_SEED
 
 
 def curve(*scores, by="judge"):
@@ -60,3 +65,58 @@ def test_the_small_comparison_finds_a_method_that_is_not_ahead():
 def test_small_comparison():
     curves = quick.compare()
     assert quick.violations(curves) == []
+
+
+# ------------------------------------------------------------------------------------------------- the paper's table
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results with two seeds of one method on two tasks, a tuning seed, and a run at another rate."""
+    monkeypatch.setattr(paper_table, "RESULTS", tmp_path)
+
+    def write(task, method, seed, rate, start, end):
+        row = dict.fromkeys(("reward", "judge", "frechet"), 0.0)
+        path = tmp_path / "digits" / task / method / f"batch16-lr{rate:g}-seed{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [row | {"reward": start}, row | {"reward": end}]
+        path.write_text(json.dumps({"seed": seed, "learning_rate": rate, "batch": 16, "curve": rows}))
+
+    for seed, end in ((0, 0.25), (1, 0.75), (TUNING_SEED, 9.0)):
+        write("digit", "rlr", seed, 5e-3, 0.125, end)
+    write("digit", "rlr", 2, 1e-2, 0.125, 9.0)
+    write("ink_black_box", "rlr_black_box", 0, 5e-3, 0.3125, 0.5)
+
+
+def test_the_papers_table_has_the_ends_of_reported_runs_at_the_tables_rate(results):
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in paper_table.table("digits")}
+    titles = rows[""]
+    reward, ink = titles.index("digit: reward"), titles.index("ink: reward")
+    assert (rows["base"][reward], rows["base"][ink]) == ("0.125", "0.312")
+    assert rows["our default with the reward's gradient"][1:3] == ["2/0/0", "0.5 ± 0.2"]
+    assert rows["our default for black boxes"][ink] == "0.5"  # from the task without a gradient
+    assert rows["DRaFT-1"][1] == "0/0/0" and rows["DRaFT-1"][reward] == ""
+
+
+def test_clips_are_measured_by_the_judge_and_by_their_motion():
+    task = CLIP_TASKS["digit_and_direction"]
+    square = torch.zeros(2, 9, 3, 32, 32)
+    for frame in range(9):
+        square[0, frame, :, 12:20, 4 + frame : 12 + frame] = 1  # one moves to the right, the other stands
+        square[1, frame, :, 12:20, 12:20] = 1
+    numbers = measure_clips(square, task, task.reward())
+    moved, stood = (measure_clips(square[[i, i]], task, task.reward()) for i in (0, 1))
+    assert moved["motion"] == pytest.approx(2 * 8 / 1024) and stood["motion"] == 0 and stood["diversity"] == 0
+    assert moved["direction"] > 0.9 > 0.6 > stood["direction"]
+    for name in ("reward", "judge", "direction", "motion"):
+        assert numbers[name] == pytest.approx((moved[name] + stood[name]) / 2, abs=1e-6)
+
+
+def test_vader_scores_random_frames_and_the_judged_reward_all():
+    for task in CLIP_TASKS.values():
+        clips = torch.rand(2, 9, 3, 32, 32, requires_grad=True)
+        every, some = task.reward(), task.reward(3)
+        prompts, metadata = ("a handwritten digit moving",) * 2, ({},) * 2
+        assert torch.equal(every(clips, prompts, metadata), every(clips, prompts, metadata))
+        drawn = torch.stack([some(clips, prompts, metadata) for _ in range(8)])
+        assert len(drawn.unique(dim=0)) > 1

@@ -30,12 +30,12 @@ FLOW_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def demo_config(**options: Any) -> RLRConfig:
+def demo_config(batch_size: int = BATCH_SIZE, **options: Any) -> RLRConfig:
     """The demo's settings, and `options` of `RLRConfig`; docs/demo.md records what was tried."""
     return RLRConfig(
         sample_num_steps=10,
         sample_guidance_scale=1.0,
-        per_device_train_batch_size=BATCH_SIZE,
+        per_device_train_batch_size=batch_size,
         learning_rate=5e-3,
         lora_r=4,
         save_strategy="no",
@@ -58,7 +58,8 @@ def _demo(options: argparse.Namespace) -> None:
     estimator = options.estimator or ("rlr_black_box" if options.reward == "compressibility" else "rlr")
     common = {name: getattr(options, name) for name in ("output_dir", "overwrite", "max_steps", "seed")} | subject.size
     own = {} if options.model == "digits" else FLOW_OPTIONS.get(estimator, {})
-    config = demo_config(estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common, **own)
+    batch_size = BATCH_SIZE // subject.divisor
+    config = demo_config(batch_size, estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common, **own)
     trainer = RLRTrainer(config, subject.reward, lambda: (subject.prompt, {}), digits.load_pipeline(options.model))
     folder = free_folder(Path(options.output_dir), options.overwrite, trained_before=False, may_number=False)
     trainer.parts.collector.probe(trainer.parts.policy)  # in place of check_reward: a refusal should cost no pictures
@@ -88,7 +89,7 @@ def _demo(options: argparse.Namespace) -> None:
     scores = {subject.labels[name]: (summary[f"{name}_before"], summary[f"{name}_after"]) for name in known}
     write_model_card(trainer, folder, scores=scores)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    _plot_reward(trainer.state.log_history, summary, subject, len(prompts), folder / "reward.png")
+    _plot_reward(trainer.state.log_history, summary, subject, len(prompts), batch_size, folder / "reward.png")
     texts = [f"{when}\n" + ", ".join(f"{name} {values[name]:.4g}" for name in known) for when, values in numbers.items()]
     shown = subject.show({"before": before, "after": after}, texts, folder)
     print(f"\n{estimator}, {summary['updates']} updates, {summary['reward_queries']} pictures scored")
@@ -99,7 +100,7 @@ def _demo(options: argparse.Namespace) -> None:
     print(f"written to {folder}: summary.json, metrics.jsonl, reward.png, {', '.join(shown)}, LoRA weights")
 
 
-def _plot_reward(history: list[dict[str, Any]], summary: dict[str, Any], subject: Subject, samples: int, path: Path) -> None:
+def _plot_reward(history: list[dict[str, Any]], summary: dict[str, Any], subject: Subject, samples: int, batch_size: int, path: Path) -> None:
     """Mean reward of every rollout against updates, with the evaluation before and after."""
     rows = [row for row in history if "reward" in row]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -112,7 +113,7 @@ def _plot_reward(history: list[dict[str, Any]], summary: dict[str, Any], subject
             label = f"{subject.labels[name]}, {samples} evaluation samples, fixed seeds"
             axes.plot((0, summary["updates"]), ends, marker, mfc="none", label=label)
     title = f"{summary['estimator']}: {summary['reward_queries']} pictures scored in {summary['seconds']:.0f} s"
-    axes.set(xlabel=f"update (batch {BATCH_SIZE})", ylabel=f"reward: {summary['reward']}", title=title)
+    axes.set(xlabel=f"update (batch {batch_size})", ylabel=f"reward: {summary['reward']}", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

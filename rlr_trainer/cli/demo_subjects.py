@@ -37,7 +37,7 @@ class Subject:
         labels: of each number, in words: "reward", and those of `judge`.
         judge: samples [N, ...] -> numbers, without the reward; None where the reward asks for no digit.
         show: writes pictures of the samples before and after, with texts, to a folder, and returns the files' names.
-        divisor: of the number of samples that are evaluated.
+        divisor: of the numbers of samples of an update and of an evaluation.
         size: options of `RLRConfig`.
     """
 

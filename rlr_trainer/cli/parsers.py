@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-from pathlib import Path
 from typing import Any
 
 from rlr_trainer import __version__
-
-WEIGHTS_OF_CLIPS = Path(__file__).parents[1] / "digits" / "weights_moving"  # without them moving-digits is not offered
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,12 +65,11 @@ def _add_demo(commands: Any) -> None:
     short = "fine-tune a bundled digits model"
     description = "Fine-tunes a bundled digits model on a reward, pictures in about a minute, and judges the result."
     add = commands.add_parser("demo", help=short, description=description).add_argument
-    moving = WEIGHTS_OF_CLIPS.is_dir()
-    kinds = "Stable Diffusion 1; for flow, Stable Diffusion 3" + "; for clips, Wan" * moving
-    add("--model", default="digits", choices=("digits", "digits-flow", *["moving-digits"] * moving), help=kinds)
+    kinds = "Stable Diffusion 1, Stable Diffusion 3, or for clips Wan"
+    add("--model", default="digits", choices=("digits", "digits-flow", "moving-digits"), help=kinds)
     add("--target", type=int, default=7, choices=range(10), help="digit that the digit reward asks for")
     direction = "in which the digit of moving-digits shall move; right, if it is not given"
-    add("--direction", choices=("left", "right", "up", "down"), help=direction if moving else argparse.SUPPRESS)
+    add("--direction", choices=("left", "right", "up", "down"), help=direction)
     add(
         "--reward",
         default="digit",
@@ -81,7 +77,7 @@ def _add_demo(commands: Any) -> None:
         help="a classifier's probability of the target, mean brightness, or the size as a JPEG file, which is a black box",
     )
     add("--estimator", help="preset plan; otherwise rlr, or rlr_black_box for the black box")
-    add("--max_steps", type=int, default=40, help="updates, of 32 samples each")
+    add("--max_steps", type=int, default=40, help="updates, of 32 pictures or 16 clips each")
     add("--output_dir", default="runs/demo", help="folder for the run's files")
     add("--seed", type=int, default=0, help="seed of the run; those of the evaluation are fixed")
     add("--overwrite", action="store_true", help="allow an output_dir that holds another run")
@@ -96,7 +92,7 @@ def _add_sample(commands: Any) -> None:
     )
     sample = commands.add_parser("sample", help=short, description=description)
     add = sample.add_argument
-    add("--model", required=True, help="digits, digits-flow, a pipeline's folder, or a hub id")
+    add("--model", required=True, help="digits, digits-flow, moving-digits, a pipeline's folder, or a hub id")
     add("--lora", help="LoRA weights: a run's folder, one of its checkpoints, or a hub id")
     add("--prompts", required=True, nargs="+", help="prompts, or a file of them (.txt, .json, .jsonl, .csv, .parquet)")
     add("--num_images", type=int, default=1, help="pictures of each prompt")

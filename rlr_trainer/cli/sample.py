@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlr_trainer.cli.settings import load_model, load_prompts, load_reward
+from rlr_trainer.cli.settings import load_model, load_prompts, load_reward, options_of_model
 from rlr_trainer.digits.rewards import ink
 from rlr_trainer.observing.clips import gif_bytes
 from rlr_trainer.observing.pictures import captions, clip_grid, picture_grid, write_pictures
@@ -87,12 +87,13 @@ def _sample_and_write(options: argparse.Namespace, rows: list[PromptRow], folder
 def _trainer(options: argparse.Namespace) -> RLRTrainer:
     """A trainer that trains nothing, for its `generate` and its rewards.
 
-    The options of the chain are the command's, or those that the weights were trained with, or the usual ones.
+    The options of the chain are the command's, or those that the weights were trained with, or those that `train` takes for the model.
     """
     records = (Path(folder) / "rlr_config.json" for folder in (options.lora, options.model) if folder is not None)
     record = next((path for path in records if path.is_file()), None)
     trained = {} if record is None else json.loads(record.read_text(encoding="utf-8"))
-    settings = {name: trained[name] for name in (*SAMPLING, "prompt_scales") if name in trained}
+    settings = {name: value for name, value in options_of_model(options.model, ()).items() if name in SAMPLING}
+    settings |= {name: trained[name] for name in (*SAMPLING, "prompt_scales") if name in trained}
     settings |= {name: value for name, value in vars(options).items() if name in SAMPLING}
     config = RLRConfig(
         output_dir=options.output_dir,

@@ -22,7 +22,9 @@ from trl import TrlParser
 from rlr_trainer import digits, rewards
 from rlr_trainer.cli.keys import SettingsError, unknown_key
 from rlr_trainer.cli.video_rewards import NAMES, load_video_reward
-from rlr_trainer.digits.rewards import digit_reward, ink
+from rlr_trainer.digits import moving
+from rlr_trainer.digits.moving_classifiers import DIRECTIONS
+from rlr_trainer.digits.rewards import digit_reward, ink, moving_digit_reward
 from rlr_trainer.observing.progress import announce
 from rlr_trainer.rewards.neural import named
 from rlr_trainer.rollouts.prompt_sets import PROMPT_SETS, prompt_set
@@ -65,7 +67,7 @@ class RunArguments:
         SettingsError: a key that a run needs is missing.
     """
 
-    model: str | None = _key("Folder or hub id of a diffusers pipeline; digits and digits-flow are the bundled ones.")
+    model: str | None = _key("Folder or hub id of a diffusers pipeline; digits, digits-flow and moving-digits are the bundled ones.")
     reward: list[str] | None = _key("Name, URL of a reward server, or package.module:function; or several.")
     # of such a union TRL's parser takes the second type: a list and a mapping come from the file alone
     prompts: dict[str, str] | str | list[str] | None = _key(
@@ -178,7 +180,8 @@ def help_on_keys() -> str:
 
 def options_of_model(model: str | None, given: Collection[str]) -> dict[str, Any]:
     """The options that suit a bundled model and that a run does not give; none for any other model."""
-    own = digits.OPTIONS if model in digits.MODELS else {}
+    own: dict[str, Any] = digits.OPTIONS if model in digits.MODELS else {}
+    own = own | moving.SIZE if model == "moving-digits" else own
     return {name: value for name, value in own.items() if name not in given}
 
 
@@ -223,7 +226,7 @@ def build_trainer(
 
 
 def load_model(name: str | None) -> Any:
-    """The pipeline: a bundled one ("digits", "digits-flow"), or what the trainer loads itself (a path or a hub id).
+    """The pipeline: a bundled one (of `digits.MODELS`), or what the trainer loads itself (a path or a hub id).
 
     Raises:
         ValueError: neither a bundled model nor a folder, and no hub id.
@@ -236,7 +239,7 @@ def load_model(name: str | None) -> Any:
 
 
 def load_reward(name: str) -> Callable[..., Any]:
-    """A reward: a name of `REWARDS`, "digit:7", a name of `rewards.neural.named` ("pickscore", "classifier:SOURCE:CLASS"), one of
+    """A reward: a name of `REWARDS`, "digit:7", "moving_digit:7:right", a name of `rewards.neural.named` ("pickscore", "classifier:SOURCE:CLASS"), one of
     `video_rewards` ("frames:8:pickscore"), the URL of a reward server, or `package.module:function`.
 
     Raises:
@@ -252,8 +255,10 @@ def load_reward(name: str) -> Callable[..., Any]:
         return rewards.RemoteReward(name)
     if re.fullmatch("digit:[0-9]", name):
         return digit_reward(int(name[-1]))
+    if found := re.fullmatch(f"moving_digit:([0-9]):({'|'.join(DIRECTIONS)})", name):
+        return moving_digit_reward(int(found[1]), found[2])
     if not _FUNCTION.fullmatch(name):
-        known = ", ".join([*REWARDS, "digit:0 to digit:9", *named.NEURAL, f"{named.CLASSIFIER}:SOURCE:CLASS", *NAMES])
+        known = ", ".join([*REWARDS, "digit:0 to digit:9", "moving_digit:7:right", *named.NEURAL, f"{named.CLASSIFIER}:SOURCE:CLASS", *NAMES])
         raise ValueError(f"reward={name!r}: must be {known}, the URL of a reward server, or package.module:function")
     return load_function(name, "reward")
 

@@ -1,6 +1,7 @@
-"""The bundled models: two small pipelines that write digits, and two classifiers that read them.
+"""The bundled models: small pipelines that write digits, and classifiers that read them.
 
-"digits" is a Stable Diffusion 1 pipeline, "digits-flow" its flow-matching twin, a Stable Diffusion 3 pipeline.
+"digits" is a Stable Diffusion 1 pipeline, "digits-flow" its flow-matching twin, a Stable Diffusion 3 pipeline, and "moving-digits" a
+text-to-video pipeline, a Wan, of which `rlr_trainer.digits.moving` has the rest.
 Everything here was trained from nothing by the programs in `examples/digits` on the 1,797 digit pictures that
 scikit-learn ships; each folder of weights has a model card `README.md` with the measured quality. Nothing is downloaded.
 """
@@ -36,10 +37,11 @@ __all__ = [
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPT = "a handwritten digit"
 WEIGHTS = Path(__file__).parent / "weights"
-MODELS = {"digits": WEIGHTS, "digits-flow": Path(__file__).parent / "weights_flow"}
-MOVING_WEIGHTS = Path(__file__).parent / "weights_moving"
-if MOVING_WEIGHTS.is_dir():  # until they have been trained, nobody is offered the model
-    MODELS["moving-digits"] = MOVING_WEIGHTS
+MODELS = {
+    "digits": WEIGHTS,
+    "digits-flow": WEIGHTS.with_name("weights_flow"),
+    "moving-digits": WEIGHTS.with_name("weights_moving"),
+}
 
 # Options of `RLRConfig` with which these models learn within minutes; RLRConfig's own defaults are for large models. The command line takes
 # them where a run gives no others. docs/benchmarks.md has what was tried: at 1e-2 single runs lose what they learned.
@@ -59,11 +61,11 @@ def class_prompt(digit: int) -> str:
 
 
 def load_pipeline(model: str | Path = "digits") -> "DiffusionPipeline":
-    """A bundled text-to-image pipeline: 32 x 32 pixels, float32, on the CPU, progress bar off, no safety checker.
+    """A bundled pipeline: 32 x 32 pixels, float32, on the CPU, progress bar off, no safety checker.
 
     Args:
         model: A name of `MODELS`: "digits" is a `StableDiffusionPipeline`, "digits-flow" a `StableDiffusion3Pipeline`
-            without T5. Or a folder of weights as the programs in `examples/digits` write it.
+            without T5, "moving-digits" a `WanPipeline`. Or a folder of weights as the programs in `examples/digits` write it.
 
     Raises:
         ValueError: There is no such model and no such folder.
@@ -197,7 +199,7 @@ def _weights_of(directory: str | Path, name: str) -> Iterator[Path]:
     try:
         yield Path(directory) / name
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        programs = {MODELS["digits-flow"]: "pretrain_flow.py", MOVING_WEIGHTS: "pretrain_moving.py"}
+        programs = {MODELS["digits-flow"]: "pretrain_flow.py", MODELS["moving-digits"]: "pretrain_moving.py"}
         program = programs.get(Path(directory), "pretrain.py")
         raise RuntimeError(
             f"the digits weights {Path(directory) / name} are missing or damaged ({error}); reinstall rlr_trainer, or make them "

@@ -102,7 +102,7 @@ def test_training_does_not_add_256_zero_rows_to_the_prompt(pipeline):
 
 @pytest.mark.parametrize("model", ["digits-flaw", "no/such/folder"])
 def test_unknown_model_is_an_error(model):
-    with pytest.raises(ValueError, match="must be one of digits, digits-flow, or a folder of weights"):
+    with pytest.raises(ValueError, match="must be one of digits, digits-flow, moving-digits, or a folder of weights"):
         digits.load_pipeline(model)
 
 
