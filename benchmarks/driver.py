@@ -84,9 +84,9 @@ ALSO += [Run("digits", TUNING_TASK, "rlr_black_box", rate, 0, batch=16, queries=
 ALSO += [Run("digits", TUNING_TASK, "nft", 1e-2, 0, batch=16, queries=LONG)]
 # What docs/paper_table.md needs beside them: the paper's rows on further rewards, ...
 PAPER = ("rlr_paper", "rlr_paper_without_zo", "rlr_paper_without_ho")
-ALSO += [Run("digits", "ink", method, 5e-3, seed, batch=16) for method in ("rlr", *PAPER) for seed in range(3)]
+ALSO += [Run("digits", "ink", method, 5e-3, seed, batch=16) for seed in range(3) for method in ("rlr", *PAPER)]
 ALSO += [Run("digits", "ink_black_box", "rlr_black_box", 5e-3, seed, batch=16) for seed in range(3)]
-ALSO += [Run("digits", "digit_and_ink", method, 5e-3, seed, batch=16) for method in ("draft", *PAPER) for seed in range(3)]
+ALSO += [Run("digits", "digit_and_ink", method, 5e-3, seed, batch=16) for seed in range(3) for method in ("draft", *PAPER)]
 ALSO += [Run("digits", "digit_and_ink", "trl_alignprop", 1e-2, seed, batch=16) for seed in range(3)]
 # ... and clips, whose updates take several times as long.
 CLIP_RATE, CLIP_QUERIES = 5e-3, 512

@@ -100,7 +100,9 @@ def _demo(options: argparse.Namespace) -> None:
     print(f"written to {folder}: summary.json, metrics.jsonl, reward.png, {', '.join(shown)}, LoRA weights")
 
 
-def _plot_reward(history: list[dict[str, Any]], summary: dict[str, Any], subject: Subject, samples: int, batch_size: int, path: Path) -> None:
+def _plot_reward(
+    history: list[dict[str, Any]], summary: dict[str, Any], subject: Subject, samples: int, batch_size: int, path: Path
+) -> None:
     """Mean reward of every rollout against updates, with the evaluation before and after."""
     rows = [row for row in history if "reward" in row]
     figure = Figure(figsize=(7, 4.2), layout="constrained")

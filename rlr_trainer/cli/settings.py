@@ -67,7 +67,9 @@ class RunArguments:
         SettingsError: a key that a run needs is missing.
     """
 
-    model: str | None = _key("Folder or hub id of a diffusers pipeline; digits, digits-flow and moving-digits are the bundled ones.")
+    model: str | None = _key(
+        "Folder or hub id of a diffusers pipeline; digits, digits-flow and moving-digits are the bundled ones."
+    )
     reward: list[str] | None = _key("Name, URL of a reward server, or package.module:function; or several.")
     # of such a union TRL's parser takes the second type: a list and a mapping come from the file alone
     prompts: dict[str, str] | str | list[str] | None = _key(
@@ -239,8 +241,8 @@ def load_model(name: str | None) -> Any:
 
 
 def load_reward(name: str) -> Callable[..., Any]:
-    """A reward: a name of `REWARDS`, "digit:7", "moving_digit:7:right", a name of `rewards.neural.named` ("pickscore", "classifier:SOURCE:CLASS"), one of
-    `video_rewards` ("frames:8:pickscore"), the URL of a reward server, or `package.module:function`.
+    """A reward: a name of `REWARDS`, "digit:7", "moving_digit:7:right", a name of `rewards.neural.named` ("pickscore",
+    "classifier:SOURCE:CLASS"), one of `video_rewards` ("frames:8:pickscore"), the URL of a reward server, or `package.module:function`.
 
     Raises:
         ValueError: no such name, module or function; or (`WeightsError`) weights that are missing or damaged.
@@ -258,7 +260,9 @@ def load_reward(name: str) -> Callable[..., Any]:
     if found := re.fullmatch(f"moving_digit:([0-9]):({'|'.join(DIRECTIONS)})", name):
         return moving_digit_reward(int(found[1]), found[2])
     if not _FUNCTION.fullmatch(name):
-        known = ", ".join([*REWARDS, "digit:0 to digit:9", "moving_digit:7:right", *named.NEURAL, f"{named.CLASSIFIER}:SOURCE:CLASS", *NAMES])
+        known = ", ".join(
+            [*REWARDS, "digit:0 to digit:9", "moving_digit:7:right", *named.NEURAL, f"{named.CLASSIFIER}:SOURCE:CLASS", *NAMES]
+        )
         raise ValueError(f"reward={name!r}: must be {known}, the URL of a reward server, or package.module:function")
     return load_function(name, "reward")
 

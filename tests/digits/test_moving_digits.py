@@ -1,15 +1,17 @@
-"""moving-digits: its clips, prompts, classifiers and training program, with random weights; and the demo on them."""
+"""moving-digits: its clips, prompts, classifiers and training program with random weights; the bundled weights; and the demo."""
 
 import argparse
 import importlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from bundled_files import assert_small_and_anonymous
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -22,6 +24,8 @@ from rlr_trainer.pipelines import adapt
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "digits"
+WEIGHTS = digits.MODELS["moving-digits"]
+WEIGHT_LIMIT = 8_000_000
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +280,61 @@ def test_numbers_of_rows(program):
     assert (counts == 16).float().mean() == pytest.approx(0.5, abs=0.03) and (counts == 512).float().mean() == pytest.approx(
         0.25, abs=0.03
     )
+
+
+# ------------------------------------------------------------------------------------------------- the bundled weights
+
+
+def test_bundled_files_are_small_and_anonymous():
+    assert_small_and_anonymous(WEIGHTS, WEIGHT_LIMIT)
+
+
+def test_the_model_card_is_that_of_quality_json(program, tmp_path):
+    quality = json.loads((WEIGHTS / "quality.json").read_text())
+    program.write_card(tmp_path, quality)
+    assert (tmp_path / "README.md").read_text() == (WEIGHTS / "README.md").read_text()
+    own = program.Settings()
+    assert quality["settings"] | {"threads": own.threads} == asdict(own)  # made by the program as it stands
+
+
+@pytest.mark.parametrize("name", MOVING_CLASSIFIERS)
+def test_bundled_classifiers_read_held_out_clips(program, name):
+    pytest.importorskip("sklearn")
+    clips = program.held_out_clips(program.load_data(), seed=7)  # other paths than those of quality.json
+    with torch.no_grad():
+        of_digits, of_directions = moving.read_clips(moving.load_moving_classifier(name), clips.videos)
+    assert (of_digits.argmax(-1) == clips.labels).float().mean() >= 0.95
+    assert (of_directions.argmax(-1) == clips.directions).float().mean() >= 0.95
+
+
+def test_the_judge_is_undecided_about_clips_that_stand(program):
+    pytest.importorskip("sklearn")
+    videos = program.held_out_clips(program.load_data(), seed=7).videos[:200, :1].expand(-1, moving.NUM_FRAMES, -1, -1, -1)
+    with torch.no_grad():
+        of_directions = moving.read_clips(moving.load_moving_classifier("judge"), videos)[1]
+    assert of_directions.amax(-1).mean() < 0.5
+
+
+@pytest.mark.medium
+def test_bundled_pipeline_draws_what_prompts_name(program):
+    prompts, labels, directions = program.every_prompt(80)
+    videos = program.sample(digits.load_pipeline("moving-digits"), prompts, program.Mode(), seed=12345)
+    judge = moving.load_moving_classifier("judge")
+    with torch.no_grad():
+        of_digits, of_directions = moving.read_clips(judge, videos)
+    assert (of_directions.argmax(-1) == directions).float().mean() >= 0.95
+    assert (of_digits.argmax(-1) == labels).float().mean() >= 0.75
+    assert moving.one_digit_share(judge, videos).mean() >= 0.85
+
+
+@pytest.mark.slow
+def test_bundled_pipeline_learns_a_digit_and_a_direction(tmp_path):
+    """The demo, at less than half of its length: both judged probabilities are below 0.3 before."""
+    demo.demo(demo_options(tmp_path / "out", max_steps=24))
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["judge_before"] < 0.3 > summary["judge_direction_before"]
+    assert summary["judge_after"] > 0.6 < summary["judge_direction_after"]
+    assert summary["one_digit_after"] > 0.8 and summary["motion_after"] > 0.5 * summary["motion_before"]
 
 
 # ------------------------------------------------------------------------------------------------------------- program
