@@ -131,8 +131,7 @@ def run_ours(model: str, task: Task, method: Method, learning_rate: float, seed:
             check_reward=False,
             use_cpu=True,
             disable_tqdm=True,
-            **method.options,
-            **(method.flow_options if model != "digits" else {}),
+            **((method.flow_options if model != "digits" else {}) | method.options),
             **size,
         )
         pipeline = digits.load_pipeline(model)
