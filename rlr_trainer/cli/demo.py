@@ -30,20 +30,20 @@ FLOW_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def demo_config(batch_size: int = BATCH_SIZE, **options: Any) -> RLRConfig:
-    """The demo's settings, and `options` of `RLRConfig`; docs/demo.md records what was tried."""
-    return RLRConfig(
-        sample_num_steps=10,
-        sample_guidance_scale=1.0,
-        per_device_train_batch_size=batch_size,
-        learning_rate=5e-3,
-        lora_r=4,
-        save_strategy="no",
-        num_log_images=16,
-        log_images_steps=10,
-        use_cpu=True,
-        **options,
-    )
+def demo_config(**options: Any) -> RLRConfig:
+    """The demo's settings, or in their place `options` of `RLRConfig`; docs/demo.md records what was tried."""
+    own: dict[str, Any] = {
+        **{"sample_num_steps": 10, "sample_guidance_scale": 1.0, "per_device_train_batch_size": BATCH_SIZE},
+        **{
+            "learning_rate": 5e-3,
+            "lora_r": 4,
+            "save_strategy": "no",
+            "num_log_images": 16,
+            "log_images_steps": 10,
+            "use_cpu": True,
+        },
+    }
+    return RLRConfig(**own | options)
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -56,10 +56,10 @@ def _demo(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     subject = make_subject(options)
     estimator = options.estimator or ("rlr_black_box" if options.reward == "compressibility" else "rlr")
-    common = {name: getattr(options, name) for name in ("output_dir", "overwrite", "max_steps", "seed")} | subject.size
+    common = {name: getattr(options, name) for name in ("output_dir", "overwrite", "seed")} | subject.options
+    common["max_steps"] = subject.updates if options.max_steps is None else options.max_steps
     own = {} if options.model == "digits" else FLOW_OPTIONS.get(estimator, {})
-    batch_size = BATCH_SIZE // subject.divisor
-    config = demo_config(batch_size, estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common, **own)
+    config = demo_config(estimator=estimator, disable_tqdm=options.quiet, check_reward=False, **common, **own)
     trainer = RLRTrainer(config, subject.reward, lambda: (subject.prompt, {}), digits.load_pipeline(options.model))
     folder = free_folder(Path(options.output_dir), options.overwrite, trained_before=False, may_number=False)
     trainer.parts.collector.probe(trainer.parts.policy)  # in place of check_reward: a refusal should cost no pictures
@@ -89,7 +89,9 @@ def _demo(options: argparse.Namespace) -> None:
     scores = {subject.labels[name]: (summary[f"{name}_before"], summary[f"{name}_after"]) for name in known}
     write_model_card(trainer, folder, scores=scores)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    _plot_reward(trainer.state.log_history, summary, subject, len(prompts), batch_size, folder / "reward.png")
+    _plot_reward(
+        trainer.state.log_history, summary, subject, len(prompts), config.per_device_train_batch_size, folder / "reward.png"
+    )
     texts = [f"{when}\n" + ", ".join(f"{name} {values[name]:.4g}" for name in known) for when, values in numbers.items()]
     shown = subject.show({"before": before, "after": after}, texts, folder)
     print(f"\n{estimator}, {summary['updates']} updates, {summary['reward_queries']} pictures scored")

@@ -37,8 +37,9 @@ class Subject:
         labels: of each number, in words: "reward", and those of `judge`.
         judge: samples [N, ...] -> numbers, without the reward; None where the reward asks for no digit.
         show: writes pictures of the samples before and after, with texts, to a folder, and returns the files' names.
-        divisor: of the numbers of samples of an update and of an evaluation.
-        size: options of `RLRConfig`.
+        divisor: of the number of samples of an evaluation.
+        updates: of a run.
+        options: of `RLRConfig`.
     """
 
     prompt: str
@@ -48,7 +49,8 @@ class Subject:
     judge: Callable[[Tensor], Numbers]
     show: Callable[[Mapping[str, Tensor], list[str], Path], list[str]]
     divisor: int = 1
-    size: dict[str, Any] = field(default_factory=dict)
+    updates: int = 40
+    options: dict[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> Numbers:
@@ -98,7 +100,8 @@ def _clips(options: argparse.Namespace) -> Subject:
         judge=functools.partial(_judge_clips, None if free else (options.target, DIRECTIONS.index(direction))),
         show=_show_clips,
         divisor=2,  # a clip costs several pictures
-        size=moving.SIZE,
+        updates=50,
+        options={**moving.OPTIONS, "per_device_train_batch_size": 16, "recompute": "auto"},
     )
 
 

@@ -77,7 +77,7 @@ def _add_demo(commands: Any) -> None:
         help="a classifier's probability of the target, mean brightness, or the size as a JPEG file, which is a black box",
     )
     add("--estimator", help="preset plan; otherwise rlr, or rlr_black_box for the black box")
-    add("--max_steps", type=int, default=40, help="updates, of 32 pictures or 16 clips each")
+    add("--max_steps", type=int, help="updates: otherwise 40 of 32 pictures each, or 50 of 16 clips")
     add("--output_dir", default="runs/demo", help="folder for the run's files")
     add("--seed", type=int, default=0, help="seed of the run; those of the evaluation are fixed")
     add("--overwrite", action="store_true", help="allow an output_dir that holds another run")

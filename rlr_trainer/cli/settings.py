@@ -183,7 +183,7 @@ def help_on_keys() -> str:
 def options_of_model(model: str | None, given: Collection[str]) -> dict[str, Any]:
     """The options that suit a bundled model and that a run does not give; none for any other model."""
     own: dict[str, Any] = digits.OPTIONS if model in digits.MODELS else {}
-    own = own | moving.SIZE if model == "moving-digits" else own
+    own = own | moving.OPTIONS if model == "moving-digits" else own
     return {name: value for name, value in own.items() if name not in given}
 
 
