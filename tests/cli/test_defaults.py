@@ -24,7 +24,7 @@ def values(config, names):
 
 @pytest.mark.parametrize("model", digits.MODELS)
 def test_a_bundled_model_brings_its_options_and_gives_way(model):
-    own = digits.OPTIONS
+    own = options_of_model(model, ())
     Path("run.yaml").write_text(RUN + "learning_rate: 2e-3\n")
     _, config = parse_run("run.yaml", ["--model", model, "--lora-r", "8"])
     assert values(config, own) == own | {"learning_rate": 2e-3, "lora_r": 8}
@@ -95,7 +95,8 @@ def test_the_documented_run_learns():
 @pytest.mark.parametrize("model", digits.MODELS)
 def test_the_configuration_of_a_bundled_model_shows_what_the_model_brings(model):
     given = yaml.safe_load((CONFIGS / f"{model}.yaml").read_text())
-    assert {name: float(given[name]) for name in digits.OPTIONS} == digits.OPTIONS
+    brought = options_of_model(model, ())
+    assert {name: float(given[name]) for name in brought} == brought
 
 
 @pytest.mark.slow
