@@ -100,7 +100,7 @@ def _clips(options: argparse.Namespace) -> Subject:
         judge=functools.partial(_judge_clips, None if free else (options.target, DIRECTIONS.index(direction))),
         show=_show_clips,
         divisor=2,  # a clip costs several pictures
-        updates=50,
+        updates=60,
         options={**moving.OPTIONS, "per_device_train_batch_size": 16, "recompute": "auto"},
     )
 

@@ -14,7 +14,7 @@ from rlr_trainer.digits.moving_classifiers import DIRECTIONS, MOVING_CLASSIFIERS
 NUM_FRAMES = 9  # 1 plus a multiple of 4, in which Wan's VAE encodes
 SIZE = {"height": PIXELS, "width": PIXELS, "num_frames": NUM_FRAMES}
 # Options of `RLRConfig` beside `digits.OPTIONS`. At 5e-3 the reward classifier is exploited within 20 updates (docs/demo.md).
-OPTIONS: dict[str, float] = {**SIZE, "learning_rate": 2e-3}
+OPTIONS: dict[str, float] = {**SIZE, "learning_rate": 1e-3}
 
 
 def moving_prompt(digit: int | None = None, direction: str | None = None) -> str:
