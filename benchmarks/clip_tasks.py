@@ -55,19 +55,21 @@ def measure_clips(videos: Tensor, task: Task, reward: Reward) -> dict[str, float
     """Numbers of one set of clips [N, F, 3, H, W].
 
     - reward: the training's own reward;
-    - judge: the judge's mean probability of the target digit, the mean over the frames; its confidence in any where there is no target;
-    - direction: its mean probability of the direction to the right; its confidence in any where the task asks for none;
+    - judge: share of the clips that the judge reads as the target digit; its mean confidence in any where there is no target;
+    - direction: share that it reads as moving to the right; its mean confidence in any where the task asks for none;
     - one_digit: mean share of a clip's frames that show its most frequent digit;
     - motion: mean difference of neighbouring frames;
     - diversity: mean distance between two clips, in root mean square of their pixels.
     """
-    of_digits, of_directions = moving.read_clips(_judge(), videos)
-    directed = task.direction is not None
+    if task.target is None or task.direction is None:
+        judge, direction = (float(part.amax(-1).mean()) for part in moving.read_clips(_judge(), videos))
+    else:
+        judge, direction = moving.share_read_as(_judge(), videos, task.target, task.direction)
     count = len(videos)
     return {
         "reward": float(reward(videos, (moving.moving_prompt(),) * count, ({},) * count).mean()),
-        "judge": float((of_digits.amax(-1) if task.target is None else of_digits[:, task.target]).mean()),
-        "direction": float((of_directions[:, DIRECTIONS.index(task.direction)] if directed else of_directions.amax(-1)).mean()),
+        "judge": judge,
+        "direction": direction,
         "one_digit": float(moving.one_digit_share(_judge(), videos).mean()),
         "motion": float(mean_frame_difference(videos).mean()),
         "diversity": float(torch.pdist(videos.flatten(1)).mean()) / videos[0].numel() ** 0.5,
@@ -75,7 +77,6 @@ def measure_clips(videos: Tensor, task: Task, reward: Reward) -> dict[str, float
 
 
 CLIP_TASKS = {
-    "frames_digit": Task(frames_digit, True, TARGET, measure=measure_clips),
     "digit_and_direction": Task(digit_and_direction, True, TARGET, direction=DIRECTION, measure=measure_clips),
     "frames_ink": Task(ink_of_frames, True, measure=measure_clips),
 }

@@ -52,13 +52,13 @@ COLUMNS = {
     ],
     "moving-digits": [
         ("seven moving right: reward", "digit_and_direction", "reward"),
-        ("judge of the digit", "digit_and_direction", "judge"),
-        ("of the direction", "digit_and_direction", "direction"),
+        ("judged as a seven", "digit_and_direction", "judge"),
+        ("as moving right", "digit_and_direction", "direction"),
         ("frames of one digit", "digit_and_direction", "one_digit"),
         ("motion", "digit_and_direction", "motion"),
         ("diversity", "digit_and_direction", "diversity"),
         ("ink: reward", "frames_ink", "reward"),
-        ("frames of one digit", "frames_ink", "one_digit"),
+        ("judge's confidence", "frames_ink", "judge"),
         ("motion", "frames_ink", "motion"),
     ],
 }

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rlr_trainer import digits
 from rlr_trainer.digits import moving
-from rlr_trainer.digits.moving_classifiers import DIRECTIONS
 from rlr_trainer.digits.rewards import digit_reward, ink, moving_digit_reward
 from rlr_trainer.observing.clips import gif_bytes
 from rlr_trainer.observing.pictures import clip_grid, mean_motion, picture_grid
@@ -90,17 +89,17 @@ def _clips(options: argparse.Namespace) -> Subject:
     if free and options.direction is not None:
         raise ValueError(f"--direction {options.direction}: the reward {options.reward} asks for none; use --reward digit")
     direction = options.direction or DIRECTION
-    of_target = {"judge": "judge of the digit", "judge_direction": "judge of the direction"}
+    of_target = {"judge": "judged as the digit", "judge_direction": "judged as the direction"}
     of_motion = {"one_digit": "frames of one digit", "motion": "motion"}
     return Subject(
         prompt=moving.moving_prompt(),
         reward=free or moving_digit_reward(options.target, direction),
         target={} if free else {"target": options.target, "direction": direction},
         labels={"reward": "mean reward", **of_target, **of_motion},
-        judge=functools.partial(_judge_clips, None if free else (options.target, DIRECTIONS.index(direction))),
+        judge=functools.partial(_judge_clips, None if free else (options.target, direction)),
         show=_show_clips,
         divisor=2,  # a clip costs several pictures
-        updates=60,
+        updates=50,
         options={**moving.OPTIONS, "per_device_train_batch_size": 16, "recompute": "auto"},
     )
 
@@ -113,13 +112,12 @@ def _judge_pictures(target: int | None, images: Tensor) -> Numbers:
     return {"judge": judge, "frechet": digits.frechet_distance(images, target)}
 
 
-def _judge_clips(target: tuple[int, int] | None, videos: Tensor) -> Numbers:
-    """The judge's mean probabilities of digit and direction asked for; and whether clips stay one digit, and move."""
+def _judge_clips(target: tuple[int, str] | None, videos: Tensor) -> Numbers:
+    """The shares of clips that the judge reads as the digit and the direction asked for; and whether clips stay one digit, and move."""
     judge = moving.load_moving_classifier("judge")
     numbers: Numbers = {"judge": None, "judge_direction": None}
     if target is not None:
-        asked = (part[:, place].mean() for part, place in zip(moving.read_clips(judge, videos), target, strict=True))
-        numbers = {name: float(probability) for name, probability in zip(numbers, asked, strict=True)}
+        numbers = dict(zip(numbers, moving.share_read_as(judge, videos, *target), strict=True))
     return {**numbers, "one_digit": float(moving.one_digit_share(judge, videos).mean()), "motion": mean_motion(videos)}
 
 

@@ -14,7 +14,7 @@ from rlr_trainer.digits.moving_classifiers import DIRECTIONS, MOVING_CLASSIFIERS
 NUM_FRAMES = 9  # 1 plus a multiple of 4, in which Wan's VAE encodes
 SIZE = {"height": PIXELS, "width": PIXELS, "num_frames": NUM_FRAMES}
 # Options of `RLRConfig` beside `digits.OPTIONS`. At 5e-3 the reward classifier is exploited within 20 updates (docs/demo.md).
-OPTIONS: dict[str, float] = {**SIZE, "learning_rate": 1e-3}
+OPTIONS: dict[str, float] = {**SIZE, "learning_rate": 2e-3}
 
 
 def moving_prompt(digit: int | None = None, direction: str | None = None) -> str:
@@ -58,6 +58,17 @@ def read_clips(classifier: MovingClassifier, videos: Tensor) -> tuple[Tensor, Te
     """Probabilities of the digits [B, 10], means over the frames, and of the directions [B, 4], of videos [B, F, 3, H, W]; differentiable."""
     digit_logits, direction_logits = classifier(videos)
     return digit_logits.softmax(-1).mean(1), direction_logits.softmax(-1)
+
+
+@torch.no_grad()
+def share_read_as(classifier: MovingClassifier, videos: Tensor, digit: int, direction: str) -> tuple[float, float]:
+    """Shares of clips [B, F, 3, H, W] whose most probable digit and direction are these.
+
+    Shares, because the judge is trained to be careful: it reads 97 % of the held-out clips right, at a mean probability of 0.84.
+    """
+    place = DIRECTIONS.index(direction)
+    of_digits, of_directions = read_clips(classifier, videos)
+    return float((of_digits.argmax(-1) == digit).float().mean()), float((of_directions.argmax(-1) == place).float().mean())
 
 
 @torch.no_grad()
