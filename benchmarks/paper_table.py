@@ -84,9 +84,10 @@ def cell(values: list[float]) -> str:
 
 
 def table(model: str) -> list[str]:
-    """The rows of one model, the base first, which is where all runs begin."""
-    columns = COLUMNS[model]
-    tasks = dict.fromkeys(task for _, task, _ in columns)
+    """The rows of one model, the base first, which is where all runs begin; tasks without a run have no columns."""
+    tasks = dict.fromkeys(task for _, task, _ in COLUMNS[model])
+    tasks = [task for task in tasks if any(curves(model, task, method, rate) for _, method, rate in ROWS[model])]
+    columns = [column for column in COLUMNS[model] if column[1] in tasks]
     lines = [f"| | rate | seeds | {' | '.join(title for title, _, _ in columns)} |", "|---" * (len(columns) + 3) + "|"]
     first = {
         task: [curve[0] for _, method, rate in ROWS[model] for curve in curves(model, task, method, rate)][:1] for task in tasks
