@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,8 +135,9 @@ def _show_pictures(images: Mapping[str, Tensor], texts: list[str], folder: Path)
 
 
 def _show_clips(images: Mapping[str, Tensor], texts: list[str], folder: Path) -> list[str]:
-    """The same 36 seeds before and after as moving grids side by side, and frames of 4 of them as strips."""
-    frames = clip_grid(torch.stack([tile(part, 6, 6) for part in images.values()]), texts)
+    """The same 36 seeds, or fewer in a square, before and after as moving grids side by side, and frames of 4 of them as strips."""
+    side = min(6, *(math.isqrt(len(part)) for part in images.values()))
+    frames = clip_grid(torch.stack([tile(part, side, side) for part in images.values()]), texts)
     (folder / "before_after.gif").write_bytes(gif_bytes(frames))
     picture_grid(torch.stack([tile(part, 4, 1) for part in images.values()]), texts).save(folder / "before_after.png")
     return ["before_after.gif", "before_after.png"]

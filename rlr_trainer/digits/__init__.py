@@ -69,7 +69,7 @@ def load_pipeline(model: str | Path = "digits") -> "DiffusionPipeline":
 
     Raises:
         ValueError: There is no such model and no such folder.
-        RuntimeError: The weights are missing or damaged.
+        RuntimeError: The weights are missing or damaged, or "moving-digits" lacks the package ftfy, which diffusers 0.35 needs for it.
     """
     directory = MODELS.get(str(model), Path(model))
     if isinstance(model, str) and not directory.is_dir():
@@ -93,8 +93,21 @@ def load_pipeline(model: str | Path = "digits") -> "DiffusionPipeline":
         # (diffusers 0.35 adds as many as the tokenizer's length instead)
         pipeline.encode_prompt = partial(pipeline.encode_prompt, max_sequence_length=0)
     if type(pipeline).__name__ == "WanPipeline":
+        _check_cleaning()
         pipeline.encode_prompt = _with_rows_at_most(pipeline.tokenizer.model_max_length, pipeline.encode_prompt)
     return pipeline
+
+
+def _check_cleaning() -> None:
+    """RuntimeError where this diffusers' `WanPipeline` cannot clean prompts: that of 0.35 calls ftfy, whether it is there or not."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    try:
+        prompt_clean(PROMPT)
+    except NameError as error:
+        raise RuntimeError(
+            f"moving-digits: the WanPipeline of this diffusers needs a package that is missing ({error}); pip install ftfy"
+        ) from error
 
 
 def _with_rows_at_most(rows: int, encode_prompt: Callable[..., Any]) -> Callable[..., Any]:

@@ -233,6 +233,17 @@ def test_pipeline_makes_clips_with_few_rows_of_text(bundled):
     assert torch.equal(clips[0], clips[1]) and not torch.equal(clips[0], clips[2])
 
 
+def test_a_diffusers_that_cannot_clean_prompts_is_said(bundled, monkeypatch):
+    from diffusers.pipelines.wan import pipeline_wan
+
+    def calls_what_is_missing(text):
+        raise NameError("name 'ftfy' is not defined")
+
+    monkeypatch.setattr(pipeline_wan, "prompt_clean", calls_what_is_missing)
+    with pytest.raises(RuntimeError, match="name 'ftfy' is not defined.*pip install ftfy"):
+        digits.load_pipeline("moving-digits")
+
+
 def test_the_vae_is_trained_on_what_it_decodes_before_the_clamp(bundled, program):
     latents = 3 * torch.randn(2, 4, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
