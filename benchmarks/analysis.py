@@ -55,3 +55,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and its standard error; no error for a single value."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.fmean(values), error
+
+
+def score_cell(values: Sequence[float]) -> str:
+    """Of a table: mean and standard error of scores; empty without any."""
+    if not values:
+        return ""
+    mean, error = mean_and_error(values)
+    return f"{mean:.3g}" + ("" if error is None else f" ± {error:.1g}")

@@ -104,8 +104,7 @@ def run_ours(model: str, task: Task, method: Method, learning_rate: float, seed:
     from rlr_trainer import RLRConfig, RLRTrainer
 
     costs = Costs(task, frames=method.frames)
-    clips = model == "moving-digits"
-    prompt, size = (moving.moving_prompt(), moving.SIZE) if clips else (digits.PROMPT, {})
+    prompt, size = (moving.moving_prompt(), moving.SIZE) if costs.clips else (digits.PROMPT, {})
 
     class Curve(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.analysis import mean_and_error
+from benchmarks.analysis import score_cell
 from benchmarks.driver import CLIP_RATE, RESULTS, TUNING_SEED
-from benchmarks.write_report import END
+from benchmarks.write_report import write_between
 
 START = "<!-- results: made by benchmarks/paper_table.py -->\n"
 PAGE = Path(__file__).parent.parent / "docs" / "paper_table.md"
@@ -75,38 +75,30 @@ def curves(model: str, task: str, method: str, rate: float) -> list[list[dict[st
     return []
 
 
-def cell(values: list[float]) -> str:
-    """Mean and standard error; an empty cell without a run."""
-    if not values:
-        return ""
-    mean, error = mean_and_error(values)
-    return f"{mean:.3g}" + ("" if error is None else f" ± {error:.1g}")
-
-
 def table(model: str) -> list[str]:
     """The rows of one model, the base first, which is where all runs begin; tasks without a run have no columns."""
-    tasks = dict.fromkeys(task for _, task, _ in COLUMNS[model])
-    tasks = [task for task in tasks if any(curves(model, task, method, rate) for _, method, rate in ROWS[model])]
-    columns = [column for column in COLUMNS[model] if column[1] in tasks]
-    lines = [f"| | rate | seeds | {' | '.join(title for title, _, _ in columns)} |", "|---" * (len(columns) + 3) + "|"]
-    first = {
-        task: [curve[0] for _, method, rate in ROWS[model] for curve in curves(model, task, method, rate)][:1] for task in tasks
+    found = {
+        task: {method: curves(model, task, method, rate) for _, method, rate in ROWS[model]}
+        for task in dict.fromkeys(task for _, task, _ in COLUMNS[model])
     }
-    lines.append("| base | | | " + " | ".join(cell([row[number] for row in first[task]]) for _, task, number in columns) + " |")
+    found = {task: of_methods for task, of_methods in found.items() if any(of_methods.values())}
+    columns = [column for column in COLUMNS[model] if column[1] in found]
+    lines = [f"| | rate | seeds | {' | '.join(title for title, _, _ in columns)} |", "|---" * (len(columns) + 3) + "|"]
+    first = {task: next(many[0][0] for many in of_methods.values() if many) for task, of_methods in found.items()}
+    lines.append("| base | | | " + " | ".join(score_cell([first[task][number]]) for _, task, number in columns) + " |")
     for name, method, rate in ROWS[model]:
-        ends = {task: [curve[-1] for curve in curves(model, task, method, rate)] for task in tasks}
+        ends = {task: [curve[-1] for curve in of_methods[method]] for task, of_methods in found.items()}
         seeds = "/".join(str(len(rows)) for rows in ends.values())
-        cells = [cell([row[number] for row in ends[task]]) for _, task, number in columns]
+        cells = [score_cell([row[number] for row in ends[task]]) for _, task, number in columns]
         lines.append(f"| {name} | {rate:g} | {seeds} | {' | '.join(cells)} |")
     return lines
 
 
 def main() -> None:
-    before, rest = PAGE.read_text().split(START)
     lines: list[str] = []
     for model, title in (("digits", "Pictures"), ("moving-digits", "Clips")):
         lines += [f"### {title} ({model})", "", *table(model), ""]
-    PAGE.write_text(before + START + "\n" + "\n".join(lines) + "\n" + END + rest.split(END)[1])
+    write_between(PAGE, START, "\n".join(lines))
 
 
 if __name__ == "__main__":

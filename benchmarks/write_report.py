@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.analysis import JUDGED, Curve, cost, cost_to, mean_and_error, score_of
+from benchmarks.analysis import JUDGED, Curve, cost, cost_to, mean_and_error, score_cell, score_of
 from benchmarks.driver import RESULTS, TUNING_SEED
 from benchmarks.methods import METHODS
 
@@ -69,11 +69,6 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def end_cell(runs: Sequence[dict[str, Any]], column: str) -> str:
-    mean, error = mean_and_error([run["curve"][-1][column] for run in runs])
-    return f"{mean:.3g}" + ("" if error is None else f" ± {error:.1g}")
-
-
 def table(task: str, runs: Runs) -> list[str]:
     """One row per method: costs to the goals, and how the runs end."""
     aims, judged = goals(task, runs), score_of(task) == "judge"
@@ -87,7 +82,7 @@ def table(task: str, runs: Runs) -> list[str]:
         cells = [f"`{method}`", f"{first['learning_rate']:g}", str(first["batch"]), str(first["updates"]), str(len(many))]
         cells += [cost_cell(curves, score, column, unit) for _, column, score in aims for unit in UNITS]
         ends = ["reward", *(["judge", "frechet"] if judged else []), "diversity"]
-        by_name = {column: end_cell(many, column) for column in ends}
+        by_name = {column: score_cell([curve[-1][column] for curve in curves]) for column in ends}
         cells += [by_name.get(column, "") for column in ("reward", "judge", "frechet", "diversity")]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -176,10 +171,14 @@ def results() -> str:
     return "\n".join(lines + long_runs())
 
 
+def write_between(page: Path, start: str, results: str) -> None:
+    """Replaces what stands on a page between the line `start` and `END`."""
+    before, rest = page.read_text().split(start)
+    page.write_text(before + start + "\n" + results + "\n" + END + rest.split(END)[1])
+
+
 def main() -> None:
-    text = PAGE.read_text()
-    before, rest = text.split(START)
-    PAGE.write_text(before + START + "\n" + results() + "\n" + END + rest.split(END)[1])
+    write_between(PAGE, START, results())
 
 
 if __name__ == "__main__":

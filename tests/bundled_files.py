@@ -1,6 +1,19 @@
-"""What every folder of bundled weights must keep to."""
+"""What every folder of bundled weights must keep to, and the programs that made them."""
 
+import importlib
+import sys
 from pathlib import Path
+
+PROGRAMS = Path(__file__).parent.parent / "examples" / "digits"
+
+
+def training_program(name: str):
+    """A training program as a module, for a fixture; it imports its twin from its own folder, as long as the fixture lasts."""
+    sys.path.insert(0, str(PROGRAMS))
+    try:
+        yield importlib.import_module(name)
+    finally:
+        sys.path.remove(str(PROGRAMS))
 
 
 def assert_small_and_anonymous(folder: Path, limit: int) -> None:

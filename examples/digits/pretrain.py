@@ -75,15 +75,18 @@ class Data:
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def load_data() -> Data:
-    """scikit-learn's digits, enlarged with bicubic interpolation; the split is stratified and always the same."""
+def enlarge(grey: Tensor) -> Tensor:
+    """Pictures [N, 3, 32, 32] of digits [N, 1, 8, 8] in [0, 1], with bicubic interpolation."""
+    return F.interpolate(grey, size=(PIXELS, PIXELS), mode="bicubic", align_corners=False).clamp(0, 1).repeat(1, 3, 1, 1)
+
+
+def load_data(draw: Callable[[Tensor], Tensor] = enlarge) -> Data:
+    """scikit-learn's digits [N, 1, 8, 8] in [0, 1] as `draw` makes pictures of them; the split is stratified and always the same."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
-    grey = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
-    grey = F.interpolate(grey, size=(PIXELS, PIXELS), mode="bicubic", align_corners=False).clamp(0, 1)
-    images, labels = grey.repeat(1, 3, 1, 1), torch.tensor(bunch.target)
+    images, labels = draw(torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16), torch.tensor(bunch.target)
     everything = torch.arange(len(labels)).numpy()
     train, test = train_test_split(everything, test_size=HELD_OUT, stratify=labels, random_state=0)
     return Data(images[train], labels[train], images[test], labels[test])
@@ -140,13 +143,14 @@ def nonsense(images: Tensor, generator: torch.Generator) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- classifiers
 
 
-def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 100) -> LambdaLR:
-    """Linear warm-up, then a cosine down to zero at the last step."""
+def decay(step: int, steps: int, warmup: int = 100) -> float:
+    """Factor of the learning rate: linear warm-up, then a cosine down to zero after the last step."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
 
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
-    return LambdaLR(optimizer, factor)
+def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """The rate of a training by `decay`."""
+    return LambdaLR(optimizer, lambda step: decay(step, steps))
 
 
 def attack(classifier: nn.Module, images: Tensor, labels: Tensor, radius: float, steps: int = 2) -> Tensor:

@@ -14,15 +14,28 @@ Shape suffixes: N clips, B batch, F frames or latent frames, C colours or channe
 """
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pretrain
 import torch
 import torch.nn.functional as F
-from pretrain import VOCABULARY, Average, Data, attack, degrade, nonsense, percent, rewrite_tokenizer, run, table, write_tokenizer
+from pretrain import (
+    VOCABULARY,
+    Average,
+    Data,
+    attack,
+    decay,
+    degrade,
+    nonsense,
+    percent,
+    rewrite_tokenizer,
+    run,
+    table,
+    write_tokenizer,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -86,13 +99,7 @@ def small_digits(images: Tensor) -> Tensor:
 
 def load_data() -> Data:
     """The digits of `pretrain.load_data` and its split, as `small_digits`."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    images, labels = small_digits(torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16), torch.tensor(bunch.target)
-    train, test = train_test_split(torch.arange(len(labels)).numpy(), test_size=360, stratify=labels, random_state=0)
-    return Data(images[train], labels[train], images[test], labels[test])
+    return pretrain.load_data(small_digits)
 
 
 def draw_paths(directions: Tensor, generator: torch.Generator) -> Tensor:
@@ -289,11 +296,6 @@ class Log:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)
             self._losses.clear()
-
-
-def decay(step: int, steps: int, warmup: int = 100) -> float:
-    """Factor of the learning rate: linear warm-up, then a cosine down to zero after the last step."""
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
 
 
 class Training:

@@ -32,18 +32,8 @@ FLOW_OPTIONS: dict[str, dict[str, Any]] = {
 
 def demo_config(**options: Any) -> RLRConfig:
     """The demo's settings, or in their place `options` of `RLRConfig`; docs/demo.md records what was tried."""
-    own: dict[str, Any] = {
-        **{"sample_num_steps": 10, "sample_guidance_scale": 1.0, "per_device_train_batch_size": BATCH_SIZE},
-        **{
-            "learning_rate": 5e-3,
-            "lora_r": 4,
-            "save_strategy": "no",
-            "num_log_images": 16,
-            "log_images_steps": 10,
-            "use_cpu": True,
-        },
-    }
-    return RLRConfig(**own | options)
+    own = {"per_device_train_batch_size": BATCH_SIZE, "save_strategy": "no", "num_log_images": 16, "log_images_steps": 10}
+    return RLRConfig(**{**digits.OPTIONS, **own, "use_cpu": True, **options})
 
 
 def demo(options: argparse.Namespace) -> None:

@@ -6,11 +6,11 @@ Everything here was trained from nothing by the programs in `examples/digits` on
 scikit-learn ships; each folder of weights has a model card `README.md` with the measured quality. Nothing is downloaded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,8 @@ from rlr_trainer.digits.classifiers import CLASSIFIERS, DigitClassifier
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 __all__ = [
     "DIGIT_NAMES",
@@ -135,12 +137,17 @@ def load_classifier(name: str, directory: str | Path = WEIGHTS) -> DigitClassifi
         ValueError: There is no classifier of this name.
         RuntimeError: The weights are missing or damaged.
     """
-    if name not in CLASSIFIERS:
-        raise ValueError(f"name={name!r}: must be one of {', '.join(CLASSIFIERS)}")
-    classifier = CLASSIFIERS[name]()
+    return _load_frozen(CLASSIFIERS, name, directory)
+
+
+def _load_frozen(kinds: Mapping[str, type[Module]], name: str, directory: str | Path) -> Module:
+    """The module of a name, with its weights from the directory, in eval mode and frozen; errors as `load_classifier`."""
+    if name not in kinds:
+        raise ValueError(f"name={name!r}: must be one of {', '.join(kinds)}")
+    module = kinds[name]()
     with _weights_of(directory, f"{name}.safetensors") as path:
-        classifier.load_state_dict(load_file(path))
-    return classifier.eval().requires_grad_(False)
+        module.load_state_dict(load_file(path))
+    return module.eval().requires_grad_(False)
 
 
 def frechet_distance(images: Tensor, digit: int, directory: str | Path = WEIGHTS) -> float:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from rlr_trainer.digits import DIGIT_NAMES, MODELS, PROMPT, _check_digit, _weights_of
+from rlr_trainer.digits import DIGIT_NAMES, MODELS, PROMPT, _check_digit, _load_frozen
 from rlr_trainer.digits.moving_classifiers import DIRECTIONS, MOVING_CLASSIFIERS, PIXELS, MovingClassifier
 
 NUM_FRAMES = 9  # 1 plus a multiple of 4, in which Wan's VAE encodes
@@ -46,12 +45,7 @@ def load_moving_classifier(name: str, directory: str | Path | None = None) -> Mo
         ValueError: there is no classifier of this name.
         RuntimeError: the weights are missing or damaged.
     """
-    if name not in MOVING_CLASSIFIERS:
-        raise ValueError(f"name={name!r}: must be one of {', '.join(MOVING_CLASSIFIERS)}")
-    classifier = MOVING_CLASSIFIERS[name]()
-    with _weights_of(directory or MODELS["moving-digits"], f"{name}.safetensors") as path:
-        classifier.load_state_dict(load_file(path))
-    return classifier.eval().requires_grad_(False)
+    return _load_frozen(MOVING_CLASSIFIERS, name, directory or MODELS["moving-digits"])
 
 
 def read_clips(classifier: MovingClassifier, videos: Tensor) -> tuple[Tensor, Tensor]:

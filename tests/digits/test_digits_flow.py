@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from bundled_files import assert_small_and_anonymous
+from bundled_files import assert_small_and_anonymous, training_program
 
 from rlr_trainer import digits
 from rlr_trainer.pipelines import adapt
@@ -29,12 +29,7 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def program():
-    """The training program as a module; it imports its twin from its own folder."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("pretrain_flow")
-    finally:
-        sys.path.remove(str(FOLDER))
+    yield from training_program("pretrain_flow")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from bundled_files import assert_small_and_anonymous
+from bundled_files import assert_small_and_anonymous, training_program
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -30,12 +30,7 @@ WEIGHT_LIMIT = 8_000_000
 
 @pytest.fixture(scope="module")
 def program():
-    """The training program as a module; it imports its twin from its own folder."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("pretrain_moving")
-    finally:
-        sys.path.remove(str(FOLDER))
+    yield from training_program("pretrain_moving")
 
 
 @pytest.fixture(scope="module")
