@@ -240,7 +240,7 @@ class RLRConfig(TrainingArguments):
     )
     decode_in_chunks: bool = _option(
         False,
-        "Decode videos a chunk of frames at a time, with the decoder's graph of one chunk in memory; costs one more decoding.",
+        "Decode videos a chunk of frames at a time, with the decoder's graph of one chunk in memory; costs one to two more decodings.",
     )
     offload_rollouts: bool = _option(False, "Keep sampled chains in CPU memory until their update.")
 

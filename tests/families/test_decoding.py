@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import pytest
@@ -12,7 +13,7 @@ from rlr_trainer import RLRConfig, RLRTrainer, digits
 from rlr_trainer.diagnosis.memory import measuring_memory
 from rlr_trainer.digits.rewards import ink
 from rlr_trainer.pipelines import adapt
-from rlr_trainer.pipelines.decoding import calls_checkpointed
+from rlr_trainer.pipelines.decoding import KEPT, Calls, calls_checkpointed
 
 FAMILIES = {
     "animatediff": (animatediff, 3, 6),
@@ -106,21 +107,76 @@ def test_slices_of_the_batch_are_the_same_videos(family):
             assert torch.allclose(one, other, rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("family", ["animatediff", "wan"], indirect=True)
+@pytest.mark.parametrize(("family", "frames"), [("animatediff", (4, 8)), ("wan", (25, 41))], indirect=["family"])
 @pytest.mark.medium
-def test_a_frame_more_costs_less_memory_in_chunks(family):
-    """What is left grows: the pixels and their gradients, and what a causal decoder hands on."""
+def test_frames_more_cost_their_pixels_alone_in_chunks(family, frames):
+    """Pixels, their gradients and what rounds them to [0, 1]; not the graph, nor what a causal decoder hands on."""
 
     def growth(chunks):
         peaks = []
-        for frames in (family.few, family.many):
-            layout = family.adapter.layout(16, 16, frames)
+        for count in frames:
+            layout = family.adapter.layout(16, 16, count)
             with measuring_memory(torch.device("cpu")) as meter:
                 decode(family.adapter, layout, chunks)
             peaks.append(meter.peak())
         return peaks[1] - peaks[0]
 
-    assert growth(True) < {"animatediff": 0.1, "wan": 0.4}[family.name] * growth(False)
+    pixels = (frames[1] - frames[0]) * 2 * 3 * 16 * 16 * 8  # bytes of the additional frames of two videos, float64
+    assert growth(True) < 5 * pixels < 0.1 * growth(False)
+
+
+class HandsOn(torch.nn.Module):
+    """Chunks [..., 3], each of which sees the ones before through a state; `calls` counts."""
+
+    calls = 0
+
+    def forward(self, x, conv_cache=None):
+        self.calls += 1
+        state = torch.tanh(x + (0.7 * conv_cache["state"] if conv_cache else 0))
+        return state * state.sum(-1, keepdim=True), {"state": state, "nothing": None}
+
+
+def through_calls(chunks, checkpointed):
+    """Outputs and their gradient with respect to the chunks [N, 3], and the calls that the backward pass made."""
+    module, state, outputs = HandsOn(), None, []
+    chunks = chunks.clone().requires_grad_(True)
+    with calls_checkpointed(module) if checkpointed else contextlib.nullcontext():
+        for chunk in chunks:
+            output, state = module(chunk, conv_cache=state)
+            outputs.append(output)
+    module.calls = 0
+    (gradient,) = torch.autograd.grad(torch.stack(outputs).pow(3).sum(), chunks)
+    return torch.stack(outputs).detach(), gradient, module.calls
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (5, 1), (6, 2), (21, 2.5), (121, 5)])
+def test_few_features_are_kept_and_the_others_made_again(count, most, monkeypatch):
+    """The same bits, however long the row of calls is; `most` calls of the backward pass for each."""
+    kept, features = [], Calls.features
+    monkeypatch.setattr(Calls, "features", lambda self, number: (features(self, number), kept.append(len(self.kept)))[0])
+    chunks = torch.randn(count, 3, generator=torch.Generator().manual_seed(0))
+    expected, found = through_calls(chunks, False), through_calls(chunks, True)
+    assert all(torch.equal(*pair) for pair in zip(expected[:2], found[:2], strict=True))
+    assert expected[1].abs().amax() > 0.01
+    assert count <= found[2] <= most * count
+    assert max(kept) <= KEPT + 1  # with those before the first call, which are nothing
+
+
+class Scaled(torch.nn.Linear):
+    """x times a layer's output, which is then the gradient, too."""
+
+    def forward(self, x):
+        return x * super().forward(x.detach())
+
+
+def test_a_call_is_made_again_without_autocast():
+    """The backward pass may run inside it, where the forward pass did not."""
+    module, x = Scaled(3, 3).requires_grad_(False), torch.randn(2, 3, requires_grad=True)
+    with calls_checkpointed(module):
+        output = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output.sum().backward()
+    assert torch.allclose(x.grad, output / x, rtol=1e-5, atol=0)
 
 
 def test_a_forward_that_was_exchanged_is_put_back():
