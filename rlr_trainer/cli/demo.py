@@ -84,7 +84,7 @@ def _demo(options: argparse.Namespace) -> None:
     )
     texts = [f"{when}\n" + ", ".join(f"{name} {values[name]:.4g}" for name in known) for when, values in numbers.items()]
     shown = subject.show({"before": before, "after": after}, texts, folder)
-    print(f"\n{estimator}, {summary['updates']} updates, {summary['reward_queries']} pictures scored")
+    print(f"\n{estimator}, {summary['updates']} updates, {summary['reward_queries']} samples scored")
     print(f"{'':24}{'before':>10}{'after':>10}")
     for label, (first, last) in scores.items():
         print(f"{label:24}{first:>10.3f}{last:>10.3f}")
@@ -106,7 +106,7 @@ def _plot_reward(
         if None not in ends:
             label = f"{subject.labels[name]}, {samples} evaluation samples, fixed seeds"
             axes.plot((0, summary["updates"]), ends, marker, mfc="none", label=label)
-    title = f"{summary['estimator']}: {summary['reward_queries']} pictures scored in {summary['seconds']:.0f} s"
+    title = f"{summary['estimator']}: {summary['reward_queries']} samples scored in {summary['seconds']:.0f} s"
     axes.set(xlabel=f"update (batch {batch_size})", ylabel=f"reward: {summary['reward']}", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

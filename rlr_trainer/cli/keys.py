@@ -25,11 +25,13 @@ def unknown_key(key: Any, known: Iterable[str]) -> str:
 
 
 def check_keys(path: str | None, overrides: Sequence[str]) -> None:
-    """Refuses keys that no run has. Whatever else is wrong is left to `settings.parse_run`, which needs torch.
+    """Refuses keys that no run has, and words that belong to no key. Whatever else is wrong is left to `settings.parse_run`, which needs torch.
 
     Raises:
-        SettingsError: names the key and what it may mean.
+        SettingsError: names the key or word and what it may mean.
     """
+    if overrides and not overrides[0].startswith("--"):
+        raise SettingsError(f"{overrides[0]!r} stands before any option; if it is the run's file, write --config {overrides[0]}")
     known = known_keys()
     for key in [*keys_of_file(path), *flags_of(overrides)] if known else ():
         if key.replace("-", "_").removeprefix("no_") not in known and key not in known:

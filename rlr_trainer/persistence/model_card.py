@@ -41,7 +41,7 @@ _BODY = """
 {results}
 ## Training
 
-{updates} updates, {queries} pictures scored by {rewards}, for {prompts}.{last}
+{updates} updates, {queries} {made}s scored by {rewards}, for {prompts}.{last}
 
 | option | value |
 |---|---|
@@ -80,6 +80,7 @@ def write_model_card(
         results=_results(trainer, folder, scores or {}),
         updates=trainer.state.global_step,
         queries=trainer.rewards.queries * trainer.accelerator.num_processes,
+        made="picture" if num_frames is None else "video",
         rewards=", ".join(map(_code, trainer.rewards.names)),
         prompts=_of_prompts(trainer.parts.described_prompts),
         last=f" Mean reward of the first rollout {rewards[0]:.4g}, of the last {rewards[-1]:.4g}." if rewards else "",

@@ -48,6 +48,8 @@ def test_a_misspelt_key_is_named_before_torch_is_loaded(tmp_path):
         check_keys(None, ["--train_batch_size", "2"])  # a name of TRL's DDPOConfig
     check_keys(None, ["--learning-rate", "1", "--no_use_lora", "--fo_steps=1", "stray"])  # the rest is the parser's
     check_keys(str(tmp_path / "absent.yaml"), [])
+    with pytest.raises(SettingsError, match=r"'run.yaml' stands before any option; .* write --config run.yaml"):
+        check_keys(None, ["run.yaml", "--fo_steps", "1"])
     script = (
         "import sys; from rlr_trainer.cli import main; code = main(sys.argv[1:]); sys.exit(99 if 'torch' in sys.modules else code)"
     )

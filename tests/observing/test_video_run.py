@@ -64,7 +64,12 @@ def test_clips_are_in_the_files_the_hook_the_report_and_the_card(trained):
     page = write_report([folder], folder / "report.html").read_text()
     assert page.count("data:image/webp;base64,") == 2 * 3
     card = Path(folder, "saved/README.md").read_text()
-    for words in ("text-to-video", "![Clips of fixed prompts after 2 updates", "num_frames=3).frames[0]\nexport_to_gif(frames, "):
+    for words in (
+        "text-to-video",
+        " videos scored by `",
+        "![Clips of fixed prompts after 2 updates",
+        "num_frames=3).frames[0]\nexport_to_gif(frames, ",
+    ):
         assert words in card, words
     assert (folder / "saved/clips.gif").read_bytes() == (folder / "samples/step_000002.gif").read_bytes()
     assert trainer.rewards.names == ["ink", "motion_smoothness", "enough_motion"]
