@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from families.tiny import animatediff, cogvideox, hunyuan_video, ltx, wan
 
 from rlr_trainer import RLRConfig, RLRTrainer, digits
@@ -65,6 +66,24 @@ def test_values_and_gradients_in_chunks_are_those_of_the_whole(family):
         whole = decode(adapter, layout, False)
         adapter.decoder.enable_gradient_checkpointing()
         assert_equal_in_chunks(adapter, layout, whole)
+
+
+def test_so_are_those_of_the_decoder_of_wan_2_2():
+    """Of TI2V 5B: residual blocks that double frames, and patches of pixels."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
+        is_residual=True, patch_size=2, in_channels=12, out_channels=12, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        scale_factor_spatial=16,
+    ).double().eval().requires_grad_(False)  # fmt: skip
+    latents, found = torch.randn(1, 4, 7, 2, 2, dtype=torch.float64, requires_grad=True), []
+    for context in (contextlib.nullcontext(), calls_checkpointed(vae.decoder)):
+        with context:
+            videos = vae.decode(latents, return_dict=False)[0]
+        found.append((videos, *torch.autograd.grad(videos.pow(2).mean(), latents)))
+    assert found[0][0].shape == (1, 3, 25, 32, 32) and found[0][1].abs().amax() > 1e-4
+    for whole, chunks in zip(*found, strict=True):
+        assert torch.allclose(chunks, whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.medium
