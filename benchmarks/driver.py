@@ -89,7 +89,7 @@ ALSO += [Run("digits", "ink_black_box", "rlr_black_box", 5e-3, seed, batch=16) f
 ALSO += [Run("digits", "digit_and_ink", method, 5e-3, seed, batch=16) for seed in range(3) for method in ("draft", *PAPER)]
 ALSO += [Run("digits", "digit_and_ink", "trl_alignprop", 1e-2, seed, batch=16) for seed in range(3)]
 # ... and clips, whose updates take several times as long.
-CLIP_RATE, CLIP_QUERIES, CLIP_SEEDS = 2e-3, {"digit_and_direction": 640, "frames_ink": 256}, 2
+CLIP_RATE, CLIP_QUERIES, CLIP_SEEDS = 2e-3, {"digit_and_direction": 640, "frames_ink": 256}, 3
 CLIP_METHODS = ("rlr", "rlr_black_box", "ddpo", "draft", "vader", *PAPER)
 ALSO += [
     Run("moving-digits", task, method, CLIP_RATE, seed, 16, queries)
