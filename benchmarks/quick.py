@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -45,10 +46,10 @@ def violations(curves: dict[str, list[Curve]]) -> list[str]:
     return found
 
 
-def compare() -> dict[str, list[Curve]]:
+def compare(seeds: Sequence[int] = SEEDS) -> dict[str, list[Curve]]:
     """The curves of all methods and seeds."""
     runs = {
-        method: [run_ours("digits", TASKS["digit"], METHODS[method], RATE, seed, UPDATES) for seed in SEEDS]
+        method: [run_ours("digits", TASKS["digit"], METHODS[method], RATE, seed, UPDATES) for seed in seeds]
         for method in ("ddpo", *FASTER)
     }
     return {method: [costs.rows for costs in many] for method, many in runs.items()}

@@ -63,7 +63,8 @@ def test_the_small_comparison_finds_a_method_that_is_not_ahead():
 
 @pytest.mark.slow
 def test_small_comparison():
-    curves = quick.compare()
+    """With the first of its two seeds, which takes half of the time."""
+    curves = quick.compare(quick.SEEDS[:1])
     assert quick.violations(curves) == []
 
 
