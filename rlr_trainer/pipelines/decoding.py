@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from rlr_trainer.estimators.chain import without_autocast
 
@@ -73,9 +73,9 @@ class Calls:
     def run(self, inputs: Any, features: Any) -> tuple[Any, Any]:
         """Output and features of the next call; their graph is one node."""
         number = len(self.inputs)
-        self.inputs.append(_detached(inputs))
+        self.inputs.append(tree_map_only(Tensor, Tensor.detach, inputs))
         if number % self.spacing == 0:
-            self.kept[number] = _detached(features)
+            self.kept[number] = tree_map_only(Tensor, Tensor.detach, features)
         if len(self.kept) > KEPT + 1:
             self.spacing *= 2
             self.kept = {n: kept for n, kept in self.kept.items() if n % self.spacing == 0}
@@ -113,6 +113,7 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, calls: Calls, number: int, together: Callable[..., Any], results: list[Any], *tensors: Tensor) -> Any:
+        """The tensors among the output and the features; `results` gets the function that puts them together."""
         ctx.calls, ctx.number = calls, number
         ctx.set_materialize_grads(False)
         outputs, result = _tensors_of(calls.step(*together(tensors)))
@@ -122,6 +123,7 @@ class _Call(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        """Makes the call again with its graph, from its inputs and the features before it, and differentiates that."""
         calls, number, needed = ctx.calls, ctx.number, ctx.needs_input_grad[4:]
         tensors, together = _tensors_of((calls.inputs[number], calls.features(number)))
         tensors = [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
@@ -145,8 +147,3 @@ def _tensors_of(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], A
         return tree_unflatten([next(given) if other is None else other[0] for other in others], structure)
 
     return tensors, together
-
-
-def _detached(tree: Any) -> Any:
-    tensors, together = _tensors_of(tree)
-    return together([tensor.detach() for tensor in tensors])
